@@ -1,0 +1,1 @@
+"""ldt: compress visual detectors by location-aware discriminant analysis."""
