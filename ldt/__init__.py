@@ -1,1 +1,17 @@
 """ldt: compress visual detectors by location-aware discriminant analysis."""
+
+from typing import Any
+
+from ldt.mmcv_ops import install
+
+install()
+
+__all__ = ["load_pruned"]
+
+
+def __getattr__(name: str) -> Any:  # keeps `import ldt` free of torch
+    if name == "load_pruned":
+        from ldt.checkpoints import load_pruned
+
+        return load_pruned
+    raise AttributeError(f"module 'ldt' has no attribute {name!r}")

@@ -1,0 +1,44 @@
+"""YOLOX's exponential moving average of the weights, by Lightning's WeightAveraging."""
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+
+class ExponentialMovingAverage(WeightAveraging):
+    """mmdet's ExpMomentumEMA: the average follows fast at first and slowly later.
+
+    At update t the average moves by (1 - momentum) exp(-(1 + t) / gamma) + momentum towards the
+    weights. Validation and checkpoints use the average.
+
+    Args:
+        momentum: the step in the long run.
+        gamma: number of updates over which the first phase fades.
+    """
+
+    def __init__(self, momentum: float = 1e-4, gamma: int = 2000) -> None:
+        def move(average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            if not average.is_floating_point():
+                return current
+            step = (1 - momentum) * math.exp(-(1 + int(updates)) / gamma) + momentum
+            return average + step * (current - average)
+
+        super().__init__(avg_fn=move)
+
+    def finish(self, pl_module: L.LightningModule) -> None:
+        """Copy the average into the module, as at the end of a phase."""
+        self._copy_average_to_current(pl_module)
+
+    def restart(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the average and start from the module as it is, with its present structure."""
+        self.setup(trainer, pl_module, "fit")
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the module's present structure, which may be a pruned one, before loading."""
+        self.restart(trainer, pl_module)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)

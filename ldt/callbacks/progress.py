@@ -1,0 +1,56 @@
+"""Progress without a terminal, and YOLOX's plain last epochs."""
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+
+from ldt.callbacks.prune_retrain import Plan
+
+log = logging.getLogger(__name__)
+
+
+class PlainProgress(ProgressBar):
+    """One line per epoch, for logs and pipes."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Say the epoch, its loss and time."""
+        loss = float(trainer.callback_metrics.get("loss", float("nan")))
+        log.info(
+            "epoch %d/%s  loss %.4f  %.1f s",
+            trainer.current_epoch + 1,
+            trainer.max_epochs,
+            loss,
+            time.perf_counter() - self._started,
+        )
+
+    def disable(self) -> None:
+        """Required by the base class; there is nothing to switch off."""
+
+
+class PlainEpochs(L.Callback):
+    """YOLOX's mode switch: the last epochs of a phase run without mosaic and with an L1 loss.
+
+    Args:
+        plan: tells where phases end.
+        epochs: how many.
+    """
+
+    def __init__(self, plan: Plan, epochs: int) -> None:
+        self.plan, self.epochs = plan, epochs
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Switch before the epoch's first batch is drawn."""
+        epoch = trainer.current_epoch
+        plain = any(self.plan.is_last_epoch(epoch + ahead) for ahead in range(self.epochs))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        (data.augment_off if plain else data.augment_on)()
+        head = getattr(pl_module.detector, "bbox_head", None)
+        if hasattr(head, "use_l1"):
+            head.use_l1 = plain

@@ -1,0 +1,341 @@
+"""The loop of the paper: train, then score, cut and retrain, round after round."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from torch import Tensor
+from torch_pruning.pruner.importance import Importance
+
+from ldt import profiling
+from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.criteria.base import score_groups
+from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors import evaluating, raw_forward
+from ldt.module import DetectorModule, PreparedBatch
+from ldt.pruning.budget import TOLERANCE, Budget, CostModel, Limits, UnreachableRateError, choose
+from ldt.pruning.graph import PruningGraph, positions
+from ldt.records import write_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is removed and when.
+
+    Attributes:
+        rate: share of the unpruned model's budget that is gone at the end, in (0, 1).
+        rounds: cuts; 0 trains only.
+        budget: ``params`` or ``flops`` (multiply-adds).
+        base_epochs: epochs before the first cut; 0 cuts at once.
+        retrain_epochs: epochs after each cut.
+        ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
+        scope: module name prefixes that lose filters.
+        limits: how far a layer may shrink.
+        images: training images that the criterion sees.
+        batch_size: of those per forward pass.
+        retrain_lr: factor on the learning rate after a cut.
+
+    Raises:
+        ValueError: a value outside of what is allowed, naming its key.
+    """
+
+    rate: float
+    rounds: int
+    base_epochs: int
+    retrain_epochs: int
+    budget: Budget = "params"
+    ranking: str = "global"
+    scope: tuple[str, ...] = ("backbone", "neck")
+    limits: Limits = Limits()
+    images: int = 128
+    batch_size: int = 16
+    retrain_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(
+                f"prune.rate={self.rate} must lie between 0 and 1, e.g. prune.rate=0.5"
+            )
+        if self.budget not in ("params", "flops"):
+            raise ValueError(f"prune.budget={self.budget!r}; choose params or flops")
+        if self.rounds < 0 or self.base_epochs < 0:
+            raise ValueError("prune.rounds and recipe.epochs cannot be negative")
+        if self.rounds and self.retrain_epochs < 1:
+            raise ValueError(
+                f"recipe.retrain_epochs={self.retrain_epochs}; at least 1 epoch follows each cut"
+            )
+        if not self.rounds and not self.base_epochs:
+            raise ValueError("recipe.epochs=0 and no rounds of pruning: nothing to do")
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run."""
+        return self.base_epochs + self.rounds * self.retrain_epochs
+
+    def is_last_epoch(self, epoch: int) -> bool:
+        """Whether a phase ends with this epoch (counted from 0)."""
+        after = epoch + 1 - self.base_epochs
+        return after == 0 or (after > 0 and after % self.retrain_epochs == 0)
+
+    def gone(self, round_: int) -> float:
+        """Share of the unpruned budget that is gone after a round: 1 - (1 - rate)^(t/T)."""
+        return 1 - (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 0.0
+
+
+@dataclass
+class Calibration:
+    """The images that criteria see, prepared anew at every pass."""
+
+    module: DetectorModule
+    loader: Any
+
+    def __iter__(self) -> Iterator[PreparedBatch]:
+        for batch in self.loader:
+            yield self.module.prepare(batch)
+
+
+class PruneRetrain(L.Callback):
+    """Runs a :class:`Plan` inside one ``trainer.fit``.
+
+    At the last epoch of a phase it records the round (metrics, size, latency) and saves
+    ``round-<t>.ckpt``; then it scores and cuts the detector and rebuilds what belongs to its
+    parameters: optimizer, schedule, moving average. Every row goes to ``rounds.csv`` at once.
+
+    Args:
+        plan: what is removed and when.
+        criterion: a criterion of ours or any importance of Torch-Pruning; None trains only.
+        folder: the run's directory.
+        latency_runs: forward passes that are timed, at least 30; 0 does not measure.
+        validate_every: epochs between validations within a phase; 0 validates at its end only.
+
+    Attributes:
+        rows: one dict per finished round, the base first.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        criterion: Importance | None,
+        folder: Path,
+        latency_runs: int = 30,
+        validate_every: int = 0,
+    ) -> None:
+        self.plan, self.criterion, self.folder = plan, criterion, folder
+        self.latency_runs, self.validate_every = latency_runs, validate_every
+        self.round = 0
+        self.rows: list[dict[str, Any]] = []
+        self.left_whole: dict[str, str] = {}
+        self._unpruned: dict[str, int] = {}  # budget -> cost of the unpruned model
+        self._channels: dict[str, int] = {}  # layer -> channels in the unpruned model
+        self._started = time.perf_counter()
+        self._metrics: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as plain data."""
+        return {
+            "round": self.round,
+            "rows": self.rows,
+            "left_whole": self.left_whole,
+            "unpruned": self._unpruned,
+            "channels": self._channels,
+            "seconds": time.perf_counter() - self._started,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the saved round."""
+        self.round, self.rows = state_dict["round"], state_dict["rows"]
+        self.left_whole = state_dict["left_whole"]
+        self._unpruned, self._channels = state_dict["unpruned"], state_dict["channels"]
+        self._started = time.perf_counter() - state_dict["seconds"]
+
+    # When ---------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell the module which phase the schedule is for."""
+        self._enter_phase(pl_module)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Count the unpruned model once."""
+        assert isinstance(pl_module, DetectorModule)
+        if not self._unpruned:
+            self._unpruned = self._count(pl_module)
+            self._channels = {
+                name: layer.out_channels
+                for name, layer in pl_module.detector.named_modules()
+                if isinstance(getattr(layer, "out_channels", None), int)
+            }
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Without base training, the first cut comes before the first step."""
+        if self.plan.base_epochs == 0 and self.round == 0:
+            self._finish_round(trainer, pl_module)
+            self._cut(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate at the end of each phase, and as often as was asked in between."""
+        epoch, every = trainer.current_epoch, self.validate_every
+        due = self.plan.is_last_epoch(epoch) or (every and (epoch + 1) % every == 0)
+        trainer.check_val_every_n_epoch = 1 if due else trainer.current_epoch + 2
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the metrics of the last validation for the round's record."""
+        self._metrics = {
+            key.removeprefix("val/"): float(value)
+            for key, value in trainer.callback_metrics.items()
+            if key.startswith("val/")
+        }
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """At the end of a phase: record the round, and begin the next one."""
+        if not self.plan.is_last_epoch(trainer.current_epoch):
+            return
+        for callback in _averages(trainer):
+            callback.finish(pl_module)
+        self._finish_round(trainer, pl_module)
+        if self.round < self.plan.rounds:
+            self._cut(trainer, pl_module)
+
+    # What ---------------------------------------------------------------------------------
+
+    def _finish_round(self, trainer: L.Trainer, module: Any) -> None:
+        counts = self._count(module)
+        path = self.folder / f"round-{self.round}.ckpt"
+        trainer.save_checkpoint(path, weights_only=True)
+        row: dict[str, Any] = {"round": self.round, **self._metrics}
+        row["params"], row["multiply_adds"] = counts["params"], counts["flops"]
+        row["rate"] = 1 - counts[self.plan.budget] / self._unpruned[self.plan.budget]
+        row["params_rate"] = 1 - counts["params"] / self._unpruned["params"]
+        row["multiply_adds_rate"] = 1 - counts["flops"] / self._unpruned["flops"]
+        row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
+        if self.latency_runs:
+            row.update(self._latency(module))
+        row["seconds"] = round(time.perf_counter() - self._started, 1)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_rows(self.folder / "rounds.csv", self.rows)
+        if trainer.logger is not None:
+            numbers = {f"round/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+        log.info(
+            "round %d: AP %.3f, mAP %.3f, %.2f M parameters (-%.1f %%), %.2f GMACs (-%.1f %%)",
+            self.round,
+            self._metrics.get("AP", float("nan")),
+            self._metrics.get("mAP", float("nan")),
+            counts["params"] / 1e6,
+            100 * row["params_rate"],
+            counts["flops"] / 1e9,
+            100 * row["multiply_adds_rate"],
+        )
+
+    def _cut(self, trainer: L.Trainer, module: Any) -> None:
+        """Score, choose and remove channels; then rebuild what holds on to parameters."""
+        self.round += 1
+        assert self.criterion is not None
+        self._started = time.perf_counter()
+        with evaluating(module.detector):
+            graph = module.trace(self.plan.scope)
+            self._report_whole(graph)
+            loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
+            scores = score_groups(self.criterion, module, graph, Calibration(module, loader))
+            channels = self._choose(module, graph, scores)
+            graph.remove(channels)
+        if trainer.is_global_zero:
+            self._save_scores(scores, channels)
+        self._check_rate(module)
+        self._enter_phase(module)
+        trainer.strategy.setup_optimizers(trainer)
+        for callback in _averages(trainer):
+            callback.restart(trainer, module)
+
+    def _choose(
+        self, module: Any, graph: PruningGraph, scores: dict[str, Tensor]
+    ) -> dict[str, list[int]]:
+        plan, whole = self.plan, self._unpruned[self.plan.budget]
+        places = positions(module.detector, raw_forward, module.example())
+        now = self._count(module)[plan.budget]
+        return choose(
+            graph,
+            scores,
+            CostModel(graph, plan.budget, places),
+            save=plan.gone(self.round) * whole - (whole - now),
+            tolerance=TOLERANCE * whole,
+            ranking=plan.ranking,
+            limits=plan.limits,
+            original=self._channels,
+        )
+
+    def _check_rate(self, module: Any) -> None:
+        budget = self.plan.budget
+        achieved = 1 - self._count(module)[budget] / self._unpruned[budget]
+        asked = self.plan.gone(self.round)
+        if abs(achieved - asked) > TOLERANCE:
+            raise RuntimeError(
+                f"round {self.round} removed {achieved:.2%} of the {budget}, not the asked "
+                f"{asked:.2%}: the cost model and the cut network disagree"
+            )
+
+    def _report_whole(self, graph: PruningGraph) -> None:
+        self.left_whole = dict(graph.left_whole)
+        for name, reason in graph.left_whole.items():
+            log.warning("left whole: %s (%s)", name, reason)
+        cut, all_ = graph.prunable_share()
+        if cut < all_ / 2:
+            listed = "; ".join(f"{name}: {why}" for name, why in list(self.left_whole.items())[:20])
+            raise UnreachableRateError(
+                f"only {cut:,} of the {all_:,} parameters in prune.scope="
+                f"{list(self.plan.scope)} can be cut. Left whole: {listed}"
+            )
+
+    def _save_scores(self, scores: dict[str, Tensor], channels: dict[str, list[int]]) -> None:
+        """The scores of a round and the channels it removed, for inspection."""
+        arrays: dict[str, Any] = {f"score/{name}": s.numpy() for name, s in scores.items()}
+        arrays |= {f"removed/{name}": np.asarray(gone) for name, gone in channels.items()}
+        np.savez_compressed(self.folder / f"scores-{self.round}.npz", **arrays)
+
+    def _enter_phase(self, module: Any) -> None:
+        module.phase_epochs = self.plan.retrain_epochs if self.round else self.plan.base_epochs
+        module.lr_scale = self.plan.retrain_lr if self.round else 1.0
+
+    def _count(self, module: DetectorModule) -> dict[str, int]:
+        shape = (1, 3, *module.input_size)
+        return {
+            "params": profiling.count_parameters(module.detector),
+            "flops": profiling.multiply_adds(
+                module.detector, lambda x: raw_forward(module.detector, x), shape
+            ),
+        }
+
+    def _latency(self, module: DetectorModule) -> dict[str, Any]:
+        image = module.example()
+        with evaluating(module.detector):
+            found = profiling.latency(
+                lambda: raw_forward(module.detector, image),
+                runs=self.latency_runs,
+                device=image.device,
+            )
+        return {
+            "latency_ms": round(found.median_ms, 3),
+            "threads": found.threads,
+            "device": found.device,
+        }
+
+
+def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, ExponentialMovingAverage)]
+
+
+def _data(trainer: L.Trainer) -> DetectionDataModule:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, DetectionDataModule)
+    return data
+
+

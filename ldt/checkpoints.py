@@ -1,0 +1,51 @@
+"""From a checkpoint back to an ordinary mmdet detector."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldt.detectors import build
+from ldt.pruning import structure
+
+
+def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The detector of a checkpoint, with its pruned structure and weights, in eval mode.
+
+    Args:
+        path: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        device: where to put it.
+
+    Returns:
+        An ordinary mmdet detector; ``dataset_meta`` holds the class names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or was not written by ldt.
+    """
+    checkpoint = read(path)
+    about = checkpoint["ldt"]
+    state = {
+        key.removeprefix("detector."): value
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith("detector.")
+    }
+    detector = build(about["model"], initialise=False)
+    structure.rebuild(detector, about["structure"], state)
+    detector.load_state_dict(state, strict=True)
+    detector.dataset_meta = {"classes": tuple(about["classes"])}  # type: ignore[assignment]
+    return detector.to(device).eval()
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, loaded with ``weights_only=True``; errors as :func:`load_pruned`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a truncated or foreign file
+        raise ValueError(f"{str(path)!r} is damaged or no checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or "ldt" not in checkpoint:
+        raise ValueError(f"{str(path)!r} was not written by ldt: it has no structure record")
+    return checkpoint

@@ -1,0 +1,202 @@
+"""The typed schema of every configuration key that this project owns.
+
+Hydra merges the files of ``conf/`` into these dataclasses, so that a misspelt key or a value of
+the wrong type stops a run before any model is built, naming the key.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+# Where things are and how fast they load: keys that do not change a run's result.
+DETAILS = ("dataset.root", "dataset.cache", "dataset.workers", "trainer.devices")
+
+
+@dataclass
+class DetectorConfig:
+    """An mmdet detector: a config to start from, changes to it, and where to tap it."""
+
+    name: str = MISSING
+    config: str = MISSING  # a config file, or mmdet::<family>/<file> for a packaged one
+    options: dict[str, Any] = field(default_factory=dict)  # merged into the config's `model`
+    checkpoint: str | None = None  # weights of the whole detector, mmdet's or ours
+    pretrained: bool = False  # load the pretrained backbone that the config names
+    neck: str = "auto"  # module whose output LDT acts on
+    predictors: list[str] | None = None  # modules never pruned; null finds them
+    size: str = "full"  # full | tiny: picks the input scale of a data set
+    pad: str = "none"  # none | square: YOLOX pads every image to the input scale
+
+
+@dataclass
+class RecipeConfig:
+    """How a detector is trained: epochs, optimizer (mmengine's keys), schedule, augmentation."""
+
+    epochs: int = MISSING  # base training; 0 starts from detector.checkpoint
+    retrain_epochs: int = MISSING  # after each cut
+    batch_size: int = MISSING  # images per process and step
+    optimizer: dict[str, Any] = field(default_factory=dict)  # mmengine's keys, `type` first
+    paramwise: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "step"  # step | cosine | constant
+    milestones: list[float] = field(default_factory=lambda: [2 / 3, 11 / 12])  # shares of a phase
+    warmup: int = 500  # steps, at most a fifth of a phase
+    warmup_shape: str = "linear"  # linear | quadratic
+    min_lr: float = 0.0  # share of the learning rate that a cosine ends at
+    retrain_lr: float = 1.0  # share of the learning rate used after a cut
+    clip_grad: float | None = None  # largest gradient norm
+    ema: float | None = None  # mmdet's ExpMomentumEMA momentum; null = no moving average
+    augment: str = "flip"  # none | flip | mosaic
+    plain_epochs: int = 0  # last epochs of a phase without mosaic and with YOLOX's L1 loss
+
+
+@dataclass
+class LDTConfig:
+    """Eqs. 1-12 of the paper. ``enabled`` is true for every method whose yaml says so."""
+
+    enabled: bool = MISSING
+    phi: float = 5e-3  # eigenvalues above phi * max count as discriminants
+    alpha: float = 5e-4  # weight of the discriminating term
+    beta: float = 7.5  # weight of the covariance term
+    ridge: float = 0.1  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
+    ridge_absolute: float = 1e-6
+    covariance: str = "mean"  # mean | sum over the off-diagonal entries of eq. 11
+    warmup_epochs: float = 1.0  # alpha and beta rise linearly from 0
+    memory: int = 0  # earlier batches whose detached object vectors join the scatter matrices
+    gather: bool = True  # object vectors of all processes enter the scatter matrices
+
+
+@dataclass
+class MethodConfig:
+    """A pruning method: a criterion, its ranking, and whether LDT is on while training."""
+
+    name: str = MISSING
+    ldt: bool = False
+    ranking: str = "global"  # global | global_normalised | uniform
+    criterion: dict[str, Any] | None = None
+
+
+@dataclass
+class PruneConfig:
+    """How much is removed, in how many rounds, and where."""
+
+    rate: float = MISSING  # share of the unpruned model's budget that is gone at the end
+    rounds: int = MISSING
+    budget: str = "params"  # params | flops
+    scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])
+    max_layer_rate: float = 0.95  # at most this share of a layer goes
+    min_channels: int = 4  # at least this many channels of a layer stay
+    images: int = 128  # training images that a criterion sees
+    batch_size: int = 16  # of those per forward pass
+
+
+@dataclass
+class DatasetConfig:
+    """Keys that every data set has; ``_target_`` is its LightningDataModule."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+    root: str | None = None
+    metric: str = MISSING  # the headline metric: AP (COCO) or mAP (VOC, IoU 0.5)
+    scales: dict[str, list[int]] = field(default_factory=dict)  # input (width, height) per detector.size
+    scale: list[int] = field(default_factory=list)
+    keep_ratio: bool = True
+    workers: int = 2
+    val_batch_size: int = 16
+
+
+@dataclass
+class RoadScenesConfig(DatasetConfig):
+    """The generated data set."""
+
+    cache: str | None = None
+    train: int = 512
+    val: int = 192
+    height: int = 128
+    width: int = 256
+    scene_seed: int = 0
+    difficulty: float = 1.0
+
+
+@dataclass
+class KittiConfig(DatasetConfig):
+    """KITTI's object detection benchmark."""
+
+    grouping: str = "merged"  # merged | strict
+    classes: list[str] = field(default_factory=lambda: ["Car", "Pedestrian", "Cyclist"])
+    train_fraction: float = 0.8
+    split_seed: int = 0
+
+
+@dataclass
+class CocoConfig(DatasetConfig):
+    """Any data set in COCO's format."""
+
+    train_ann: str = "annotations/instances_train2017.json"
+    train_img: str = "train2017"
+    val_ann: str = "annotations/instances_val2017.json"
+    val_img: str = "val2017"
+    classes: list[str] | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """What goes to ``lightning.Trainer``, and how often the validation set is seen."""
+
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    strategy: str = "auto"
+    num_nodes: int = 1
+    precision: str = "32-true"
+    deterministic: Any = "warn"  # true raises where CUDA has no deterministic kernel
+    sync_batchnorm: bool = False
+    log_every_n_steps: int = 10
+    validate_every: int = 0  # epochs; 0 = only at the end of a phase
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    threads: int | None = None  # torch CPU threads; null keeps torch's choice
+
+
+@dataclass
+class ReportConfig:
+    """What is measured and drawn."""
+
+    latency_runs: int = 30  # 0 = do not measure
+    pictures: int = 8  # validation images drawn; 0 = none
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    ldt: LDTConfig = field(default_factory=LDTConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    dataset: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    logger: dict[str, Any] = field(default_factory=dict)
+    study: str = "default"
+    seed: int = 0
+    run_name: str = MISSING
+
+
+def identity_suffix(overrides: str) -> str:
+    """``-<8 hex digits>`` of the overrides that a run's name does not spell out, or nothing."""
+    return "-" + hashlib.sha256(overrides.encode()).hexdigest()[:8] if overrides else ""
+
+
+def register() -> None:
+    """Make the schema known to Hydra, and the resolver that names runs to OmegaConf."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, node in (
+        ("roadscenes", RoadScenesConfig),
+        ("kitti", KittiConfig),
+        ("coco", CocoConfig),
+    ):
+        store.store(group="dataset", name=f"{name}_schema", node=node)
+    OmegaConf.register_new_resolver("identity_suffix", identity_suffix, replace=True)

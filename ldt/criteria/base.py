@@ -1,0 +1,125 @@
+"""What a pruning criterion is given and what it gives back."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch_pruning.pruner.importance import Importance
+
+from ldt.discriminant import Objects
+from ldt.pruning.graph import CONVOLUTIONS, PruningGraph
+
+
+class Batch(Protocol):
+    """Images ready for the network, with their labelled objects."""
+
+    images: Tensor  # [N, 3, H, W]
+    objects: Objects
+
+
+class Target(Protocol):
+    """What a criterion may ask of the detector; three lines make a small network one."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is pruned."""
+        ...
+
+    def features(self, batch: Any) -> Sequence[Tensor]:
+        """The neck's output maps [N, C, h, w], one per scale."""
+        ...
+
+    def detection_loss(self, batch: Any) -> Tensor:
+        """The detector's own training loss, a scalar."""
+        ...
+
+
+class Criterion(Importance):
+    """Scores the channels of a coupled group: a Torch-Pruning importance with statistics.
+
+    :meth:`collect` looks at calibration batches once a round; :meth:`channel_scores` then gives
+    one score per output channel of a layer. A coupled group's score is the sum over its layers.
+    """
+
+    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
+        """Gather statistics; called in eval mode with gradients on for all parameters.
+
+        Args:
+            target: the detector.
+            graph: its coupled groups.
+            batches: calibration batches; may be iterated more than once.
+        """
+        raise NotImplementedError
+
+    def channel_scores(self, layer: nn.Module) -> Tensor:
+        """One score per output channel of a convolution, the least useful lowest, 1-D."""
+        raise NotImplementedError
+
+    def __call__(self, group: Any) -> Tensor:
+        """The summed scores of a Torch-Pruning group's layers, [channels of its root]."""
+        total = torch.zeros(len(group[0].root_idxs), dtype=torch.float64)
+        for item in group.items:
+            layer = item.dep.target.module
+            produces = group._DG.is_out_channel_pruning_fn(item.dep.handler)
+            if produces and isinstance(layer, CONVOLUTIONS):
+                scores = self.channel_scores(layer).detach().double().cpu()
+                total.index_add_(0, torch.as_tensor(item.root_idxs), scores[list(item.idxs)])
+        return total
+
+
+def score_groups(
+    criterion: Importance, target: Target, graph: PruningGraph, batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Scores of every group, with a criterion of ours or any importance of Torch-Pruning."""
+    if isinstance(criterion, Criterion):
+        criterion.collect(target, graph, batches)
+    scores = {}
+    for name, group in graph.groups.items():
+        found = criterion(group.raw)
+        if found is None:
+            raise ValueError(f"{type(criterion).__name__} gives no scores for the group {name!r}")
+        scores[name] = found.detach().double().cpu()
+    return scores
+
+
+def scored_points(graph: PruningGraph) -> dict[nn.Module, nn.Module]:
+    """For every convolution that may lose filters, the module whose output is its F^(l).
+
+    That is the normalisation that follows it, where there is one (METHOD: row 18).
+    """
+    modules = dict(graph.model.named_modules())
+    return {
+        member.layer: modules[graph.norm_of.get(member.name, member.name)]
+        for group in graph.groups.values()
+        for member in group.producers
+    }
+
+
+Receive = Callable[[nn.Module, Tensor, Tensor], None]
+
+
+@contextmanager
+def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> Iterator[None]:
+    """Within it, every backward calls ``receive(layer, F, dz/dF)``, once per call of the layer.
+
+    Args:
+        points: from :func:`scored_points`.
+        receive: gets the convolution, its feature map and the gradient, both [N, C, h, w].
+    """
+
+    def tap(layer: nn.Module) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            value = output.detach()
+            output.register_hook(lambda gradient: receive(layer, value, gradient))
+            return output.clone()  # what follows may work in place (ReLU, residual sums)
+
+        return hook
+
+    hooks = [point.register_forward_hook(tap(layer)) for layer, point in points.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

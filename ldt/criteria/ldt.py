@@ -1,0 +1,219 @@
+"""Location-aware discriminant tracing, eqs. 13-16 of the paper."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ldt.criteria.base import Criterion, Target, feature_gradients, scored_points
+from ldt.discriminant import (
+    Objects,
+    attention,
+    channel_ratio,
+    discriminant_directions,
+    discriminative_channels,
+    location_aware_discriminants,
+    object_vectors,
+)
+from ldt.pruning.graph import PruningGraph
+
+Source = Literal["neck", "neck_all", "neck_energy", "power", "discriminant", "detection"]
+Reduce = Literal["absolute", "signed", "sum_absolute", "position", "position_absolute"]
+
+
+class LDTCriterion(Criterion):
+    """Traces the neck's discriminating power back to every channel by first derivatives.
+
+    ``u_c`` (eq. 13) is the gradient of a scalar z, the chosen ``source``, averaged over the
+    positions of a feature map; the score (eqs. 14-16) sums ``M u_c F_c`` over positions, with the
+    attention M of eq. 15, and averages over images.
+
+    Args:
+        source: what z is.
+            ``neck``: sum of the discriminative channels of the neck's output, those whose ratio
+            (S_b)_cc/(S_w)_cc over the calibration images is above ``phi`` of the largest;
+            ``neck_all``: sum of all its channels; ``neck_energy``: half its squared norm;
+            ``power``: the sum of the top eigenvalues (eq. 10);
+            ``discriminant``: half the squared norm of its projection on the top eigenvectors;
+            ``detection``: the detection loss (LDT_det of Table 3).
+        location: weight positions by the attention map; False counts all alike.
+        reduce: how the positions and images of eq. 16 are summed.
+            ``absolute``: per image |sum M u F|; ``signed``: its literal signed sum;
+            ``sum_absolute``: sum |M u F|; ``position`` and ``position_absolute``: |sum M dF F| and
+            sum |M dF F| with the gradient kept per position.
+        a: attention next to a box, eq. 15.
+        b: its decay with the squared distance in cells.
+        phi: share of the largest ratio above which a channel is discriminative.
+        ridge: ridge of S_w for ``power`` and ``discriminant``, in tr(S_w)/C.
+
+    Layers outside of the neck's reach (a head in ``prune.scope``) are scored with ``detection``,
+    because the neck's output does not depend on them.
+    """
+
+    def __init__(
+        self,
+        source: Source = "neck",
+        location: bool = True,
+        reduce: Reduce = "absolute",
+        a: float = 1.2,
+        b: float = 0.062,
+        phi: float = 5e-3,
+        ridge: float = 0.1,
+    ) -> None:
+        _choice("source", source, Source)
+        _choice("reduce", reduce, Reduce)
+        self.source, self.location, self.reduce = source, location, reduce
+        self.a, self.b, self.phi, self.ridge = a, b, phi, ridge
+        self._scores: dict[nn.Module, Tensor] = {}
+
+    def channel_scores(self, layer: nn.Module) -> Tensor:
+        """I_c of eq. 16 for every output channel of a layer."""
+        return self._scores[layer]
+
+    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
+        """Score every layer of the graph's groups (eq. 16)."""
+        points = scored_points(graph)
+        self._scores = {
+            layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points
+        }
+        weights = self._channel_weights(target, batches)
+        head = points
+        if self.source != "detection":
+            self._trace(points, target, batches, weights)
+            head = {layer: point for layer, point in points.items() if layer not in self._reached}
+        if head:
+            self._trace(head, target, batches, None)
+
+    def _trace(
+        self,
+        points: dict[nn.Module, nn.Module],
+        target: Target,
+        batches: Iterable[Any],
+        weights: list[Tensor] | None,
+    ) -> None:
+        """One pass of eqs. 13-16; ``weights`` None means the detection loss."""
+        self._reached: set[nn.Module] = set()
+        used = 0
+        for batch in batches:
+            maps: dict[tuple[int, int], Tensor] = {}
+            images = len(batch.images)
+            sums: dict[nn.Module, Tensor] = {}
+
+            def receive(
+                layer: nn.Module,
+                value: Tensor,
+                gradient: Tensor,
+                maps: dict[tuple[int, int], Tensor] = maps,
+                sums: dict[nn.Module, Tensor] = sums,
+                batch: Any = batch,
+            ) -> None:
+                size = (value.shape[2], value.shape[3])
+                if size not in maps:
+                    maps[size] = self._attention(batch.objects, size, len(batch.images))
+                summed = self._sum_positions(value, gradient, maps[size])
+                sums[layer] = sums[layer] + summed if layer in sums else summed
+
+            with feature_gradients(points, receive):
+                self._scalar(target, batch, weights).backward()
+            target.model.zero_grad(set_to_none=True)
+            self._reached |= set(sums)
+            seen = torch.ones(images, dtype=torch.bool)
+            if self.location:  # images without objects have no attention: they are skipped
+                seen = torch.bincount(batch.objects.image.cpu(), minlength=images) > 0
+            used += int(seen.sum())
+            for layer, per_image in sums.items():
+                kept = per_image.double().cpu()[seen]
+                self._scores[layer] += (kept if self.reduce == "signed" else kept.abs()).sum(0)
+        if not used:
+            raise ValueError(
+                "none of the calibration images holds an object, so nothing can be traced; "
+                "raise prune.images or check the labels of the training set"
+            )
+        for layer in self._reached:
+            self._scores[layer] /= used
+
+    def _attention(self, objects: Objects, size: tuple[int, int], images: int) -> Tensor:
+        if not self.location:
+            return torch.ones(images, 1, *size, device=objects.boxes.device)
+        return attention(objects, size, images, self.a, self.b)[:, None]
+
+    def _sum_positions(self, value: Tensor, gradient: Tensor, attended: Tensor) -> Tensor:
+        """The sum over positions inside eq. 16, [N, C]."""
+        value, gradient = value.float(), gradient.float()
+        if self.reduce == "position":
+            return (attended * gradient * value).sum((2, 3))
+        if self.reduce == "position_absolute":
+            return (attended * (gradient * value).abs()).sum((2, 3))
+        u = gradient.mean((2, 3))
+        if self.reduce == "sum_absolute":
+            return (attended * value.abs()).sum((2, 3)) * u.abs()
+        return (attended * value).sum((2, 3)) * u
+
+    def _scalar(self, target: Target, batch: Any, weights: list[Tensor] | None) -> Tensor:
+        """The z that is differentiated, summed over scales and images."""
+        if weights is None:
+            return target.detection_loss(batch)
+        features = target.features(batch)
+        if self.source == "power":
+            found = location_aware_discriminants(
+                features, batch.objects, phi=self.phi, ridge=self.ridge
+            )
+            return -found.loss_ld
+        if self.source == "neck_energy":
+            return torch.stack([f.float().square().sum() / 2 for f in features]).sum()
+        if self.source == "discriminant":
+            projected = [
+                torch.einsum("nchw,ck->nkhw", f.float(), w.to(f.device))
+                for f, w in zip(features, weights, strict=True)
+            ]
+            return torch.stack([p.square().sum() / 2 for p in projected]).sum()
+        return torch.stack(
+            [
+                (f.float().sum((0, 2, 3)) * w.to(f.device)).sum()
+                for f, w in zip(features, weights, strict=True)
+            ]
+        ).sum()
+
+    def _channel_weights(self, target: Target, batches: Iterable[Any]) -> list[Tensor] | None:
+        """Per scale: 1 for the channels D_s ([C]), or the top eigenvectors ([C, K])."""
+        if self.source == "detection":
+            return None
+        if self.source in ("power", "neck_energy"):
+            return []
+        with torch.no_grad():
+            if self.source == "neck_all":
+                first = target.features(next(iter(batches)))
+                return [torch.ones(f.shape[1]) for f in first]
+            vectors, labels = _all_vectors(target, batches)
+        at_least = len(labels.unique()) - 1
+        if self.source == "discriminant":
+            return [discriminant_directions(x, labels, self.phi, self.ridge).float() for x in vectors]
+        return [
+            discriminative_channels(channel_ratio(x, labels), self.phi, at_least).float()
+            for x in vectors
+        ]
+
+
+def _all_vectors(target: Target, batches: Iterable[Any]) -> tuple[list[Tensor], Tensor]:
+    """Object vectors of every scale over all batches, each [K, C], and their labels [K]."""
+    rows: list[Sequence[Tensor]] = []
+    labels: list[Tensor] = []
+    for batch in batches:
+        features = target.features(batch)
+        rows.append([object_vectors(f, batch.objects).cpu() for f in features])
+        labels.append(batch.objects.labels.cpu())
+    return [torch.cat(scale) for scale in zip(*rows, strict=True)], torch.cat(labels)
+
+
+def _width(layer: nn.Module) -> int:
+    width = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
+    assert isinstance(width, int)
+    return width
+
+
+def _choice(key: str, given: str, allowed: Any) -> None:
+    if given not in get_args(allowed):
+        raise ValueError(
+            f"method.criterion.{key}={given!r}; choose one of {', '.join(get_args(allowed))}"
+        )

@@ -1,0 +1,350 @@
+"""Detection data in Lightning's form: mmdet's data sets and pipelines, in a reproducible order.
+
+All the chance in a training batch (which images, and how each is augmented) is a pure function
+of the seed, the epoch and the image: it depends neither on the number of workers nor on what
+the process drew before, so a resumed run sees the batches that the uninterrupted one saw.
+"""
+
+import copy
+import random
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import MultiImageMixDataset
+from mmdet.registry import TRANSFORMS
+from mmengine.dataset import BaseDataset, Compose, pseudo_collate
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data.distributed import DistributedSampler
+
+Split = Literal["train", "val"]
+AUGMENT = ("none", "flip", "mosaic")
+PAD = ("none", "square")
+MIX = ("Mosaic", "RandomAffine", "MixUp")  # what YOLOX switches off for its last epochs
+PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
+META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+
+
+def check_choice(option: str, given: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `given` is one of `allowed`; `option` is what the user types."""
+    if given not in allowed:
+        raise ValueError(
+            f"{option}={given!r} is not known; allowed: {', '.join(allowed)} "
+            f"(type for example {option}={allowed[0]})"
+        )
+
+
+def need_folder(root: str | Path, option: str, expected: str) -> Path:
+    """Return `root` as a path; FileNotFoundError naming what is `expected` there if it is none."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no folder {path}; expected there: {expected}. Type {option}=/path/to/it"
+        )
+    return path
+
+
+@TRANSFORMS.register_module()
+class ReadImage(LoadImageFromFile):
+    """mmcv's image reader, which says which file it could not decode.
+
+    Raises FileNotFoundError if the file is gone and ValueError if it is not an image.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Add `img` (H, W, 3 uint8, BGR), `img_shape` and `ori_shape` (h, w) to `results`."""
+        try:
+            loaded = super().transform(results)
+        except (AssertionError, cv2.error) as error:
+            raise ValueError(
+                f"cannot read the image {results['img_path']}: damaged or no image; restore it"
+            ) from error
+        assert loaded is not None, "only ignore_empty=True returns None"
+        return loaded
+
+
+def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dict]:
+    """Steps that bring an image to the network's `scale` (w, h), padded to it if `pad`=square."""
+    steps: list[dict] = [{"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}]
+    if pad == "square":
+        steps.append({"type": "Pad", "size": scale, "pad_val": {"img": PAD_COLOUR}})
+    return steps
+
+
+def plain_steps(resize: list[dict], flip: bool) -> list[dict]:
+    """Pipeline whose boxes are in the coordinates of the network input (loaded *before* Resize)."""
+    steps = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}, *resize]
+    if flip:
+        steps.append({"type": "RandomFlip", "prob": 0.5})
+    return [*steps, {"type": "PackDetInputs"}]
+
+
+def test_steps(resize: list[dict]) -> list[dict]:
+    """mmdet's test pipeline: boxes stay in the original image's coordinates (loaded last)."""
+    annotations = {"type": "LoadAnnotations", "with_bbox": True}
+    pack = {"type": "PackDetInputs", "meta_keys": META_KEYS}
+    return [{"type": "ReadImage"}, *resize, annotations, pack]
+
+
+def mosaic_steps(scale: tuple[int, int], resize: list[dict]) -> list[Any]:
+    """YOLOX's training steps (arXiv 2107.08430), numbers from mmdet's yolox_s_8xb8-300e_coco.
+
+    They follow image and annotation loading. keep_empty=False, against its name, is what makes
+    mmdet 3.3's FilterAnnotations keep an image that has no box left.
+    """
+    border = (-scale[0] // 2, -scale[1] // 2)
+    return [
+        {"type": "Mosaic", "img_scale": scale, "pad_val": 114.0},
+        {"type": "RandomAffine", "scaling_ratio_range": (0.1, 2), "border": border},
+        {"type": "MixUp", "img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0},
+        {"type": "YOLOXHSVRandomAug"},
+        {"type": "RandomFlip", "prob": 0.5},
+        *resize,
+        {"type": "FilterAnnotations", "min_gt_bbox_wh": (1, 1), "keep_empty": False},
+        {"type": "PackDetInputs"},
+    ]
+
+
+def with_pipeline(dataset: BaseDataset, steps: list[dict]) -> BaseDataset:
+    """Return a view of `dataset` that shares its annotations and runs the transforms `steps`."""
+    view = copy.copy(dataset)
+    view.pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    return view
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed `random` and `numpy.random` (the sources of mmdet's transforms), restore them after."""
+    saved = random.getstate(), np.random.get_state()  # noqa: NPY002
+    state = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])  # noqa: NPY002
+
+
+class Draw(NamedTuple):
+    """What the sampler asks of the training set: an image, the epoch, and whether to mix images.
+
+    Epoch and switch travel with the index because persistent workers hold a copy of the data set
+    that nothing else reaches.
+    """
+
+    index: int
+    epoch: int
+    mix: bool
+
+
+class TrainingImages(Dataset):
+    """Training images whose augmentation is a pure function of (seed, epoch, index)."""
+
+    def __init__(self, images: BaseDataset | MultiImageMixDataset, seed: int) -> None:
+        self.images = images
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: Draw | int) -> dict:
+        # Plain integers come from the sequential sampler of Lightning's `overfit_batches`.
+        draw = item if isinstance(item, Draw) else Draw(item, epoch=0, mix=True)
+        if isinstance(self.images, MultiImageMixDataset):
+            self.images.update_skip_type_keys([] if draw.mix else list(MIX))
+        with seeded(self.seed, draw.epoch, draw.index):
+            return self.images[draw.index]
+
+
+class EpochSampler(DistributedSampler):
+    """Shuffled `Draw`s, a pure function of (seed, epoch); `set_epoch` is called by Lightning.
+
+    A DistributedSampler also for one process, so that Lightning never replaces it.
+    """
+
+    def __init__(self, dataset: TrainingImages, rank: int, world: int, mix: bool) -> None:
+        # torch adds the epoch to the seed: keep the epochs of neighbouring seeds apart.
+        super().__init__(dataset, world, rank, shuffle=True, seed=dataset.seed << 20)
+        self.mix = mix
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch, mix = self.epoch, self.mix
+        return iter([Draw(int(index), epoch, mix) for index in super().__iter__()])
+
+
+def one_thread(worker: int) -> None:
+    """Keep a data worker to a single thread; OpenCV's own pool does not survive the fork."""
+    cv2.setNumThreads(0)
+
+
+@dataclass(kw_only=True, eq=False)
+class DetectionDataModule(LightningDataModule, ABC):
+    """Training, validation, calibration and probe images of one data set.
+
+    Every loader gives `{"inputs": [uint8 (3, h, w), BGR], "data_samples": [DetDataSample]}`.
+    A sample has `gt_instances` and `ignored_instances` (either may be empty) with `bboxes`
+    (x1, y1, x2, y2) and `labels`, and `img_id` (int, unique in its split: a distributed run
+    validates some images twice, and their id tells), `img_path`, `ori_shape`, `img_shape`,
+    `scale_factor`. Boxes are in the coordinates of the network input, except in
+    `val_dataloader`: there they are in the original image's, as mmdet's predictions are.
+
+    Args:
+        root: the data set's folder.
+        scale: the network's input size (width, height) in pixels.
+        batch_size, val_batch_size: images in a batch.
+        workers: loading processes; 0 loads in the main process. Batches do not depend on it.
+        seed: of the order, the augmentation and the calibration subset.
+        augment: "none", "flip" (left-right), "mosaic" (YOLOX's).
+        pad: "square" pads every image to `scale` with grey, as YOLOX does; "none" does not.
+        keep_ratio: fit the image inside `scale`; False stretches it to `scale`.
+        classes: names in the order of the labels; empty for the data set's usual ones.
+
+    Raises ValueError for an option out of range, at construction.
+    """
+
+    root: str | None = None
+    scale: tuple[int, int] = (640, 640)
+    batch_size: int = 8
+    val_batch_size: int = 8
+    workers: int = 0
+    seed: int = 0
+    augment: str = "flip"
+    pad: str = "none"
+    keep_ratio: bool = True
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        scale = tuple(int(side) for side in self.scale)
+        if len(scale) != 2 or min(scale) < 1:
+            raise ValueError(
+                f"dataset.scale={list(scale)} is not a size; allowed: two positive whole numbers, "
+                "width and height in pixels (type for example dataset.scale=[640,192])"
+            )
+        self.scale = (scale[0], scale[1])
+        self.classes = tuple(self.classes or ())
+        check_choice("augment", self.augment, AUGMENT)
+        check_choice("pad", self.pad, PAD)
+        for option, least in {
+            "batch_size": 1,
+            "val_batch_size": 1,
+            "workers": 0,
+            "seed": 0,
+        }.items():
+            given = getattr(self, option)
+            if given < least:
+                raise ValueError(f"{option}={given} is too small; allowed: {least} or more")
+        self._resize = resize_steps(self.scale, self.keep_ratio, self.pad)
+        self._datasets: dict[str, BaseDataset] = {}
+        self._sampler: EpochSampler | None = None
+        self._mix = True
+
+    @abstractmethod
+    def load(self, split: Split) -> BaseDataset:
+        """Read the annotations of `split`; the result needs no pipeline, and `test_mode=True`.
+
+        In test mode mmengine neither drops images without objects nor replaces one that fails
+        by a random other.
+        """
+
+    @abstractmethod
+    def split_ids(self) -> dict[str, list]:
+        """Name every image: {"train": [...], "val": [...]}, to be saved with a run."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read what `stage` needs ("fit" or None: both splits); reads a split only once."""
+        for split in ("train", "val") if stage in (None, "fit") else ("val",):
+            self.dataset(split)
+
+    def dataset(self, split: Split) -> BaseDataset:
+        """Return the annotations of `split` without pipeline, read when first asked for."""
+        check_choice("split", split, ("train", "val"))
+        if split not in self._datasets:
+            self._datasets[split] = self.load(split)
+        return self._datasets[split]
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled and augmented; Lightning tells its sampler the epoch."""
+        images = TrainingImages(self._training_images(), self.seed)
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        self._sampler = EpochSampler(images, rank, world, self._mix)
+        return self._loader(images, self.batch_size, self._sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation images in order; ground truth in the original image's coordinates."""
+        images = with_pipeline(self.dataset("val"), test_steps(self._resize))
+        return self._loader(images, self.val_batch_size)
+
+    def calibration_dataloader(self, images: int, batch_size: int) -> DataLoader:
+        """The first `images` of a seeded permutation of the training set, not augmented.
+
+        The same images at every call and in every process. Warns, and gives the whole training
+        set, if it has fewer; ValueError if `images` is not positive.
+        """
+        if images < 1:
+            raise ValueError(f"{images} calibration images were asked for; allowed: 1 or more")
+        training = self._plain("train")
+        if images > len(training):
+            available = f"all {len(training)} images of the training set are used"
+            warnings.warn(f"{available}, {images} calibration images were asked for", stacklevel=2)
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(training), generator=generator)[:images]
+        return self._loader(Subset(training, order.tolist()), batch_size)
+
+    def probe_dataloader(self, split: Split, batch_size: int) -> DataLoader:
+        """All images of `split` in order, not augmented, boxes in network coordinates."""
+        return self._loader(self._plain(split), batch_size)
+
+    def augment_off(self) -> None:
+        """Train without mosaic, affine and mix-up from the next epoch on (YOLOX's last epochs).
+
+        Flip and colour stay. Nothing needs to be reloaded: the switch travels with the indices
+        (`Draw`), also to persistent workers. Does nothing for the other kinds of `augment`.
+        """
+        self._set_mix(False)
+
+    def augment_on(self) -> None:
+        """Undo `augment_off`, from the next epoch on."""
+        self._set_mix(True)
+
+    def _set_mix(self, mix: bool) -> None:
+        self._mix = mix
+        if self._sampler is not None:
+            self._sampler.mix = mix
+
+    def _plain(self, split: Split) -> BaseDataset:
+        return with_pipeline(self.dataset(split), plain_steps(self._resize, flip=False))
+
+    def _training_images(self) -> BaseDataset | MultiImageMixDataset:
+        if self.augment != "mosaic":
+            steps = plain_steps(self._resize, flip=self.augment == "flip")
+            return with_pipeline(self.dataset("train"), steps)
+        load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
+        single = with_pipeline(self.dataset("train"), load)
+        return MultiImageMixDataset(single, mosaic_steps(self.scale, self._resize))
+
+    def _loader(
+        self, dataset: Any, batch_size: int, sampler: EpochSampler | None = None
+    ) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0 and sampler is not None,
+            collate_fn=pseudo_collate,
+            worker_init_fn=one_thread,
+            # Its own generator: starting a loader must not advance torch's global one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )

@@ -1,0 +1,317 @@
+"""KITTI's object detection data (Geiger et al., CVPR 2012), and any data set in its layout."""
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mmdet.datasets import BaseDetDataset
+from mmdet.registry import DATASETS
+from PIL import Image, UnidentifiedImageError
+
+from ldt.data import roadscenes
+from ldt.data.datamodule import DetectionDataModule, Split, check_choice, need_folder
+
+TYPES = (  # every name that KITTI's label files use
+    *("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram"),
+    *("Misc", "DontCare"),
+)
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+GROUPINGS: dict[str, dict[str, str]] = {
+    "merged": {"Van": "Car", "Truck": "Car", "Tram": "Car", "Person_sitting": "Pedestrian"},
+    "strict": {},
+}
+COLUMNS = 15  # type, truncation, occlusion, angle, box (4), size (3), position (3), rotation
+IMAGES, LABELS = Path("training/image_2"), Path("training/label_2")
+LAYOUT = f"KITTI's folders {IMAGES} (.png or .jpg) and {LABELS} (.txt)"
+
+
+class KittiObject(NamedTuple):
+    """One labelled object: its KITTI type and its box (x1, y1, x2, y2) in pixels."""
+
+    name: str
+    box: tuple[float, float, float, float]
+
+
+def parse_label(label: Path | str, width: int, height: int) -> list[KittiObject]:
+    """Read a KITTI label, given as a file or as its text, of an image of `width` x `height` pixels.
+
+    Boxes are clipped to the image: KITTI's own reach beyond it by a pixel or so.
+
+    Raises:
+        ValueError: naming file and line, for a wrong number of columns, something that is not a
+            number, an unknown type, or a box that is empty or wholly outside the image.
+    """
+    if isinstance(label, Path):
+        source, text = str(label), label.read_text(encoding="utf-8", errors="replace")
+    else:
+        source, text = "label", label
+    return [
+        _parse_line(line, f"{source}, line {number}", width, height)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip()
+    ]
+
+
+def _parse_line(line: str, where: str, width: int, height: int) -> KittiObject:
+    name, *rest = line.split()
+    if len(rest) + 1 != COLUMNS:
+        raise ValueError(
+            f"{where}: found {len(rest) + 1} columns, expected KITTI's {COLUMNS}: type, "
+            f"truncation, occlusion, angle, box (4), size (3), position (3), rotation; in {line!r}"
+        )
+    if name not in TYPES:
+        raise ValueError(f"{where}: unknown type {name!r}; allowed: {', '.join(TYPES)}")
+    try:
+        numbers = [float(value) for value in rest]
+    except ValueError as error:
+        raise ValueError(f"{where}: expected numbers after the type, {error}") from error
+    x1, y1, x2, y2 = box = numbers[3:7]
+    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    good = all(map(math.isfinite, box)) and clipped[2] > clipped[0] and clipped[3] > clipped[1]
+    if not good:
+        raise ValueError(
+            f"{where}: the box {tuple(box)} is empty or wholly outside the image of "
+            f"{width}x{height} pixels; expected x1 < x2 and y1 < y2, in pixels, partly inside"
+        )
+    return KittiObject(name, clipped)
+
+
+def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str]) -> list[dict]:
+    """Turn objects into mmdet's instances; what is in no class becomes an ignore region.
+
+    "merged" counts Van, Truck, Tram as Car and Person_sitting as Pedestrian; "strict" takes names
+    as they are. Ignore regions belong to no class: their label is -1.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    merged = GROUPINGS[grouping]
+    instances = []
+    for item in objects:
+        label = labels.get(merged.get(item.name, item.name), -1)
+        instances.append(
+            {"bbox": list(item.box), "bbox_label": label, "ignore_flag": int(label < 0)}
+        )
+    return instances
+
+
+def check_classes(classes: Sequence[str], grouping: str) -> None:
+    """Raise ValueError for an unknown `grouping`, or a class that cannot occur under it."""
+    check_choice("dataset.grouping", grouping, tuple(GROUPINGS))
+    allowed = [name for name in TYPES if name != "DontCare" and name not in GROUPINGS[grouping]]
+    for name in classes:
+        if name not in allowed:
+            raise ValueError(
+                f"KITTI has no class {name!r} with dataset.grouping={grouping}; allowed: "
+                f"{', '.join(allowed)} (type for example dataset.classes=[{','.join(CLASSES)}])"
+            )
+
+
+def image_ids(root: Path) -> list[str]:
+    """Sorted names, without extension, of the images under `root`.
+
+    Raises FileNotFoundError if there is none.
+    """
+    ids = sorted(_image_files(root))
+    if not ids:
+        raise FileNotFoundError(f"no images in {root / IMAGES}; expected in {root}: {LAYOUT}")
+    return ids
+
+
+def _image_files(root: Path) -> dict[str, Path]:
+    folder = root / IMAGES
+    files = sorted(folder.iterdir()) if folder.is_dir() else ()
+    return {file.stem: file for file in files if file.suffix in (".png", ".jpg")}
+
+
+def split(ids: Sequence[str], fraction: float = 0.8, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Split `ids` into sorted (train, val) with `fraction` of them, rounded, in train.
+
+    Ordered by a hash of (seed, id), so neither the order of `ids` nor a library's random number
+    generator has a say. ValueError if an id occurs twice or a side would be empty.
+    """
+    if len(set(ids)) != len(ids):
+        raise ValueError("cannot split: an image id occurs twice")
+    count = round(fraction * len(ids))
+    if not 0 < count < len(ids):
+        raise ValueError(
+            f"dataset.train_fraction={fraction} of {len(ids)} images leaves {count} for training "
+            f"and {len(ids) - count} for validation; allowed: at least one each (type for "
+            "example dataset.train_fraction=0.8)"
+        )
+    order = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    return sorted(order[:count]), sorted(order[count:])
+
+
+def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:
+    """(train, val) from ImageSets/train.txt and val.txt; None unless both exist.
+
+    Raises ValueError if an image is in both, or one of them is empty.
+    """
+    files = [root / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
+    if not all(file.is_file() for file in files):
+        return None
+    train, val = (file.read_text().split() for file in files)
+    both = sorted(set(train) & set(val))
+    if both:
+        raise ValueError(f"{len(both)} images are in {files[0]} and in {files[1]}: {both[0]}, ...")
+    for file, ids in zip(files, (train, val), strict=True):
+        if not ids:
+            raise ValueError(f"{file} is empty; expected one image id in a line, like 000042")
+    return train, val
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from the file's header, without decoding the image."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {path}: it is damaged or no image") from error
+
+
+@DATASETS.register_module()
+class KittiDataset(BaseDetDataset):
+    """mmdet data set of the images `ids` in KITTI's layout below `root`; `img_id` = index in `ids`.
+
+    Raises:
+        FileNotFoundError: no such root, or an image or its label is missing.
+        ValueError: a damaged image or label (see `parse_label`), an unknown grouping or class.
+    """
+
+    METAINFO = {"dataset_type": "kitti", "classes": CLASSES}
+
+    def __init__(
+        self,
+        root: str | Path,
+        ids: Sequence[str],
+        grouping: str = "merged",
+        classes: Sequence[str] = CLASSES,
+        pipeline: Sequence[dict] = (),
+        test_mode: bool = True,
+    ) -> None:
+        self.root = need_folder(root, "dataset.root", LAYOUT)
+        self.ids = list(ids)
+        self.grouping = grouping
+        check_classes(classes, grouping)
+        super().__init__(
+            data_root=str(self.root),
+            metainfo={"classes": tuple(classes)},
+            pipeline=list(pipeline),
+            test_mode=test_mode,
+        )
+
+    def load_data_list(self) -> list[dict]:
+        """Read and check every label; called by mmengine."""
+        files = _image_files(self.root)
+        return [self._load(index, name, files) for index, name in enumerate(self.ids)]
+
+    def _load(self, index: int, name: str, files: dict[str, Path]) -> dict:
+        label = self.root / LABELS / f"{name}.txt"
+        if name not in files:
+            image = self.root / IMAGES / name
+            raise FileNotFoundError(f"no image {image}.png or .jpg, although {name} is in the list")
+        if not label.is_file():
+            raise FileNotFoundError(f"no label {label} for the image {files[name]}")
+        width, height = _image_size(files[name])
+        objects = parse_label(label, width, height)
+        return {
+            "img_id": index,
+            "img_path": str(files[name]),
+            "width": width,
+            "height": height,
+            "instances": group(objects, self.grouping, self.metainfo["classes"]),
+        }
+
+
+@dataclass(kw_only=True, eq=False)
+class KittiDataModule(DetectionDataModule):
+    """KITTI below `root`: see `DetectionDataModule` for what is not named here.
+
+    Args:
+        grouping: "merged" or "strict", see `group`.
+        train_fraction: share of the images to train on, where there is no ImageSets/train.txt
+            with a val.txt beside it: these decide if they exist.
+        split_seed: of that split, apart from `seed` so that runs of several seeds compare.
+    """
+
+    grouping: str = "merged"
+    train_fraction: float = 0.8
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.classes = self.classes or CLASSES
+        check_classes(self.classes, self.grouping)
+
+    def folder(self) -> Path:
+        """Return the checked root; ValueError or FileNotFoundError with the option to type."""
+        if self.root is None:
+            raise ValueError(
+                f"dataset.root is not set; type dataset.root=/path/to/kitti ({LAYOUT})"
+            )
+        return need_folder(self.root, "dataset.root", LAYOUT)
+
+    def split_ids(self) -> dict[str, list]:
+        """Names of the images, like "000042", of both splits."""
+        root = self.folder()
+        listed = read_image_sets(root)
+        if listed and self.train_fraction != KittiDataModule.train_fraction:
+            warnings.warn(
+                f"{root}/ImageSets decides the split: dataset.train_fraction is not used",
+                stacklevel=2,
+            )
+        train, val = listed or split(image_ids(root), self.train_fraction, self.split_seed)
+        return {"train": train, "val": val}
+
+    def load(self, split: Split) -> KittiDataset:
+        """Read the labels of `split`."""
+        return KittiDataset(self.folder(), self.split_ids()[split], self.grouping, self.classes)
+
+
+@dataclass(kw_only=True, eq=False)
+class RoadScenesDataModule(KittiDataModule):
+    """The embedded data set: synthetic road scenes, generated once and read like KITTI.
+
+    Args:
+        cache: folder to write to; $LDT_CACHE, else ~/.cache/ldt, if None.
+        train, val, height, width, scene_seed, difficulty: see `roadscenes.RoadScenes`.
+
+    Raises ValueError if `root` is given: the scenes choose their own folder below `cache`.
+    """
+
+    cache: str | None = None
+    train: int = 512
+    val: int = 192
+    height: int = 128
+    width: int = 256
+    scene_seed: int = 0
+    difficulty: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.root is not None:
+            raise ValueError(
+                f"dataset.root={self.root} means nothing to generated scenes; type "
+                f"dataset.cache={self.root} to have them written there"
+            )
+        self.scenes = roadscenes.RoadScenes(
+            train=self.train,
+            val=self.val,
+            height=self.height,
+            width=self.width,
+            seed=self.scene_seed,
+            difficulty=self.difficulty,
+        )
+
+    def prepare_data(self) -> None:
+        """Write the scenes unless they are there; Lightning calls it in one process."""
+        self.folder()
+
+    def folder(self) -> Path:
+        """Return the scenes' folder, which is written by the first who asks."""
+        cache = self.cache or os.environ.get("LDT_CACHE") or "~/.cache/ldt"
+        return roadscenes.write(self.scenes, Path(cache).expanduser())

@@ -1,0 +1,315 @@
+"""Synthetic road scenes in KITTI's folder layout: the data set that needs no download.
+
+Everything is drawn: a perspective road with houses, trees, signs and clutter; cars, pedestrians and
+cyclists as small 3-D bodies under day, dusk, night, fog or hard shadows. An image is a function of
+the options and its index alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from math import cos, sin
+from pathlib import Path
+from uuid import uuid4
+
+import cv2
+import numpy as np
+
+from ldt.data.roadscenes_cast import Body, cast, draw_actor
+from ldt.data.roadscenes_draw import NEAR, Camera, Canvas, Pose
+from ldt.data.roadscenes_scenery import (
+    LIGHTS,
+    PROPS,
+    SKIES,
+    develop,
+    draw_prop,
+    paint_backdrop,
+    prop,
+    throw_shadows,
+)
+
+VERSION = 1  # raise it with every change of the pictures: it is part of the folder's name
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+SHARES = (0.48, 0.28, 0.24)
+SIZES = ((8, 16), (16, 32), (32, 64), (70, 150))  # pixels, sqrt(w * h), at a height of 128
+SIZE_SHARES = (0.24, 0.28, 0.22, 0.26)
+SUPERSAMPLING = 2
+HIDDEN, PARTLY, LARGELY = 0.15, 0.9, 0.5  # visible shares: DontCare below, KITTI's 0 above, 1 above
+SMALLEST = 7.0  # pixels, sqrt(w * h): smaller road users are DontCare
+
+
+@dataclass(frozen=True)
+class RoadScenes:
+    """How many scenes, how large (pixels), from which seed and how hard.
+
+    difficulty scales clutter, crowding, bad light, noise and low contrast: 0 = clean, 1 = default.
+    Raises ValueError for a value that cannot be drawn.
+    """
+
+    train: int = 512
+    val: int = 192
+    height: int = 128
+    width: int = 256
+    seed: int = 0
+    difficulty: float = 1.0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "train": (1, 100_000), "val": (1, 100_000), "height": (64, 1024), "width": (64, 2048),
+            "seed": (0, 2**32 - 1), "difficulty": (0.0, 2.0),
+        }  # fmt: skip
+        for name, (low, high) in bounds.items():
+            given = getattr(self, name)
+            kinds = (int, float) if name == "difficulty" else (int,)
+            if isinstance(given, bool) or not isinstance(given, kinds) or not low <= given <= high:
+                whole = "a number" if name == "difficulty" else "a whole number"
+                raise ValueError(
+                    f"RoadScenes.{name} is {given!r}, but must be {whole} from {low} to {high}; "
+                    f"type for example {name}={getattr(RoadScenes, name)}"
+                )
+
+
+@dataclass(frozen=True)
+class Label:
+    """One line of a KITTI label file. box: (x1, y1, x2, y2), pixel edges inside the image.
+
+    truncated: share of the box outside the image; occluded: 0 visible, 1 partly, 2 largely hidden;
+    size: (height, width, length) and location: (x, y, z) in metres; alpha, yaw: radians.
+    """
+
+    name: str
+    box: Box
+    truncated: float = -1.0
+    occluded: int = -1
+    alpha: float = -10.0
+    size: tuple[float, float, float] = (-1.0, -1.0, -1.0)
+    location: tuple[float, float, float] = (-1000.0, -1000.0, -1000.0)
+    yaw: float = -10.0
+
+    def line(self) -> str:
+        """Return the 15 columns of KITTI's devkit, without the newline."""
+        rest = (self.alpha, *self.box, *self.size, *self.location, self.yaw)
+        numbers = " ".join(f"{value:.2f}" for value in rest)
+        return f"{self.name} {self.truncated:.2f} {self.occluded} {numbers}"
+
+
+def render(scenes: RoadScenes, index: int) -> tuple[np.ndarray, list[Label]]:
+    """Draw scene `index`, the same at every call: (H, W, 3) uint8 BGR, and its labels."""
+    rng = np.random.default_rng([scenes.seed, index])
+    scale = SUPERSAMPLING
+    light = _choose_light(scenes, rng)
+    camera = Camera(
+        focal=scale * scenes.width * float(rng.uniform(0.55, 0.75)),
+        column=scale * scenes.width * float(rng.uniform(0.45, 0.55)),
+        horizon=scale * scenes.height * float(rng.uniform(0.32, 0.46)),
+        height=float(rng.uniform(1.4, 2.1)),
+    )
+    pixels = np.zeros((scale * scenes.height, scale * scenes.width, 4), np.uint8)
+    canvas = Canvas(pixels, camera, LIGHTS[light])
+    verge = float(rng.uniform(7, 11) if rng.random() < 0.5 else rng.uniform(16, 40))
+    paint_backdrop(canvas, SKIES[light], verge, rng)
+    bodies = _populate(scenes, _Stage(canvas, rng), verge)
+    throw_shadows(canvas, bodies, light == "shadow", float(rng.uniform(-0.7, 0.7)))
+    labels = _draw_bodies(canvas, bodies, rng)
+    return develop(canvas, scenes.difficulty, rng), labels
+
+
+def _choose_light(scenes: RoadScenes, rng: np.random.Generator) -> str:
+    bad = np.array([0.0, 0.13, 0.15, 0.11, 0.12]) * min(scenes.difficulty, 1.5)
+    bad[0] = 1 - bad.sum()
+    return str(rng.choice(list(LIGHTS), p=bad))
+
+
+class _Stage:
+    """Finds places for bodies: `placed` holds each with its box in canvas pixels, unclipped."""
+
+    def __init__(self, canvas: Canvas, rng: np.random.Generator) -> None:
+        self.canvas, self.rng = canvas, rng
+        self.placed: list[tuple[Body, Box]] = []
+
+    def settle(self, body: Body, aim: float, verge: float, crowd: float) -> None:
+        """Stand `body` where sqrt(w * h) of its box is about `aim` canvas pixels, or give it up.
+
+        verge: largest |x|, metres; crowd: largest share of one body's box that another may cover.
+        """
+        camera = self.canvas.camera
+        nearest = 1.3 + body.size[2] / 2
+        for share in self.rng.uniform(-0.03, 1.03, 8).tolist():
+            ray = (share * self.canvas.width - camera.column) / camera.focal
+            z = max(nearest, camera.focal * (body.size[0] * body.size[1]) ** 0.5 / aim)
+            # the box's size depends on where it is seen from: correct the depth once
+            z = max(nearest, z * _area(outline(camera, _stand(body, ray, z))) ** 0.5 / aim)
+            if abs(ray * z) > verge:
+                continue
+            moved = _stand(body, ray, z)
+            box = outline(camera, moved)
+            if self._fits(z, box, crowd):
+                self.placed.append((moved, box))
+                return
+
+    def _fits(self, z: float, box: Box, crowd: float) -> bool:
+        frame = _frame(self.canvas)
+        if _area(_overlap(box, frame)) < 0.5 * _area(box):
+            return False
+        for other, other_box in self.placed:
+            farther = box if z > other.pose.z else other_box
+            if _area(_overlap(box, other_box)) > crowd * _area(farther):
+                return False
+        return True
+
+
+def _frame(canvas: Canvas) -> Box:
+    return 0.0, 0.0, float(canvas.width), float(canvas.height)
+
+
+def _stand(body: Body, ray: float, z: float) -> Body:
+    return replace(body, pose=Pose(ray * z, z, body.pose.ry))
+
+
+def outline(camera: Camera, body: Body) -> Box:
+    """Return the box around a body's 3-D box, in canvas pixels, not clipped to the image.
+
+    Plain Python: for eight points numpy's overhead is ten times the work.
+    """
+    (height, width, length), pose = body.size, body.pose
+    c, s = cos(pose.ry) / 2, sin(pose.ry) / 2
+    us, tops, bottoms = [], [], []
+    for ahead, left in ((length, width), (length, -width), (-length, width), (-length, -width)):
+        scale = camera.focal / max(pose.z - ahead * s + left * c, NEAR)
+        us.append(camera.column + (pose.x + ahead * c + left * s) * scale)
+        tops.append(camera.horizon + (camera.height - height) * scale)
+        bottoms.append(camera.horizon + camera.height * scale)
+    return min(us), min(tops), max(us), max(bottoms)
+
+
+def _overlap(a: Box, b: Box) -> Box:
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
+
+
+def _populate(scenes: RoadScenes, stage: _Stage, verge: float) -> list[Body]:
+    """Choose road users and props and find each a place; returned from far to near."""
+    rng, unit = stage.rng, SUPERSAMPLING * scenes.height / 128
+    crowd = 0.12 + 0.38 * scenes.difficulty
+    users = min(2 + int(rng.poisson(3.9)), 11)
+    bounds = np.log(SIZES)[rng.choice(len(SIZES), users, p=SIZE_SHARES)]
+    aims = unit * np.exp(rng.uniform(bounds[:, 0], bounds[:, 1]))
+    kinds = rng.choice(CLASSES, users, p=SHARES).tolist()
+    for kind, aim in zip(kinds, -np.sort(-aims), strict=True):  # the large ones need the room
+        stage.settle(cast(kind, rng), float(aim), min(verge - 1, 20.0), crowd)
+    for _ in range(int(rng.integers(2, 6)) if rng.random() < 0.35 else 0):
+        # far away, too small to tell apart: they end up as DontCare
+        kind = str(rng.choice(CLASSES, p=SHARES))
+        stage.settle(cast(kind, rng), unit * float(rng.uniform(3.0, 5.5)), verge, 0.9)
+    for kind in rng.choice(list(PROPS), int(rng.poisson(2 + 4.5 * scenes.difficulty))).tolist():
+        aim = unit * float(np.exp(rng.uniform(np.log(6), np.log(44))))
+        stage.settle(prop(kind, rng), aim, verge, 0.7 * crowd)
+    return [body for body, _ in sorted(stage.placed, key=lambda item: -item[0].pose.z)]
+
+
+def _draw_bodies(canvas: Canvas, bodies: list[Body], rng: np.random.Generator) -> list[Label]:
+    """Draw from far to near, then label every road user by what is left of its silhouette."""
+    silhouettes: dict[int, tuple[Body, Box, int]] = {}
+    for body in bodies:
+        if body.kind in CLASSES:
+            owner = len(silhouettes) + 1
+            draw_actor(canvas, body, owner, rng)
+            # just drawn, nothing hides it yet: these are its whole box and area
+            silhouettes[owner] = (body, *_measure(canvas, owner))
+        else:
+            draw_prop(canvas, body, rng)
+    labels = []
+    for owner, (body, box, area) in silhouettes.items():
+        left_box, left_area = _measure(canvas, owner)
+        if left_area == 0:
+            continue
+        visible = left_area / area
+        if visible < HIDDEN or _area(box) ** 0.5 < SMALLEST:
+            labels.append(Label("DontCare", left_box))
+        else:
+            labels.append(_label(canvas, body, box, visible))
+    return labels
+
+
+def _measure(canvas: Canvas, owner: int) -> tuple[Box, int]:
+    """Return the box (in image pixels) and the area (in canvas pixels) of an owner's silhouette."""
+    mask = cv2.inRange(canvas.pixels, (0, 0, 0, owner), (255, 255, 255, owner))
+    x, y, width, height = cv2.boundingRect(mask)
+    s = SUPERSAMPLING
+    return (x / s, y / s, (x + width) / s, (y + height) / s), cv2.countNonZero(mask)
+
+
+def _label(canvas: Canvas, body: Body, box: Box, visible: float) -> Label:
+    whole = outline(canvas.camera, body)
+    inside = _overlap(whole, _frame(canvas))
+    pose = body.pose
+    return Label(
+        name=body.kind,
+        box=box,
+        truncated=1 - _area(inside) / _area(whole),
+        occluded=0 if visible >= PARTLY else 1 if visible >= LARGELY else 2,
+        alpha=_wrapped(pose.ry - float(np.arctan2(pose.x, pose.z))),
+        size=body.size,
+        location=(pose.x, canvas.camera.height, pose.z),
+        yaw=_wrapped(pose.ry),
+    )
+
+
+def _wrapped(angle: float) -> float:
+    return float((angle + np.pi) % (2 * np.pi) - np.pi)
+
+
+def folder_name(scenes: RoadScenes) -> str:
+    """Return `roadscenes-<hash>`, the hash being of all options and of the generator's version."""
+    text = json.dumps({"version": VERSION, **asdict(scenes)}, sort_keys=True)
+    return f"roadscenes-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def write(scenes: RoadScenes, cache: Path) -> Path:
+    """Write the data set below `cache` unless it is there, and return its root.
+
+    The root appears complete or not at all: everything is drawn into a sibling folder that is
+    renamed at the end. Of two processes at once, the slower one throws its copy away.
+    """
+    root = Path(cache) / folder_name(scenes)
+    if root.is_dir():
+        return root
+    draft = root.with_name(f".{root.name}-{uuid4().hex[:8]}")
+    try:
+        _write_all(scenes, draft)
+        try:
+            draft.rename(root)
+        except OSError:  # a folder that is not empty cannot be replaced: another one was faster
+            if not root.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return root
+
+
+def _write_all(scenes: RoadScenes, root: Path) -> None:
+    images, labels, sets = (
+        root / part for part in ("training/image_2", "training/label_2", "ImageSets")
+    )
+    for folder in (images, labels, sets):
+        folder.mkdir(parents=True)
+    for index in range(scenes.train + scenes.val):
+        image, found = render(scenes, index)
+        # level 1: noise hardly compresses, and higher levels take three times as long
+        png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+        (images / f"{index:06d}.png").write_bytes(png.tobytes())
+        text = "".join(f"{label.line()}\n" for label in found)
+        (labels / f"{index:06d}.txt").write_text(text, encoding="utf-8")
+    for name, ids in (
+        ("train", range(scenes.train)),
+        ("val", range(scenes.train, scenes.train + scenes.val)),
+    ):
+        lines = "".join(f"{index:06d}\n" for index in ids)
+        (sets / f"{name}.txt").write_text(lines, encoding="utf-8")

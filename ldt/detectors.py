@@ -1,0 +1,294 @@
+"""Build any mmdet detector from its config, and find where to tap it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from ldt.discriminant import Objects
+
+log = logging.getLogger(__name__)
+
+
+def use_mmdet() -> None:
+    """Register mmdet's modules and make ``mmdet`` the default scope (idempotent)."""
+    register_all_modules(init_default_scope=False)
+    if DefaultScope.get_current_instance() is None:
+        DefaultScope.get_instance("ldt", scope_name="mmdet")
+
+
+def model_config(
+    config: str, options: dict[str, Any], n_classes: int, pretrained: bool
+) -> dict[str, Any]:
+    """The ``model`` part of an mmdet config as plain data, with our changes.
+
+    Args:
+        config: an mmdet config file, or ``mmdet::<family>/<file>`` for a packaged one.
+        options: merged into ``model``, by mmengine's rules (``_delete_`` works).
+        n_classes: replaces every ``num_classes`` that equals the config's own.
+        pretrained: keep the ``init_cfg`` entries that load pretrained backbones.
+
+    Raises:
+        ValueError: no such config, or it defines no ``model``.
+    """
+    use_mmdet()
+    try:
+        whole = get_config(config) if "::" in config else Config.fromfile(config)
+    except (FileNotFoundError, OSError, KeyError, AssertionError) as error:
+        raise ValueError(
+            f"detector.config={config!r} cannot be read ({error}). Give a file, or a packaged "
+            "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+        ) from error
+    if "model" not in whole:
+        raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
+    whole.merge_from_dict({"model": options})
+    model = ConfigDict(whole.model).to_dict()
+    _set_num_classes(model, n_classes)
+    if not pretrained:
+        _drop_pretrained(model)
+    return _plain(model)
+
+
+def _set_num_classes(node: Any, n_classes: int) -> None:
+    """Replace ``num_classes`` in every head below ``node``, in place."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "num_classes" and isinstance(value, int):
+                node[key] = n_classes
+            else:
+                _set_num_classes(value, n_classes)
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            _set_num_classes(item, n_classes)
+
+
+def _drop_pretrained(node: Any) -> None:
+    """Remove every ``init_cfg`` that would load a file, in place."""
+    if isinstance(node, dict):
+        init = node.get("init_cfg")
+        if isinstance(init, dict) and init.get("type") == "Pretrained":
+            node["init_cfg"] = None
+        for value in node.values():
+            _drop_pretrained(value)
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            _drop_pretrained(item)
+
+
+def _plain(node: Any) -> Any:
+    """Plain dicts, lists, strings and numbers, so that a checkpoint can carry the config."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, tuple):
+        return tuple(_plain(value) for value in node)
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise ValueError(
+        f"the mmdet config holds {node!r} ({type(node).__name__}), which a checkpoint cannot "
+        "carry; write it as text or a number"
+    )
+
+
+def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
+    """Build an mmdet detector from ``model_config``'s plain data.
+
+    Args:
+        model: the model config.
+        initialise: run mmdet's weight initialisation (False when weights are loaded next).
+
+    Raises:
+        RuntimeError: pretrained weights are asked for and cannot be had.
+    """
+    use_mmdet()
+    detector = MODELS.build(ConfigDict(model))
+    if initialise:
+        try:
+            detector.init_weights()
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"the pretrained backbone could not be loaded ({error}). Without a network, put "
+                "the file into torch's hub cache, name a local file with "
+                "detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
+                "detector.pretrained=false"
+            ) from error
+    return detector
+
+
+def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str]) -> None:
+    """Load a published or own state dict, the predictors excepted where shapes differ.
+
+    Args:
+        detector: an mmdet detector.
+        path: ``{"state_dict": ...}`` or a bare state dict; ``module.`` prefixes are removed.
+        predictors: module names whose shapes may differ (another number of classes).
+
+    Raises:
+        ValueError: the file belongs to another detector; the message counts and names the keys.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"detector.checkpoint={str(path)!r}: no such file")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    state = {key.removeprefix("module.").removeprefix("detector."): v for key, v in state.items()}
+    own = detector.state_dict()
+    new_head = {
+        key
+        for key, value in own.items()
+        if key in state
+        and state[key].shape != value.shape
+        and any(key.startswith(f"{name}.") for name in predictors)
+    }
+    wrong = sorted(
+        key for key in own if key not in state or state[key].shape != own[key].shape
+    )
+    wrong = [key for key in wrong if key not in new_head]
+    unknown = sorted(set(state) - set(own))
+    if wrong or unknown:
+        raise ValueError(
+            f"detector.checkpoint={str(path)!r} belongs to another detector: "
+            f"{len(wrong)} of {len(own)} tensors are missing or have another shape "
+            f"(first: {wrong[:3]}), {len(unknown)} are unknown (first: {unknown[:3]}). "
+            "Choose the `detector` (and its options) that the file was made with"
+        )
+    if new_head:
+        log.warning("new predictors (another number of classes): %s", sorted(new_head))
+    detector.load_state_dict({k: v for k, v in state.items() if k not in new_head}, strict=False)
+
+
+def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
+    """The module whose output feeds the head: ``neck``, or the backbone where there is none.
+
+    Raises:
+        ValueError: ``name`` is no module of the detector, or none can be found.
+    """
+    modules = dict(detector.named_modules())
+    candidates = ["neck", "backbone"] if name == "auto" else [name]
+    for candidate in candidates:
+        if isinstance(modules.get(candidate), nn.Module):
+            return modules[candidate]
+    children = ", ".join(child for child, _ in detector.named_children())
+    raise ValueError(
+        f"detector.neck={name!r}: {type(detector).__name__} has no such module. "
+        f"Its parts are: {children}. Name the module whose output feeds the head, e.g. "
+        "detector.neck=neck"
+    )
+
+
+def as_maps(output: Any) -> tuple[Tensor, ...]:
+    """The neck's output as a tuple of maps [N, C, h, w].
+
+    Raises:
+        ValueError: the module gives something else.
+    """
+    maps = (output,) if isinstance(output, Tensor) else output
+    if isinstance(maps, (list, tuple)) and all(isinstance(m, Tensor) and m.ndim == 4 for m in maps):
+        return tuple(maps)
+    raise ValueError(
+        f"the tapped module gives {type(output).__name__}, not maps [N, C, h, w]; name another "
+        "one with detector.neck=<module>"
+    )
+
+
+def raw_forward(detector: nn.Module, images: Tensor) -> list[Tensor]:
+    """The raw head maps of a batch [N, 3, H, W], flat, as tracing and counting need them."""
+    return list(_tensors(detector(images, mode="tensor")))
+
+
+def _tensors(node: Any) -> Iterator[Tensor]:
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, dict):
+        for value in node.values():
+            yield from _tensors(value)
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _tensors(item)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients for all parameters; both are put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in grads:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, wanted in grads:
+            parameter.requires_grad_(wanted)
+        for module, mode in modes:
+            module.training = mode
+
+
+def find_predictors(detector: nn.Module, images: Tensor) -> list[str]:
+    """Names of the layers that make the raw head maps: their outputs are never pruned.
+
+    From each map the autograd graph is followed back until a convolution or linear layer is met.
+    """
+    made_by: dict[Any, str] = {}
+
+    def remember(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            made_by[output.grad_fn] = name
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(remember(name))
+        for name, module in detector.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))
+    ]
+    try:
+        with evaluating(detector):
+            stack = [m.grad_fn for m in raw_forward(detector, images) if m.grad_fn is not None]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found, seen = set(), set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in made_by:
+            found.add(made_by[node])
+        else:
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return sorted(found)
+
+
+def objects_of(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Objects:
+    """The labelled objects of a batch, in pixels of the network input (ignored ones left out)."""
+    boxes, labels, image = [], [], []
+    for index, sample in enumerate(samples):
+        instances = sample.gt_instances
+        found = instances.bboxes
+        found = getattr(found, "tensor", found)
+        boxes.append(found)
+        labels.append(instances.labels)
+        image.append(torch.full((len(found),), index, dtype=torch.long, device=found.device))
+    return Objects(torch.cat(boxes).float(), torch.cat(labels).long(), torch.cat(image), shape)
+
+
+def quiet() -> None:
+    """Silence warnings of the libraries that a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*torch.meshgrid.*")
+    warnings.filterwarnings("ignore", message=".*Unwrapped parameters detected.*")
+    logging.getLogger("mmengine").setLevel(logging.ERROR)

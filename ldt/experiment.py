@@ -1,0 +1,255 @@
+"""One run, from its configuration to its summary: the only orchestration there is."""
+
+import contextlib
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+
+from ldt import profiling, report
+from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.callbacks.progress import PlainEpochs, PlainProgress
+from ldt.callbacks.prune_retrain import Plan, PruneRetrain
+from ldt.config import DETAILS
+from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors import model_config, quiet
+from ldt.module import DetectorModule
+from ldt.pruning.budget import Limits
+from ldt.records import read_json, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig, folder: Path) -> float:
+    """Train, prune, retrain, measure and report one configuration in its own folder.
+
+    A finished run returns at once; an unfinished one goes on from ``last.ckpt``.
+
+    Args:
+        config: composed by Hydra.
+        folder: the run's directory; its name is the run's identity.
+
+    Returns:
+        The headline metric of the last round (nan for a failed job of a sweep).
+
+    Raises:
+        ValueError: bad configuration, or the folder holds a run of another one.
+    """
+    summary_file = folder / "summary.json"
+    try:
+        plain = _claim(config, folder)
+        summary = read_json(summary_file)
+        if summary.get("status") != "finished":
+            summary = _execute(config, plain, folder)
+            write_json(summary_file, summary)
+        else:
+            log.info("%s is finished already", folder)
+    except Exception as error:
+        _record_failure(folder, error)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.exception("%s failed", folder.name)
+            return float("nan")  # the other jobs of the sweep go on
+        raise
+    report.print_run(summary, folder)
+    return float(summary["rounds"][-1].get(config.dataset.metric, float("nan")))
+
+
+def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """The resolved configuration; the folder is this configuration's from now on."""
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    file = folder / "config.yaml"
+    if file.is_file():
+        known: Any = OmegaConf.to_container(OmegaConf.load(file))
+        differing = report.differences(_essential(known), _essential(plain))
+        if differing:
+            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing)
+            raise ValueError(
+                f"{folder} holds a run of another configuration ({listed}). Choose another "
+                "study=<name> or run_name=<name>, or remove the folder"
+            )
+    write_text(file, OmegaConf.to_yaml(plain))
+    return plain
+
+
+def _essential(plain: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what does not change the result."""
+    kept = {key: value for key, value in plain.items() if key not in ("logger", "report")}
+    for dotted in DETAILS:
+        group, key = dotted.split(".")
+        kept[group] = {k: v for k, v in kept.get(group, {}).items() if k != key}
+    return kept
+
+
+def _record_failure(folder: Path, error: Exception) -> None:
+    """A failed run says so, unless the folder belongs to a finished one."""
+    if read_json(folder / "summary.json").get("status") != "finished" and folder.is_dir():
+        text = f"{type(error).__name__}: {error}"
+        write_json(folder / "summary.json", {"status": "failed", "error": text})
+
+
+def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
+    quiet()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    plan = _plan(config)
+    criterion = instantiate(config.method.criterion)
+    data = _data(config)
+    data.prepare_data()
+    data.setup("fit")
+    module = _module(config, plain, data)
+    loop = PruneRetrain(
+        plan,
+        criterion,
+        folder,
+        latency_runs=config.report.latency_runs,
+        validate_every=config.trainer.validate_every,
+    )
+    about = {
+        "environment": profiling.environment(),
+        "git": profiling.git_state(Path(__file__).parent),
+    }
+    write_json(folder / "split.json", data.split_ids())
+    write_json(folder / "environment.json", about)
+    trainer = _trainer(config, plan, loop, folder)
+    last = folder / "last.ckpt"
+    resume = last if last.is_file() else None
+    if plan.base_epochs == 0 and resume is None:
+        trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    summary = {
+        "status": "finished",
+        "run": folder.name,
+        "study": config.study,
+        "detector": config.detector.name,
+        "dataset": config.dataset.name,
+        "method": config.method.name,
+        "metric": config.dataset.metric,
+        "seed": config.seed,
+        "input_size": list(module.input_size),
+        "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": plan.budget},
+        "rounds": loop.rows,
+        "left_whole": loop.left_whole,
+        "checkpoint": f"round-{plan.rounds}.ckpt",
+        **about,
+    }
+    if trainer.is_global_zero:
+        report.draw_run(summary, folder, data, config.report.pictures)
+    return summary
+
+
+def _plan(config: DictConfig) -> Plan:
+    prune, recipe = config.prune, config.recipe
+    return Plan(
+        rate=prune.rate,
+        rounds=prune.rounds if config.method.criterion else 0,
+        base_epochs=recipe.epochs,
+        retrain_epochs=recipe.retrain_epochs,
+        budget=prune.budget,
+        ranking=config.method.ranking,
+        scope=tuple(prune.scope),
+        limits=Limits(prune.max_layer_rate, prune.min_channels),
+        images=prune.images,
+        batch_size=prune.batch_size,
+        retrain_lr=recipe.retrain_lr,
+    )
+
+
+def _data(config: DictConfig) -> DetectionDataModule:
+    own = {k: v for k, v in config.dataset.items() if k not in ("name", "metric", "scales")}
+    return instantiate(
+        own,
+        _convert_="all",
+        batch_size=config.recipe.batch_size,
+        seed=config.seed,
+        augment=config.recipe.augment,
+        pad=config.detector.pad,
+    )
+
+
+def _module(
+    config: DictConfig, plain: dict[str, Any], data: DetectionDataModule
+) -> DetectorModule:
+    detector, (width, height) = plain["detector"], data.scale
+    if plain["recipe"]["epochs"] == 0 and detector["checkpoint"] is None:
+        raise ValueError(
+            "recipe.epochs=0 prunes at once, so weights are needed: detector.checkpoint=<file>"
+        )
+    return DetectorModule(
+        model_config(
+            detector["config"], detector["options"], len(data.classes), detector["pretrained"]
+        ),
+        data.classes,
+        plain["recipe"],
+        (-(-height // 32) * 32, -(-width // 32) * 32),  # as batches are padded
+        neck=detector["neck"],
+        predictors=detector["predictors"],
+        checkpoint=detector["checkpoint"],
+    )
+
+
+def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -> L.Trainer:
+    terminal = sys.stdout.isatty()
+    callbacks: list[L.Callback] = [RichProgressBar() if terminal else PlainProgress()]
+    if config.ldt.enabled:
+        terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
+        callbacks.append(LDTLoss(**terms))
+    if config.recipe.ema is not None:
+        callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
+    if config.recipe.plain_epochs:
+        callbacks.append(PlainEpochs(plan, config.recipe.plain_epochs))
+    callbacks.append(loop)
+    callbacks.append(  # last, so that it saves what the loop has made of the model
+        ModelCheckpoint(
+            folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+    )
+    loggers: list[Any] = [CSVLogger(folder, name="", version="logs")]
+    if config.logger:
+        loggers.append(instantiate(config.logger, save_dir=str(folder)))
+    own = config.trainer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return L.Trainer(
+            accelerator=own.accelerator,
+            devices=own.devices,
+            strategy=own.strategy,
+            num_nodes=own.num_nodes,
+            precision=own.precision,
+            deterministic=own.deterministic,
+            sync_batchnorm=own.sync_batchnorm,
+            log_every_n_steps=own.log_every_n_steps,
+            limit_train_batches=own.limit_train_batches,
+            limit_val_batches=own.limit_val_batches,
+            max_epochs=plan.total_epochs,
+            gradient_clip_val=config.recipe.clip_grad,
+            callbacks=callbacks,
+            logger=loggers,
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+            enable_model_summary=False,
+        )
+
+
+class StudyTable(Callback):
+    """After a sweep, prints every run of the study; ends with an error if one failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the launching process."""
+        with contextlib.suppress(FileNotFoundError):
+            failed = report.print_study(Path(config.hydra.sweep.dir))
+            if failed:
+                sys.exit(1)

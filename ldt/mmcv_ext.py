@@ -1,0 +1,308 @@
+"""What stands for the compiled `mmcv._ext`: its names and arguments, torchvision's operators.
+
+Loaded under the name `mmcv._ext` (see `mmcv_ops.py`), never imported by `ldt` itself. The contract
+is that of mmcv's autograd Functions and of `mmcv/ops/csrc/pytorch/pybind.cpp`: an output is a
+tensor to fill, a gradient a zeroed tensor to add to; `columns`, `ones` and `im2col_step` are for
+scratch space, which torchvision manages itself. float16 and bfloat16 are computed in float32.
+
+Shapes: `input` (N, C, H, W); `rois` (K, 5), each (image index, x1, y1, x2, y2) in image pixels;
+pooled maps (K, C, pooled height, pooled width); `weight` (O, C / groups, kH, kW); `offset`
+(N, 2 * deform groups * kH * kW, H', W'), (y, x) for each tap in turn in both libraries; `mask`
+(N, deform groups * kH * kW, H', W').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+_torchvision = torch.ops.torchvision
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
+    # mmcv asks `hasattr(_ext, name)` for every operator as soon as mmcv.ops is imported: those that
+    # are missing have to exist until somebody calls them.
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def operator(*_args: object, **_kwargs: object) -> NoReturn:
+        raise NotImplementedError(_how_to_get(name))
+
+    return operator
+
+
+def _how_to_get(operator: str) -> str:
+    return (
+        f"mmcv's operator {operator!r} needs a compiled mmcv. This is mmcv-lite with torchvision's "
+        "operators behind it, and this one is not among them. Type `pip uninstall mmcv-lite`, then "
+        "`mim install 'mmcv>=2.0.1,<2.2'` (or `pip install` the same), built for the torch at hand "
+        f"({torch.__version__}); these releases do not compile with torch >= 2.12."
+    )
+
+
+def get_compiler_version() -> str:
+    """Tell `mmcv.utils.collect_env`, which asks for the C++ compiler, what is here instead."""
+    return f"none (mmcv-lite, operators of torchvision {torchvision.__version__})"
+
+
+def get_compiling_cuda_version() -> str:
+    """Tell `mmcv.utils.collect_env` which CUDA version the operators were built with."""
+    return str(torch.version.cuda)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # torchvision has no bfloat16 kernels, and its own autocast goes to float32 too.
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Greedy non-maximum suppression: indices (M,) of the boxes that stay, best score first.
+
+    `boxes` (N, 4) are (x1, y1, x2, y2), x2 - x1 + `offset` wide, `offset` 0 or 1. A box goes when
+    its IoU with a better one that stays is above `iou_threshold`.
+    """
+    # x2 + 1 is the right edge of a box whose x1 and x2 both count as pixels.
+    edges = _wide(boxes) + boxes.new_tensor([0, 0, offset, offset])
+    # mmcv compares in float32; torchvision on a CPU in float64, where float32(3 / 5) > 0.6.
+    return _torchvision.nms(edges, _wide(scores), float(np.float32(iou_threshold)))
+
+
+def roi_align_forward(
+    input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor,
+    aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
+    pool_mode: int, aligned: bool,
+) -> None:  # fmt: skip
+    """Fill `output` with the mean of the bilinear samples of each bin (Mask R-CNN, 1703.06870).
+
+    Raises NotImplementedError for `pool_mode` 0, the maximum, which torchvision does not have.
+    """
+    if pool_mode != 1:
+        raise NotImplementedError(_how_to_get("roi_align with pool_mode='max'"))
+    sampling = (spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned)
+    output.copy_(_torchvision.roi_align(_wide(input), _wide(rois), *sampling))
+
+
+def roi_align_backward(
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor,
+    aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
+    pool_mode: int, aligned: bool,
+) -> None:  # fmt: skip
+    """Add the gradient of `roi_align_forward` with respect to its input to `grad_input`."""
+    size = (aligned_height, aligned_width, *grad_input.shape)
+    grad_input += _torchvision._roi_align_backward(
+        _wide(grad_output), _wide(rois), spatial_scale, *size, sampling_ratio, aligned
+    )
+
+
+def _bins(start: Tensor, end: Tensor, count: int, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    # First cell, last cell and emptiness of `count` bins of [start, end], each (K, count).
+    size = (end - start)[:, None] / count
+    steps = torch.arange(count, device=start.device)
+    first = (steps * size + start[:, None]).floor().clamp(0, limit)
+    stop = ((steps + 1) * size + start[:, None]).ceil().clamp(0, limit)
+    return first, stop - 1, (stop <= first) | (size <= 0)
+
+
+def roi_pool_forward(
+    input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor,
+    pooled_height: int, pooled_width: int, spatial_scale: float,
+) -> None:  # fmt: skip
+    """Fill `output` with the maximum of each bin and `argmax` with its cell y * W + x.
+
+    Fast R-CNN (1504.08083) as mmcv has it: a region is [x1, x2 + 1] * spatial_scale, not rounded,
+    and a bin holds all cells that it touches. An empty bin gives 0 and the cell -1.
+    """
+    feats = _wide(input)
+    image, x1, y1, x2, y2 = _wide(rois).unbind(1)
+    left, right, no_width = _bins(
+        x1 * spatial_scale, (x2 + 1) * spatial_scale, pooled_width, input.shape[3]
+    )
+    top, bottom, no_height = _bins(
+        y1 * spatial_scale, (y2 + 1) * spatial_scale, pooled_height, input.shape[2]
+    )
+    # torchvision rounds a region to whole cells before it cuts it, mmcv does not. Whole cells pass
+    # unchanged, so each bin goes in as a region of its own that is one bin.
+    corners = (left[:, None], top[..., None], right[:, None], bottom[..., None])
+    cells = torch.broadcast_tensors(image[:, None, None], *corners)
+    value, cell = _torchvision.roi_pool(feats, torch.stack(cells, -1).view(-1, 5), 1.0, 1, 1)
+    empty = (no_width[:, None] | no_height[..., None])[:, None]
+    grid = (len(rois), pooled_height, pooled_width, input.shape[1])
+    output.copy_(value.view(grid).permute(0, 3, 1, 2).masked_fill(empty, 0))
+    argmax.copy_(cell.view(grid).permute(0, 3, 1, 2).masked_fill(empty, -1))
+
+
+def roi_pool_backward(
+    grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor,
+    pooled_height: int, pooled_width: int, spatial_scale: float,
+) -> None:  # fmt: skip
+    """Add each pooled gradient to `grad_input` at the cell that `argmax` names."""
+    size = (pooled_height, pooled_width, *grad_input.shape)
+    grad_input += _torchvision._roi_pool_backward(
+        _wide(grad_output), _wide(rois), argmax, spatial_scale, *size
+    )
+
+
+_Geometry = tuple[int, int, int, int, int, int, int, int]
+"""Stride, padding, dilation (y before x each), groups, deform groups: torchvision's order."""
+
+
+def _deform_args(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None,
+    geometry: _Geometry,
+) -> tuple[Tensor | int | bool, ...]:  # fmt: skip
+    # What torchvision's forward and backward both take; it wants tensors where there are none.
+    some_mask = input.new_zeros(len(input), 1) if mask is None else mask
+    some_bias = input.new_zeros(len(weight)) if bias is None else bias
+    tensors = (input, weight, offset, some_mask, some_bias)
+    return (*map(_wide, tensors), *geometry, mask is not None)
+
+
+def deform_conv_forward(
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor,
+    kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
+    group: int, deformable_group: int, im2col_step: int,
+) -> None:  # fmt: skip
+    """Fill `output` (N, O, H', W') with a deformable convolution, version 1 (1703.06211)."""
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    args = _deform_args(input, weight, offset, None, None, geometry)
+    output.copy_(_torchvision.deform_conv2d(*args))
+
+
+def deform_conv_backward_input(
+    input: Tensor, offset: Tensor, gradOutput: Tensor, gradInput: Tensor, gradOffset: Tensor,
+    weight: Tensor, columns: Tensor,
+    kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
+    group: int, deformable_group: int, im2col_step: int,
+) -> None:  # fmt: skip
+    """Add the gradients of `deform_conv_forward` to `gradInput` and `gradOffset`."""
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    args = _deform_args(input, weight, offset, None, None, geometry)
+    grads = _torchvision._deform_conv2d_backward(_wide(gradOutput), *args)
+    gradInput += grads[0]
+    gradOffset += grads[2]
+
+
+def deform_conv_backward_parameters(
+    input: Tensor, offset: Tensor, gradOutput: Tensor, gradWeight: Tensor, columns: Tensor,
+    ones: Tensor,
+    kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
+    group: int, deformable_group: int, scale: float, im2col_step: int,
+) -> None:  # fmt: skip
+    """Add `scale` times the gradient of `deform_conv_forward` to `gradWeight`."""
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+    # mmcv does not pass the weight here; its gradient depends on the weight's shape alone.
+    args = _deform_args(input, torch.zeros_like(gradWeight), offset, None, None, geometry)
+    gradWeight += scale * _torchvision._deform_conv2d_backward(_wide(gradOutput), *args)[1]
+
+
+def modulated_deform_conv_forward(
+    input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor,
+    output: Tensor, columns: Tensor,
+    kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+    dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
+) -> None:  # fmt: skip
+    """Fill `output` (N, O, H', W') with a deformable convolution, version 2 (1811.11168)."""
+    geometry = (
+        *(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w),
+        *(group, deformable_group),
+    )
+    args = _deform_args(input, weight, offset, mask, bias if with_bias else None, geometry)
+    output.copy_(_torchvision.deform_conv2d(*args))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor,
+    columns: Tensor, grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor,
+    grad_offset: Tensor, grad_mask: Tensor, grad_output: Tensor,
+    kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+    dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
+) -> None:  # fmt: skip
+    """Add the gradients of `modulated_deform_conv_forward` to the five `grad_*` of its inputs."""
+    geometry = (
+        *(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w),
+        *(group, deformable_group),
+    )
+    args = _deform_args(input, weight, offset, mask, bias if with_bias else None, geometry)
+    grads = _torchvision._deform_conv2d_backward(_wide(grad_output), *args)
+    for total, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
+        total += grad
+    if with_bias:  # otherwise mmcv passes an empty one
+        grad_bias += grads[4]
+
+
+def ms_deform_attn_forward(
+    value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,
+    sampling_locations: Tensor, attention_weights: Tensor, im2col_step: int,
+) -> Tensor:  # fmt: skip
+    """Multi-scale deformable attention (Deformable DETR, 2010.04159), mmcv's own torch version.
+
+    mmcv uses that version by itself on a CPU only. `value` (N, sum of H * W, heads, dim),
+    `value_spatial_shapes` (levels, 2) of (H, W), `sampling_locations` (N, queries, heads, levels,
+    points, 2) of (x, y) in [0, 1], `attention_weights` the same without the last axis. Returns
+    (N, queries, heads * dim).
+    """
+    # Imported here because mmcv.ops imports this module.
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    output = multi_scale_deformable_attn_pytorch(
+        _wide(value), value_spatial_shapes, _wide(sampling_locations), _wide(attention_weights)
+    )
+    return output.to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,
+    sampling_locations: Tensor, attention_weights: Tensor, grad_output: Tensor,
+    grad_value: Tensor, grad_sampling_loc: Tensor, grad_attn_weight: Tensor, im2col_step: int,
+) -> None:  # fmt: skip
+    """Add the gradients of `ms_deform_attn_forward` to the three `grad_*` of its inputs."""
+    inputs = (value, sampling_locations, attention_weights)
+    leaves = [_wide(tensor).detach().requires_grad_() for tensor in inputs]
+    values, points, weights = leaves
+    with torch.enable_grad():  # an autograd Function runs with gradients off
+        output = ms_deform_attn_forward(
+            values, value_spatial_shapes, value_level_start_index, points, weights, im2col_step
+        )
+    grads = torch.autograd.grad(output, leaves, _wide(grad_output))
+    for total, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+        total += grad
+
+
+def _focal_terms(
+    input: Tensor, target: Tensor, weight: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Sign (+1 for the target class, -1 elsewhere), signed logit and factor, each (N, classes).
+    positive = target[:, None] == torch.arange(input.shape[1], device=input.device)
+    sign = positive.to(_wide(input).dtype) * 2 - 1
+    factor = torch.where(positive, alpha, 1 - alpha).to(sign.dtype)
+    if weight.numel():
+        factor = factor * weight[target][:, None]
+    return sign, sign * _wide(input), factor
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Fill `output` with the focal loss of each logit, eq. 5 of RetinaNet (1708.02002).
+
+    `input` and `output` (N, classes), `target` (N,), the number of classes meaning background,
+    `weight` (classes,) or empty. mmdet calls this on a GPU only, for RetinaNet, ATSS, YOLOF, ...
+    """
+    _, logit, factor = _focal_terms(input, target, weight, alpha)
+    output.copy_(-factor * torch.sigmoid(-logit) ** gamma * F.logsigmoid(logit))
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Add the derivative of each loss by its own logit to `grad_input` (appendix B there)."""
+    sign, logit, factor = _focal_terms(input, target, weight, alpha)
+    p, not_p = torch.sigmoid(logit), torch.sigmoid(-logit)
+    inner = gamma * p * F.logsigmoid(logit) - not_p
+    grad_input += sign * factor * not_p**gamma * inner

@@ -1,0 +1,280 @@
+"""A LightningModule around any mmdet detector."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldt.detectors import (
+    as_maps,
+    build,
+    find_neck,
+    find_predictors,
+    load_weights,
+    objects_of,
+    raw_forward,
+)
+from ldt.discriminant import Objects
+from ldt.metrics import DetectionMetrics
+from ldt.pruning import structure
+from ldt.pruning.graph import PruningGraph
+
+LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term became NaN or infinite; names the term and the step."""
+
+
+@dataclass
+class PreparedBatch:
+    """A batch as the network sees it.
+
+    Attributes:
+        images: [N, 3, H, W], normalised and padded.
+        samples: mmdet's data samples.
+        objects: the labelled objects, in pixels of ``images``.
+    """
+
+    images: Tensor
+    samples: list[DetDataSample]
+    objects: Objects
+
+
+class DetectorModule(L.LightningModule):
+    """Trains, validates and exposes an mmdet detector.
+
+    Args:
+        model: the detector's config as plain data (:func:`ldt.detectors.model_config`).
+        classes: class names, in label order.
+        recipe: the keys of ``conf/recipe`` as plain data.
+        input_size: (height, width) of the input that tracing and counting use.
+        neck: name of the module whose output LDT acts on, or ``auto``.
+        predictors: layers whose outputs are never pruned; None finds them.
+        checkpoint: weights to start from.
+        initialise: run mmdet's weight initialisation.
+
+    Attributes:
+        detector: the mmdet detector.
+        loss_terms: further losses by name; each gets the neck's maps and the objects of a batch,
+            and gives named values. Those whose name holds ``loss`` are added to mmdet's own.
+        phase_epochs: epochs of the present training phase, for the learning-rate schedule.
+        lr_scale: factor on the learning rate of the present phase.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        classes: Sequence[str],
+        recipe: dict[str, Any],
+        input_size: tuple[int, int],
+        neck: str = "auto",
+        predictors: Sequence[str] | None = None,
+        checkpoint: str | None = None,
+        initialise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model_config, self.recipe = model, recipe
+        self.classes, self.input_size = tuple(classes), tuple(input_size)
+        self.neck_name = neck
+        self.detector = build(model, initialise=initialise and checkpoint is None)
+        self.loss_terms: dict[str, LossTerm] = {}
+        self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
+        self.metrics = DetectionMetrics(self.classes)
+        self._maps: tuple[Tensor, ...] = ()
+        find_neck(self.detector, neck).register_forward_hook(self._keep_maps)
+        self.predictors = list(predictors or find_predictors(self.detector, self.example()))
+        if checkpoint is not None:
+            load_weights(self.detector, checkpoint, self.predictors)
+
+    def _keep_maps(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._maps = as_maps(output)
+
+    def example(self) -> Tensor:
+        """A zero image [1, 3, H, W] of the input size, on the detector's device."""
+        parameter = next(self.detector.parameters())
+        return parameter.new_zeros(1, 3, *self.input_size)
+
+    # What a criterion sees (ldt.criteria.base.Target) -------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The detector, as criteria call it."""
+        return self.detector
+
+    def prepare(self, batch: dict[str, Any], training: bool = False) -> PreparedBatch:
+        """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
+        preprocess: Any = self.detector.data_preprocessor
+        data = preprocess(batch, training)
+        images, samples = data["inputs"], data["data_samples"]
+        shape = (int(images.shape[2]), int(images.shape[3]))
+        return PreparedBatch(images, samples, objects_of(samples, shape))
+
+    def features(self, batch: PreparedBatch) -> tuple[Tensor, ...]:
+        """The neck's output maps, each [N, C, h, w]."""
+        extract: Any = self.detector.extract_feat
+        extract(batch.images)
+        return self._take_maps()
+
+    def detection_loss(self, batch: PreparedBatch) -> Tensor:
+        """The detector's own training loss of a batch, a scalar."""
+        losses = self.detector(batch.images, batch.samples, mode="loss")
+        self._take_maps()
+        return _total(self.detector, losses)[0]
+
+    def trace(self, scope: Sequence[str]) -> PruningGraph:
+        """The coupled groups below ``scope``; call within :func:`ldt.detectors.evaluating`."""
+        graph = PruningGraph(
+            self.detector, raw_forward, self.example(), scope, never=self.predictors
+        )
+        self._take_maps()
+        return graph
+
+    def _take_maps(self) -> tuple[Tensor, ...]:
+        """Hand the tapped maps over; keeping them would keep the autograd graph alive."""
+        maps, self._maps = self._maps, ()
+        return maps
+
+    # Training and validation --------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """mmdet's losses and the registered terms, summed."""
+        hub = MessageHub.get_current_instance()  # mmdet's own parts read their progress here
+        hub.update_info("iter", self.global_step)
+        hub.update_info("epoch", self.current_epoch)
+        ready = self.prepare(batch, training=True)
+        losses = self.detector(ready.images, ready.samples, mode="loss")
+        maps = self._take_maps()
+        for term in self.loss_terms.values():
+            losses.update(term(maps, ready.objects))
+        total, logs = _total(self.detector, losses)
+        self._check_finite(logs)
+        self.log_dict(
+            {f"train/{key}": value for key, value in logs.items()},
+            batch_size=len(ready.samples),
+        )
+        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(ready.samples))
+        return total
+
+    def _check_finite(self, logs: dict[str, Tensor]) -> None:
+        values = torch.stack([torch.as_tensor(v).detach().float().sum() for v in logs.values()])
+        if not bool(values.isfinite().all()):  # one synchronisation per step
+            bad = [key for key, ok in zip(logs, values.isfinite().tolist(), strict=True) if not ok]
+            culprits = [key for key in bad if key != "loss"] or bad
+            raise NonFiniteLossError(
+                f"{', '.join(culprits)} is not finite at step {self.global_step} (epoch "
+                f"{self.current_epoch}). The last good checkpoint is kept. Lower the learning "
+                "rate (recipe.optimizer.lr), clip gradients (recipe.clip_grad=35), or weaken LDT "
+                "(ldt.alpha, ldt.beta, ldt.ridge)"
+            )
+
+    def predict_samples(self, batch: dict[str, Any]) -> list[DetDataSample]:
+        """Data samples with ``pred_instances`` in the coordinates of the original images."""
+        preprocess: Any = self.detector.data_preprocessor
+        samples = self.detector(**preprocess(batch, False), mode="predict")
+        self._take_maps()
+        return samples
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Collect detections for the metrics."""
+        self.metrics.update(self.predict_samples(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every metric as ``val/<name>``."""
+        found = self.metrics.compute()
+        self.metrics.reset()
+        self.log_dict(
+            {f"val/{k}": torch.tensor(v, dtype=torch.float32) for k, v in found.items()},
+            sync_dist=False,
+        )
+
+    # Optimizer ----------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """mmengine's optimizer of the recipe, and a schedule over the present phase."""
+        config: dict[str, Any] = {"optimizer": dict(self.recipe["optimizer"])}
+        if self.recipe["paramwise"]:
+            config["paramwise_cfg"] = dict(self.recipe["paramwise"])
+        optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
+        batches = self.trainer.num_training_batches
+        steps = math.ceil(batches / self.trainer.accumulate_grad_batches) * self.phase_epochs
+        schedule = LambdaLR(optimizer, _schedule(self.recipe, max(1, int(steps)), self.lr_scale))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
+        }
+
+    # Checkpoints --------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add everything that rebuilds the detector, as plain data."""
+        checkpoint["ldt"] = {
+            "model": self.model_config,
+            "classes": list(self.classes),
+            "structure": structure.record(self.detector),
+            "predictors": self.predictors,
+            "neck": self.neck_name,
+            "input_size": list(self.input_size),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the detector the checkpoint's structure before its weights are loaded.
+
+        Raises:
+            ValueError: the checkpoint is none of ours, or belongs to another detector.
+        """
+        if "ldt" not in checkpoint:
+            raise ValueError("the checkpoint was not written by ldt: it has no structure record")
+        if checkpoint["ldt"]["model"] != self.model_config:
+            raise ValueError("the checkpoint belongs to another detector: its model config differs")
+        state = {
+            key.removeprefix("detector."): value
+            for key, value in checkpoint["state_dict"].items()
+            if key.startswith("detector.")
+        }
+        structure.rebuild(self.detector, checkpoint["ldt"]["structure"], state)
+
+
+def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of a loss dict and its parts, by mmdet's rule."""
+    total, logs = detector.parse_losses(losses)
+    return total, dict(logs)
+
+
+def _schedule(recipe: dict[str, Any], steps: int, scale: float) -> Callable[[int], float]:
+    """The factor on the learning rate at each step of a phase.
+
+    Raises:
+        ValueError: unknown schedule or warm-up shape.
+    """
+    kind, shape = recipe["schedule"], recipe["warmup_shape"]
+    if kind not in ("step", "cosine", "constant") or shape not in ("linear", "quadratic"):
+        raise ValueError(
+            f"recipe.schedule={kind!r}, recipe.warmup_shape={shape!r}; choose step, cosine or "
+            "constant, and linear or quadratic"
+        )
+    warmup = min(int(recipe["warmup"]), steps // 5)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            share = (step + 1) / warmup
+            return scale * (share if shape == "linear" else share**2)
+        if kind == "step":
+            return scale * 0.1 ** sum(step >= m * steps for m in recipe["milestones"])
+        if kind == "cosine":
+            low = recipe["min_lr"]
+            share = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return scale * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
+        return scale
+
+    return factor
+

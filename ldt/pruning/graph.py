@@ -1,0 +1,237 @@
+"""Which channels are coupled, and cutting them: a plain view of Torch-Pruning's graph."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+Forward = Callable[[nn.Module, Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of one layer that the channels of a group touch.
+
+    Attributes:
+        name: the layer's name in the model.
+        layer: the layer.
+        side: ``out`` (its filters), ``in`` (what it reads), or ``both`` (norms, depthwise
+            convolutions and other layers that keep channels apart).
+        roots: for every touched channel of this side, the group's channel it belongs to.
+    """
+
+    name: str
+    layer: nn.Module
+    side: Literal["out", "in", "both"]
+    roots: np.ndarray
+
+
+@dataclass(frozen=True)
+class CoupledGroup:
+    """Channels that can only be removed together, over all the layers that share them.
+
+    Attributes:
+        name: the root layer, in whose channels the group is counted.
+        size: number of channels.
+        members: every side of every layer that changes when a channel goes.
+        raw: Torch-Pruning's group, which an importance is called with.
+        parts: channels go in steps of one from each of this many equal parts (GroupNorm).
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    raw: Any = field(repr=False, default=None)
+    parts: int = 1
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """The convolutions whose output channels the group is made of."""
+        return tuple(
+            m for m in self.members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)
+        )
+
+
+class PruningGraph:
+    """The coupled groups of a model's scope, and the surgery that removes their channels.
+
+    Args:
+        model: in eval mode, with gradients on for all parameters (tracing follows ``grad_fn``).
+        forward: ``forward(model, images)`` gives the raw output maps.
+        images: an example input [1, 3, H, W].
+        scope: name prefixes; only layers below them lose filters.
+        never: layers whose outputs must stay (predictors).
+
+    Attributes:
+        groups: what can be cut, by name of the root layer.
+        left_whole: layers of the scope that cannot be cut, with the reason.
+        norm_of: the normalisation layer that directly follows a convolution.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        images: Tensor,
+        scope: Sequence[str],
+        never: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._graph = tp.DependencyGraph().build_dependency(
+            model, images, forward_fn=forward, verbose=False
+        )
+        self.groups: dict[str, CoupledGroup] = {}
+        self.left_whole: dict[str, str] = {}
+        self.norm_of = self._norms()
+        in_scope = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, CONVOLUTIONS) and _below(name, scope)
+        }
+        if not in_scope:
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"prune.scope={list(scope)} holds no convolution; the detector's parts are: {parts}"
+            )
+        for raw in self._graph.get_all_groups(root_module_types=list(CONVOLUTIONS)):
+            self._add(raw, in_scope, set(never), scope)
+        cut = {m.name for g in self.groups.values() for m in g.producers}
+        for name in in_scope:
+            if name not in cut:
+                self.left_whole.setdefault(name, "not reached by tracing")
+
+    def _norms(self) -> dict[str, str]:
+        found = {}
+        for module, node in self._graph.module2node.items():
+            if isinstance(module, CONVOLUTIONS) and len(node.outputs) == 1:
+                following = node.outputs[0].module
+                if isinstance(following, NORMS):
+                    found[self._names[module]] = self._names[following]
+        return found
+
+    def _add(self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Any) -> None:
+        members = tuple(
+            Member(
+                self._names[item.dep.target.module],
+                item.dep.target.module,
+                self._side(item.dep),
+                np.asarray(item.root_idxs),
+            )
+            for item in raw.items
+            if item.dep.target.module in self._names
+        )
+        root = members[0]
+        group = CoupledGroup(root.name, len(root.roots), members, raw, _parts(members))
+        inside = [m.name for m in group.producers if m.name in in_scope]
+        if not inside:
+            return
+        reason = _obstacle(group, never, scope)
+        if reason is None:
+            self.groups[group.name] = group
+        else:
+            self.left_whole.update(dict.fromkeys(inside, reason))
+
+    def _side(self, dep: Any) -> Literal["out", "in", "both"]:
+        out = self._graph.is_out_channel_pruning_fn(dep.handler)
+        inn = self._graph.is_in_channel_pruning_fn(dep.handler)
+        return "both" if out and inn else "out" if out else "in"
+
+    def prunable_share(self) -> tuple[int, int]:
+        """Parameters of the scope's layers that can lose filters, and of all of them."""
+        whole = {m.name for g in self.groups.values() for m in g.producers}
+        sizes = {
+            name: sum(p.numel() for p in module.parameters(recurse=False))
+            for name, module in self.model.named_modules()
+            if isinstance(module, CONVOLUTIONS) and (name in whole or name in self.left_whole)
+        }
+        return sum(size for name, size in sizes.items() if name in whole), sum(sizes.values())
+
+    def remove(self, channels: dict[str, list[int]]) -> None:
+        """Cut channels out of the model, in place.
+
+        Args:
+            channels: for a group's name, the root layer's channels that go.
+        """
+        trainable = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        for name, indices in channels.items():
+            if not indices:
+                continue
+            layer = self.groups[name].members[0].layer
+            pruner = self._graph.get_pruner_of_module(layer)
+            raw = self._graph.get_pruning_group(layer, pruner.prune_out_channels, sorted(indices))
+            raw.prune(record_history=False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def _below(name: str, scope: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in scope)
+
+
+def _parts(members: Sequence[Member]) -> int:
+    """How many equal parts must lose the same number of channels."""
+    return max((m.layer.num_groups for m in members if isinstance(m.layer, nn.GroupNorm)), default=1)
+
+
+def _depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
+
+
+def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str | None:
+    """Why a group must stay whole, or None."""
+    for member in group.members:
+        layer = member.layer
+        if member.side != "in" and isinstance(layer, CONVOLUTIONS):
+            if member.name in never:
+                return f"its channels are predictions of {member.name}"
+            if not _below(member.name, scope):
+                return f"coupled with {member.name}, which is outside of prune.scope"
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not _depthwise(layer):
+            return f"coupled with the grouped convolution {member.name}"
+        if isinstance(layer, nn.GroupNorm) and len(member.roots) != layer.num_channels:
+            return f"{member.name} normalises it together with other channels"
+    if group.size % group.parts:
+        return f"its {group.size} channels do not divide into {group.parts} GroupNorm groups"
+    return None
+
+
+def positions(model: nn.Module, forward: Forward, images: Tensor) -> dict[str, int]:
+    """Output positions of every layer over all its calls, for one image.
+
+    A convolution costs ``weight.numel()`` multiply-adds per position; a head that is shared by
+    five levels is called five times.
+
+    Args:
+        model: the model.
+        forward: as for :class:`PruningGraph`.
+        images: [1, 3, H, W].
+    """
+    counted: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+            counted[name] = counted.get(name, 0) + output.numel() // channels
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(count(name))
+        for name, module in model.named_modules()
+        if isinstance(module, CONVOLUTIONS + NORMS)
+    ]
+    try:
+        with torch.no_grad():
+            forward(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counted

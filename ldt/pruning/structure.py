@@ -1,0 +1,88 @@
+"""A pruned network as plain data: what changed against the network its config builds.
+
+The record holds strings and integers only, so a checkpoint that carries it loads under
+``torch.load(weights_only=True)``, and it needs neither a trace nor Torch-Pruning to be applied.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "num_channels",
+    "in_features",
+    "out_features",
+)
+
+Structure = dict[str, dict[str, int]]
+
+
+def record(model: nn.Module) -> Structure:
+    """The integer sizes of every layer that has any, by layer name."""
+    sizes = {
+        name: {
+            key: value
+            for key in SIZES
+            if type(value := getattr(module, key, None)) is int
+        }
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    return {name: found for name, found in sizes.items() if found}
+
+
+def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor]) -> None:
+    """Give a freshly built model the recorded structure, in place; weights are loaded afterwards.
+
+    Args:
+        model: as its config builds it.
+        structure: from :func:`record` on the pruned model.
+        state: the pruned model's state dict; its shapes are taken over, not its values.
+
+    Raises:
+        ValueError: a recorded layer or tensor does not exist in the model, or a layer would grow.
+    """
+    modules = dict(model.named_modules())
+    for name, sizes in structure.items():
+        if name not in modules:
+            raise ValueError(
+                f"the structure record names the layer {name!r}, which "
+                f"{type(model).__name__} does not have; it belongs to another detector"
+            )
+        for key, value in sizes.items():
+            if value > getattr(modules[name], key, value):
+                raise ValueError(
+                    f"the structure record wants {key}={value} in {name!r}, more than the "
+                    f"{getattr(modules[name], key)} of the detector that the config builds"
+                )
+            setattr(modules[name], key, value)
+    for prefix, module in modules.items():
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            shape = _shape(state, dot + name)
+            if shape != parameter.shape:
+                fresh = nn.Parameter(parameter.new_zeros(shape), parameter.requires_grad)
+                setattr(module, name, fresh)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if dot + name in state and state[dot + name].shape != buffer.shape:
+                setattr(module, name, buffer.new_zeros(state[dot + name].shape))
+
+
+def _shape(state: Mapping[str, Tensor], key: str) -> torch.Size:
+    if key not in state:
+        raise ValueError(f"the checkpoint has no tensor {key!r}; it belongs to another detector")
+    return state[key].shape
+
+
+def channels(structure: Structure) -> dict[str, int]:
+    """Output channels of every convolution and linear layer in a record."""
+    return {
+        name: sizes.get("out_channels", sizes.get("out_features", 0))
+        for name, sizes in structure.items()
+        if "out_channels" in sizes or "out_features" in sizes
+    }

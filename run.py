@@ -1,0 +1,23 @@
+"""Train, prune and retrain a detector: ``python run.py --help``."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ldt.config import register
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> float:
+    """Run one experiment; gives the headline metric of the last round."""
+    from ldt.experiment import run
+
+    return run(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Laws of COCO's annotation files."""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from mmdet.datasets import CocoDataset
+
+from ldt.data.coco import CLASSES, CocoDataModule
+
+DATA = Path(os.environ.get("LDT_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
+COCO = DATA / "coco"
+NAMES = ("cat", "dog", "bird")
+
+
+def box(image, category, corner=(4, 5), crowd=0):
+    fields = {"image_id": image, "category_id": category, "iscrowd": crowd, "area": 80.0}
+    return {**fields, "bbox": [*corner, 10, 8], "segmentation": [[0, 0, 1, 1, 2, 2]]}
+
+
+def content():
+    """Three images: a cat and a dog; nothing; a bird and a crowd of dogs."""
+    names = [f"{index:03d}.png" for index in (1, 2, 3)]
+    size = {"width": 60, "height": 40}
+    annotations = [box(11, 5), box(11, 7), box(13, 9), box(13, 7, (20, 20), crowd=1)]
+    return {
+        "images": [
+            {"id": index, "file_name": n, **size}
+            for index, n in zip((11, 12, 13), names, strict=True)
+        ],
+        "annotations": [{"id": index, **item} for index, item in enumerate(annotations)],
+        "categories": [{"id": i, "name": n} for i, n in zip((5, 7, 9), NAMES, strict=True)],
+    }
+
+
+def write_coco(root, annotations):
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        file = root / f"annotations/instances_{split}2017.json"
+        file.write_text(annotations if isinstance(annotations, str) else json.dumps(annotations))
+        (root / f"{split}2017").mkdir()
+        for index in (1, 2, 3):
+            pixels = np.zeros((40, 60, 3), np.uint8)
+            assert cv2.imwrite(str(root / f"{split}2017/{index:03d}.png"), pixels)
+    return root
+
+
+def module(folder, **options):
+    return CocoDataModule(**{"root": str(folder), "scale": (60, 40), "classes": NAMES, **options})
+
+
+def samples(loader):
+    return [sample for batch in loader for sample in batch["data_samples"]]
+
+
+def test_crowds_are_ignored_and_empty_images_are_kept(tmp_path):
+    data = module(write_coco(tmp_path, content()), augment="none")
+    for loader in (data.val_dataloader(), data.probe_dataloader("train", 2)):
+        pair, nothing, bird = samples(loader)
+        assert pair.gt_instances.labels.tolist() == [0, 1]
+        assert len(pair.ignored_instances) == 0
+        assert (len(nothing.gt_instances), len(nothing.ignored_instances)) == (0, 0)
+        assert bird.gt_instances.labels.tolist() == [2]
+        assert bird.ignored_instances.labels.tolist() == [1]
+        assert bird.ignored_instances.bboxes.tensor.tolist() == [[20, 20, 30, 28]]
+    assert sorted(sample.img_id for sample in samples(data.train_dataloader())) == [11, 12, 13]
+    assert data.split_ids() == {"train": [11, 12, 13], "val": [11, 12, 13]}
+
+
+@pytest.mark.parametrize("classes", [("dog", "cat"), ("cat", "dog"), ("bird",)])
+def test_labels_follow_the_order_of_the_classes(tmp_path, classes):
+    data = module(write_coco(tmp_path, content()), classes=classes)
+    wanted = [["cat", "dog"], [], ["bird"]]
+    for sample, names in zip(samples(data.val_dataloader()), wanted, strict=True):
+        read = [data.classes[label] for label in sample.gt_instances.labels]
+        assert read == [name for name in names if name in classes]
+
+
+def test_the_default_is_cocos_80_classes():
+    for none in ((), None):
+        assert CocoDataModule(classes=none).classes == CLASSES
+    assert len(CLASSES) == 80
+
+
+def test_an_unknown_class_is_named_with_those_available(tmp_path):
+    write_coco(tmp_path, content())
+    with pytest.raises(ValueError, match="no class 'horse'; available: cat, dog, bird"):
+        module(tmp_path, classes=("cat", "horse")).setup()
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
+    write_coco(tmp_path, content())
+    for name in ("002.png", "003.png"):
+        (tmp_path / "val2017" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 images .*val2017/002\.png"):
+        module(tmp_path).setup("validate")
+
+
+def without(group, key):
+    broken = content()
+    del broken[group][0][key]
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("{", "is not a JSON file"),
+        ("[]", "not in COCO's format: expected a list under 'images'"),
+        ({**content(), "categories": {}}, "expected a list under 'categories'"),
+        ({**content(), "images": []}, "lists no image"),
+        (without("images", "width"), "no 'width'"),
+        (without("annotations", "area"), "no 'area'"),
+        (without("annotations", "image_id"), "no 'image_id'"),
+    ],
+)
+def test_a_bad_annotation_file_is_named(tmp_path, broken, said):
+    write_coco(tmp_path, broken)
+    with pytest.raises(ValueError, match=rf"instances_train2017\.json.*{said}"):
+        module(tmp_path).setup()
+
+
+def test_missing_files_are_named_with_the_option(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset\.root=/path/to/coco"):
+        module(tmp_path, root=None).setup()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.*dataset\.root="):
+        module(tmp_path / "nowhere").setup()
+    with pytest.raises(FileNotFoundError, match=r"no annotation file .*dataset\.train_ann="):
+        module(tmp_path).setup()
+
+
+def test_absolute_paths_need_no_root(tmp_path):
+    write_coco(tmp_path, content())
+    paths = {
+        f"{split}_{kind}": str(tmp_path / path.format(split))
+        for split in ("train", "val")
+        for kind, path in (("ann", "annotations/instances_{}2017.json"), ("img", "{}2017"))
+    }
+    data = module(tmp_path, root=None, **paths)
+    assert len(samples(data.val_dataloader())) == 3
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason="no COCO images in LDT_TEST_DATA")
+def test_real_coco_reads_as_mmdet_reads_it():
+    ours = CocoDataModule(root=str(COCO)).dataset("val")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        theirs = CocoDataset(
+            ann_file=str(COCO / "annotations/instances_val2017.json"),
+            data_prefix={"img": str(COCO / "val2017")},
+            test_mode=True,
+        )
+    assert len(ours) == len(theirs)
+    for index in range(len(ours)):
+        wanted = theirs.get_data_info(index)
+        for instance in wanted["instances"]:
+            instance.pop("mask", None)
+        assert ours.get_data_info(index) == wanted
