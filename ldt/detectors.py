@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
-from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 def use_mmdet() -> None:
     """Register mmdet's modules and make ``mmdet`` the default scope (idempotent)."""
     register_all_modules(init_default_scope=False)
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # it prints every initial tensor
     if DefaultScope.get_current_instance() is None:
         DefaultScope.get_instance("ldt", scope_name="mmdet")
 
@@ -44,8 +46,8 @@ def model_config(
     """
     use_mmdet()
     try:
-        whole = get_config(config) if "::" in config else Config.fromfile(config)
-    except (FileNotFoundError, OSError, KeyError, AssertionError) as error:
+        whole = Config.fromfile(_config_file(config))
+    except (OSError, KeyError, ImportError, SyntaxError) as error:
         raise ValueError(
             f"detector.config={config!r} cannot be read ({error}). Give a file, or a packaged "
             "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
@@ -58,6 +60,14 @@ def model_config(
     if not pretrained:
         _drop_pretrained(model)
     return _plain(model)
+
+
+def _config_file(config: str) -> str:
+    """The path of ``package::family/file``; mmengine's own look-up needs pkg_resources."""
+    package, separator, file = config.partition("::")
+    if not separator:
+        return config
+    return str(Path(import_module(package).__path__[0]) / ".mim" / "configs" / file)
 
 
 def _set_num_classes(node: Any, n_classes: int) -> None:
@@ -291,4 +301,3 @@ def quiet() -> None:
     """Silence warnings of the libraries that a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*torch.meshgrid.*")
     warnings.filterwarnings("ignore", message=".*Unwrapped parameters detected.*")
-    logging.getLogger("mmengine").setLevel(logging.ERROR)

@@ -164,7 +164,9 @@ def discriminant_directions(
     """
     x_nc, labels = _two_of_two(x_nc.detach(), labels)
     S_w, S_b, _ = scatter(x_nc, labels)
-    L, whitened, _ = _whiten(S_w, S_b, ridge, absolute)
+    L, whitened, failed = _whiten(S_w, S_b, ridge, absolute)
+    if int(failed):
+        raise ValueError(f"S_w is singular with ridge={ridge}: raise the ridge, e.g. to 0.1")
     eigs, vectors = torch.linalg.eigh(whitened)
     kept = vectors[:, top_k(eigs, labels.unique().numel(), phi)]
     return torch.linalg.solve_triangular(L.mT, kept, upper=True)
@@ -178,8 +180,8 @@ def top_k(eigs: Tensor, n_classes: int, phi: float = 5e-3) -> Tensor:
     more when classes are unbalanced. ValueError unless 0 <= phi < 1.
     """
     _check_phi(phi)
-    eigs = eigs.detach()
-    K = ((eigs > phi * eigs[..., -1:]) & (eigs > 0)).sum(-1, keepdim=True)
+    # This drops every lambda <= 0 too: where the maximum is negative, phi * max lies above it.
+    K = (eigs > phi * eigs[..., -1:]).sum(-1, keepdim=True)
     C = eigs.shape[-1]
     return torch.arange(C, device=eigs.device) >= C - K.clamp(max=n_classes - 1)
 

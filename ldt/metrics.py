@@ -173,7 +173,7 @@ def coco_ap(images: Sequence[Image], num_classes: int) -> tuple[dict[str, float]
         # or a recall that is exactly there would be missed
         iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
         rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
-        extended_summary=True,
+        class_metrics=True,
         backend="faster_coco_eval",
         sync_on_compute=False,  # every process has all images already
     )
@@ -182,12 +182,10 @@ def coco_ap(images: Sequence[Image], num_classes: int) -> tuple[dict[str, float]
     result = metric.compute()
     averages = {ours: _from_coco(result[theirs].item()) for ours, theirs in COCO_AVERAGES.items()}
     per_class = [float("nan")] * num_classes
-    # precision [IoU, recall, class, size, detections]; only classes that were seen come back, and a
-    # single one comes back without its dimension. (`class_metrics=True` says the same, but evaluates
-    # every class anew over all boxes: minutes on COCO.)
-    precision = result["precision"][..., 0, -1]
-    for i, label in enumerate(result["classes"].reshape(-1).tolist()):
-        per_class[label] = _from_coco(precision[:, :, i].mean().item())
+    # only classes that were seen come back, and a single one comes back without its dimension
+    seen = result["classes"].reshape(-1).tolist()
+    for label, ap in zip(seen, result["map_per_class"].reshape(-1).tolist(), strict=True):
+        per_class[label] = _from_coco(ap)
     return averages, per_class
 
 

@@ -1,7 +1,8 @@
 """A LightningModule around any mmdet detector."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +91,27 @@ class DetectorModule(L.LightningModule):
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
         self.metrics = DetectionMetrics(self.classes)
-        self._maps: tuple[Tensor, ...] = ()
-        find_neck(self.detector, neck).register_forward_hook(self._keep_maps)
+        find_neck(self.detector, neck)
         self.predictors = list(predictors or find_predictors(self.detector, self.example()))
         if checkpoint is not None:
             load_weights(self.detector, checkpoint, self.predictors)
 
-    def _keep_maps(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._maps = as_maps(output)
+    @contextmanager
+    def _tapped_neck(self) -> Iterator[list[Tensor]]:
+        """Within it, a forward fills the list with the neck's maps.
+
+        The hook does not stay: it would hold on to the autograd graph of the last batch.
+        """
+        maps: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            maps[:] = as_maps(output)
+
+        hook = find_neck(self.detector, self.neck_name).register_forward_hook(keep)
+        try:
+            yield maps
+        finally:
+            hook.remove()
 
     def example(self) -> Tensor:
         """A zero image [1, 3, H, W] of the input size, on the detector's device."""
@@ -119,30 +133,23 @@ class DetectorModule(L.LightningModule):
         shape = (int(images.shape[2]), int(images.shape[3]))
         return PreparedBatch(images, samples, objects_of(samples, shape))
 
-    def features(self, batch: PreparedBatch) -> tuple[Tensor, ...]:
+    def features(self, batch: PreparedBatch) -> list[Tensor]:
         """The neck's output maps, each [N, C, h, w]."""
         extract: Any = self.detector.extract_feat
-        extract(batch.images)
-        return self._take_maps()
+        with self._tapped_neck() as maps:
+            extract(batch.images)
+        return maps
 
     def detection_loss(self, batch: PreparedBatch) -> Tensor:
         """The detector's own training loss of a batch, a scalar."""
         losses = self.detector(batch.images, batch.samples, mode="loss")
-        self._take_maps()
         return _total(self.detector, losses)[0]
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
         """The coupled groups below ``scope``; call within :func:`ldt.detectors.evaluating`."""
-        graph = PruningGraph(
+        return PruningGraph(
             self.detector, raw_forward, self.example(), scope, never=self.predictors
         )
-        self._take_maps()
-        return graph
-
-    def _take_maps(self) -> tuple[Tensor, ...]:
-        """Hand the tapped maps over; keeping them would keep the autograd graph alive."""
-        maps, self._maps = self._maps, ()
-        return maps
 
     # Training and validation --------------------------------------------------------------
 
@@ -152,8 +159,8 @@ class DetectorModule(L.LightningModule):
         hub.update_info("iter", self.global_step)
         hub.update_info("epoch", self.current_epoch)
         ready = self.prepare(batch, training=True)
-        losses = self.detector(ready.images, ready.samples, mode="loss")
-        maps = self._take_maps()
+        with self._tapped_neck() as maps:
+            losses = self.detector(ready.images, ready.samples, mode="loss")
         for term in self.loss_terms.values():
             losses.update(term(maps, ready.objects))
         total, logs = _total(self.detector, losses)
@@ -180,9 +187,7 @@ class DetectorModule(L.LightningModule):
     def predict_samples(self, batch: dict[str, Any]) -> list[DetDataSample]:
         """Data samples with ``pred_instances`` in the coordinates of the original images."""
         preprocess: Any = self.detector.data_preprocessor
-        samples = self.detector(**preprocess(batch, False), mode="predict")
-        self._take_maps()
-        return samples
+        return self.detector(**preprocess(batch, False), mode="predict")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collect detections for the metrics."""

@@ -356,14 +356,19 @@ def test_discriminant_directions_solve_eq_9():
     torch.testing.assert_close(S_b @ V, S_w @ V * eigs)
     torch.testing.assert_close(V.mT @ S_w @ V, torch.eye(2, dtype=torch.float64))
     assert not V.requires_grad
+    with pytest.raises(ValueError, match="raise the ridge"):
+        D.discriminant_directions(x_nc * torch.nan, labels)
 
 
 def test_channel_ratio_is_the_eigenvalue_problem_of_one_channel():
     x_nc = make_vectors(LABELS)[0].detach()
+    for members in LABELS.unique()[:, None] == LABELS:
+        x_nc[members, 1] -= x_nc[members, 1].mean()  # equal class means: (S_b)_11 < 0
     ratio = D.channel_ratio(x_nc, LABELS)
     for c in range(5):
         eig = eigenvalues_of(x_nc[:, [c]], LABELS, ridge=0.0, absolute=0.0)
         torch.testing.assert_close(ratio[c], eig[0].clamp(min=0))
+    assert (ratio > 0).tolist() == [True, False, True, True, True]
     assert (D.channel_ratio(1e4 * x_nc, LABELS) - ratio).abs().max() < 1e-9 * ratio.max()
 
 

@@ -6,6 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ldt.metrics import DetectionMetrics  # before mmdet, which needs the operators of mmcv
+
+# isort: split
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, multiprocessing
 
-from ldt.metrics import DetectionMetrics
 
 CLASSES = ("car", "person", "tram", "cyclist")  # no tram in the random samples
 SIZES = (12.0, 30.0, 60.0, 95.0, 150.0)

@@ -1,6 +1,6 @@
 """What a pruning criterion is given and what it gives back."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
 from ldt.discriminant import Objects
-from ldt.pruning.graph import CONVOLUTIONS, PruningGraph
+from ldt.pruning.graph import PruningGraph
 
 
 class Batch(Protocol):
@@ -41,7 +41,12 @@ class Criterion(Importance):
 
     :meth:`collect` looks at calibration batches once a round; :meth:`channel_scores` then gives
     one score per output channel of a layer. A coupled group's score is the sum over its layers.
+
+    Attributes:
+        layers: the convolutions that are scored, by name; set before :meth:`collect`.
     """
+
+    layers: Mapping[str, nn.Module] = {}
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Gather statistics; called in eval mode with gradients on for all parameters.
@@ -59,11 +64,12 @@ class Criterion(Importance):
 
     def __call__(self, group: Any) -> Tensor:
         """The summed scores of a Torch-Pruning group's layers, [channels of its root]."""
+        scored = set(self.layers.values())
         total = torch.zeros(len(group[0].root_idxs), dtype=torch.float64)
         for item in group.items:
             layer = item.dep.target.module
-            produces = group._DG.is_out_channel_pruning_fn(item.dep.handler)
-            if produces and isinstance(layer, CONVOLUTIONS):
+            makes = group._DG.is_out_channel_pruning_fn(item.dep.handler)
+            if makes and layer in scored:
                 scores = self.channel_scores(layer).detach().double().cpu()
                 total.index_add_(0, torch.as_tensor(item.root_idxs), scores[list(item.idxs)])
         return total
@@ -74,6 +80,7 @@ def score_groups(
 ) -> dict[str, Tensor]:
     """Scores of every group, with a criterion of ours or any importance of Torch-Pruning."""
     if isinstance(criterion, Criterion):
+        criterion.layers = graph.scored
         criterion.collect(target, graph, batches)
     scores = {}
     for name, group in graph.groups.items():
@@ -91,9 +98,7 @@ def scored_points(graph: PruningGraph) -> dict[nn.Module, nn.Module]:
     """
     modules = dict(graph.model.named_modules())
     return {
-        member.layer: modules[graph.norm_of.get(member.name, member.name)]
-        for group in graph.groups.values()
-        for member in group.producers
+        layer: modules[graph.norm_of.get(name, name)] for name, layer in graph.scored.items()
     }
 
 

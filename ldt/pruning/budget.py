@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
-from ldt.profiling import NORM_MULTIPLY_ADDS
 from ldt.pruning.graph import NORMS, CoupledGroup, PruningGraph
 
 Budget = Literal["params", "flops"]
@@ -44,7 +43,8 @@ def _cost(layer: nn.Module, budget: Budget, positions: int) -> _Cost:
         if size == 0:
             return _Cost(1, 1, 0.0, 0.0)
         learnt = 1 + (bias is not None)
-        return _Cost(1, size, 0.0, learnt if budget == "params" else NORM_MULTIPLY_ADDS * positions)
+        affine = 2 * positions  # the convention of ldt.profiling
+        return _Cost(1, size, 0.0, learnt if budget == "params" else affine)
     assert weight is not None
     if isinstance(layer, nn.Linear):
         ins, outs = layer.in_features, layer.out_features

@@ -52,7 +52,7 @@ class CoupledGroup:
     parts: int = 1
 
     @property
-    def producers(self) -> tuple[Member, ...]:
+    def makers(self) -> tuple[Member, ...]:
         """The convolutions whose output channels the group is made of."""
         return tuple(
             m for m in self.members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)
@@ -71,6 +71,7 @@ class PruningGraph:
 
     Attributes:
         groups: what can be cut, by name of the root layer.
+        scored: the convolutions of the scope that the groups' channels come from.
         left_whole: layers of the scope that cannot be cut, with the reason.
         norm_of: the normalisation layer that directly follows a convolution.
     """
@@ -89,6 +90,7 @@ class PruningGraph:
             model, images, forward_fn=forward, verbose=False
         )
         self.groups: dict[str, CoupledGroup] = {}
+        self.scored: dict[str, nn.Module] = {}
         self.left_whole: dict[str, str] = {}
         self.norm_of = self._norms()
         in_scope = {
@@ -103,9 +105,8 @@ class PruningGraph:
             )
         for raw in self._graph.get_all_groups(root_module_types=list(CONVOLUTIONS)):
             self._add(raw, in_scope, set(never), scope)
-        cut = {m.name for g in self.groups.values() for m in g.producers}
         for name in in_scope:
-            if name not in cut:
+            if name not in self.scored:
                 self.left_whole.setdefault(name, "not reached by tracing")
 
     def _norms(self) -> dict[str, str]:
@@ -130,12 +131,13 @@ class PruningGraph:
         )
         root = members[0]
         group = CoupledGroup(root.name, len(root.roots), members, raw, _parts(members))
-        inside = [m.name for m in group.producers if m.name in in_scope]
+        inside = {m.name: m.layer for m in group.makers if m.name in in_scope}
         if not inside:
             return
         reason = _obstacle(group, never, scope)
         if reason is None:
             self.groups[group.name] = group
+            self.scored.update(inside)
         else:
             self.left_whole.update(dict.fromkeys(inside, reason))
 
@@ -146,13 +148,12 @@ class PruningGraph:
 
     def prunable_share(self) -> tuple[int, int]:
         """Parameters of the scope's layers that can lose filters, and of all of them."""
-        whole = {m.name for g in self.groups.values() for m in g.producers}
         sizes = {
             name: sum(p.numel() for p in module.parameters(recurse=False))
             for name, module in self.model.named_modules()
-            if isinstance(module, CONVOLUTIONS) and (name in whole or name in self.left_whole)
+            if name in self.scored or name in self.left_whole
         }
-        return sum(size for name, size in sizes.items() if name in whole), sum(sizes.values())
+        return sum(size for name, size in sizes.items() if name in self.scored), sum(sizes.values())
 
     def remove(self, channels: dict[str, list[int]]) -> None:
         """Cut channels out of the model, in place.
@@ -192,7 +193,7 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
         if member.side != "in" and isinstance(layer, CONVOLUTIONS):
             if member.name in never:
                 return f"its channels are predictions of {member.name}"
-            if not _below(member.name, scope):
+            if not _below(member.name, scope) and not _depthwise(layer):  # those only follow
                 return f"coupled with {member.name}, which is outside of prune.scope"
         if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not _depthwise(layer):
             return f"coupled with the grouped convolution {member.name}"
