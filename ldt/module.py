@@ -210,9 +210,9 @@ class DetectorModule(L.LightningModule):
         if self.recipe["paramwise"]:
             config["paramwise_cfg"] = dict(self.recipe["paramwise"])
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
-        batches = self.trainer.num_training_batches
-        steps = math.ceil(batches / self.trainer.accumulate_grad_batches) * self.phase_epochs
-        schedule = LambdaLR(optimizer, _schedule(self.recipe, max(1, int(steps)), self.lr_scale))
+        whole, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
+        steps = max(1, round(whole / epochs * self.phase_epochs))
+        schedule = LambdaLR(optimizer, _schedule(self.recipe, steps, self.lr_scale))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},

@@ -19,7 +19,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, multiprocessing
 
-
 CLASSES = ("car", "person", "tram", "cyclist")  # no tram in the random samples
 SIZES = (12.0, 30.0, 60.0, 95.0, 150.0)
 

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+# before mmdet, which needs the operators of mmcv
 from ldt.profiling import (
     count_parameters,
     environment,
@@ -12,7 +13,7 @@ from ldt.profiling import (
     latency,
     multiply_adds,
     state_size,
-)  # before mmdet, which needs the operators of mmcv
+)
 
 # isort: split
 import mmdet

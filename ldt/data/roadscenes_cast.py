@@ -82,9 +82,13 @@ def draw_car(pen: Pen, car: Body, rng: np.random.Generator) -> None:
     half = np.full(len(profile), width / 2)
     half[4:6] *= 0.92 if car.shape == "van" else 0.80
     paint = pick(rng, PAINTS)
-    _draw_wheels(pen, car, inner=True)
+    wheels = _wheels(pen, car)
+    pen.areas(wheels, RUBBER)
     left, right = draw_prism(pen, car.pose, profile, half, paint)
-    _draw_wheels(pen, car, inner=False)
+    for wheel in wheels:  # the body has hidden them all: those of the near side come back
+        if turned_to_camera(wheel):
+            pen.area(wheel, RUBBER)
+            pen.area(_shrunk(wheel, 0.5), (150, 150, 150))
     for i in (3, 5):
         quad = np.array([left[i], left[i + 1], right[i + 1], right[i]])
         if turned_to_camera(quad):
@@ -106,26 +110,17 @@ def _draw_side_windows(pen: Pen, outline_n2: np.ndarray) -> None:
     pen.area(np.array([low + post, high + post, pane[2], pane[3]]), GLASS, 1.0)
 
 
-def _draw_wheels(pen: Pen, car: Body, inner: bool) -> None:
-    """Draw the wheels of the side in view, or (`inner`) of all sides before the body hides them."""
+def _wheels(pen: Pen, car: Body) -> np.ndarray:
+    """Return the outlines of the four wheels, (4, 12, 2) pixels, clockwise from their outside."""
     height, width, length = car.size
     radius = 0.33 if height < 1.6 else 0.37
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    for side in (-0.5, 0.5):
-        for ahead in (-0.31, 0.31):
-            local = np.column_stack(
-                [ahead * length + radius * ring[:, 0], radius * (1 + ring[:, 1]), 0 * angles]
-            )
-            local[:, 2] = side * (width - 0.25 * inner)
-            pixels = pen.project(car.pose, local)
-            # angles run anticlockwise seen from the right: seen from its own side, the sign flips
-            in_view = turned_to_camera(pixels if side > 0 else pixels[::-1])
-            if inner:
-                pen.area(pixels, RUBBER)
-            elif in_view:
-                pen.area(pixels, RUBBER)
-                pen.area(_shrunk(pixels, 0.5), (150, 150, 150))
+    local = np.empty((4, 12, 3))
+    local[..., 1] = radius * (1 + np.sin(angles))
+    for i, (side, ahead) in enumerate(((1, -0.31), (1, 0.31), (-1, -0.31), (-1, 0.31))):
+        local[i, :, 0] = ahead * length + side * radius * np.cos(angles)
+        local[i, :, 2] = side * width / 2
+    return pen.project(car.pose, local.reshape(48, 3)).reshape(4, 12, 2)
 
 
 def _draw_ends(pen: Pen, car: Body) -> None:

@@ -64,8 +64,10 @@ def paint_backdrop(canvas: Canvas, sky: Colour, verge: float, rng: np.random.Gen
 def _paint_sky(canvas: Canvas, sky: Colour) -> None:
     rows = round(canvas.camera.horizon)
     share = np.linspace(0, 1, rows)[:, None] ** 1.5
-    column = np.array(sky) * (1 - share) + np.array(canvas.light.haze) * share
-    canvas.pixels[:rows, :, :3] = np.rint(column)[:, None].astype(np.uint8)
+    column = np.array((*sky, 0)) * (1 - share) + np.array((*canvas.light.haze, 0)) * share
+    strip = np.rint(column).astype(np.uint8)[:, None]
+    # cv2 repeats columns many times faster than numpy's broadcasting does
+    canvas.pixels[:rows] = cv2.resize(strip, (canvas.width, rows), interpolation=cv2.INTER_NEAREST)
 
 
 def _paint_ground(canvas: Canvas, colour: Colour) -> None:
@@ -96,8 +98,13 @@ def _paint_strip(canvas: Canvas, x1: float, x2: float, colour: Colour) -> None:
 def _paint_patch(
     canvas: Canvas, x1: float, x2: float, z1: float, z2: float, colour: Colour
 ) -> None:
-    ground = np.array([(x1, 0, z1), (x1, 0, z2), (x2, 0, z2), (x2, 0, z1)])
-    Pen(canvas, (z1 * z2) ** 0.5).area(canvas.camera.project(ground), colour)
+    camera = canvas.camera  # by hand: there are fifty patches in a picture
+    near, far = camera.focal / z1, camera.focal / z2
+    low, high = camera.horizon + camera.height * near, camera.horizon + camera.height * far
+    left, right = camera.column + x1 * near, camera.column + x2 * near
+    left_far, right_far = camera.column + x1 * far, camera.column + x2 * far
+    corners = np.array([(left, low), (left_far, high), (right_far, high), (right, low)])
+    Pen(canvas, (z1 * z2) ** 0.5).area(corners, colour)
 
 
 def _roughen(canvas: Canvas, rng: np.random.Generator) -> None:

@@ -1,0 +1,1 @@
+"""Figures from plain data: numpy and matplotlib only, and never a window."""

@@ -1,0 +1,197 @@
+"""Ground truth and detections of several detectors, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
+
+from ldt.figures.style import FONT, PALETTE, SMALL, new_figure
+from ldt.figures.tags import place_tags
+
+WIDTH_CM = 12.0  # shrinks to a column of 8 cm and stays readable
+LABEL = 4.5  # points: class and score at a box
+IGNORED = "#C8C8C8"
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """Boxes of one image.
+
+    Attributes:
+        corners: [n, 4], (x1, y1, x2, y2) in pixels of the original image.
+        labels: [n] whole numbers.
+        scores: [n] in [0, 1]; None for ground truth.
+    """
+
+    corners: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One image and everything that is drawn on it.
+
+    Attributes:
+        pixels: [h, w, 3] uint8, RGB, at any resolution.
+        size: (height, width) of the original image in pixels, which boxes refer to.
+        truth: annotated objects.
+        ignored: [k, 4] corners of regions where nothing counts.
+        found: detections, one entry for each detector.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    truth: Boxes
+    ignored: np.ndarray
+    found: Sequence[Boxes]
+
+
+def draw_detections(
+    scenes: Sequence[Scene],
+    classes: Sequence[str],
+    titles: Sequence[str],
+    threshold: float = 0.3,
+) -> Figure:
+    """A row for each image: ground truth, then each detector's boxes.
+
+    Args:
+        scenes: the images; all have ``len(titles)`` entries in ``found``.
+        classes: names in label order; colours repeat after seven.
+        titles: one for each detector.
+        threshold: detections with this score or less are left out.
+
+    Returns:
+        A figure 12 cm wide. Boxes are labelled with the shortest name that is not ambiguous (three
+        letters at least) and the score in per cent; the legend has the full names of what is seen.
+
+    Raises:
+        ValueError: there is no image, or an image has detections of more or fewer detectors.
+    """
+    if not scenes or any(len(scene.found) != len(titles) for scene in scenes):
+        raise ValueError(
+            f"{len(scenes)} images with detections of {[len(s.found) for s in scenes]} detectors, "
+            f"{len(titles)} titles; give at least one image and one title a detector"
+        )
+    columns = 1 + len(titles)
+    shapes = [min(scene.size[0] / scene.size[1], 1.0) for scene in scenes]  # portraits: narrower
+    height = WIDTH_CM / columns * sum(shapes) + 0.05 * len(shapes) + 0.85
+    figure = new_figure(WIDTH_CM, height)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore
+    grid = figure.subplots(len(scenes), columns, squeeze=False, height_ratios=shapes)
+    names = short_names(classes)
+    seen: set[int] = set()
+    for row, scene in zip(grid, scenes, strict=True):
+        panels = [scene.truth, *(_above(boxes, threshold) for boxes in scene.found)]
+        for axes, boxes in zip(row, panels, strict=True):
+            _show(axes, scene)
+            _draw_boxes(axes, boxes, names, WIDTH_CM / columns)
+            seen.update(boxes.labels.tolist())
+        _draw_ignored(row[0], scene.ignored)
+    for axes, title in zip(grid[0], ("ground truth", *titles), strict=True):
+        axes.set_title(title, fontsize=FONT, pad=3)
+    _legend(figure, classes, sorted(seen), any(len(scene.ignored) for scene in scenes))
+    return figure
+
+
+def short_names(classes: Sequence[str]) -> list[str]:
+    """For each class the first letters, three at least, that no other class begins with.
+
+    A class that is itself the beginning of another keeps its whole name.
+    """
+
+    def short(name: str) -> str:
+        others = [other for other in classes if other != name]
+        lengths = range(3, len(name))
+        unique = (n for n in lengths if not any(other.startswith(name[:n]) for other in others))
+        return name[: next(unique, len(name))]
+
+    return [short(name) for name in classes]
+
+
+def colour(label: int) -> str:
+    """The colour of a class; the palette starts again after its last colour."""
+    return PALETTE[label % len(PALETTE)]
+
+
+def _above(boxes: Boxes, threshold: float) -> Boxes:
+    """The detections that are shown, the best first: it has the choice of where its tag goes."""
+    assert boxes.scores is not None
+    order = np.argsort(-boxes.scores, kind="stable")
+    order = order[boxes.scores[order] > threshold]
+    return Boxes(boxes.corners[order], boxes.labels[order], boxes.scores[order])
+
+
+def _show(axes: Any, scene: Scene) -> None:
+    """The image in the coordinates of the original one, whatever its own resolution."""
+    height, width = scene.size
+    axes.imshow(scene.pixels, extent=(0, width, height, 0), interpolation="bilinear")
+    axes.set_axis_off()
+
+
+def _draw_boxes(axes: Any, boxes: Boxes, names: Sequence[str], width_cm: float) -> None:
+    """Frames and tags; `width_cm` is the panel's, which says how large a tag is in pixels."""
+    texts: list[str] = [names[int(label)] for label in boxes.labels]
+    if boxes.scores is not None:
+        texts = [f"{t} {100 * s:.0f}" for t, s in zip(texts, boxes.scores, strict=True)]
+    width, height = axes.get_xlim()[1], axes.get_ylim()[0]
+    pixels = LABEL * max(width, height) / (width_cm / 2.54 * 72)  # of one em
+    widths = [0.62 * pixels * len(text) for text in texts]
+    tags = place_tags(boxes.corners, widths, 1.1 * pixels, (height, width))
+    for corners, label, text, tag in zip(boxes.corners, boxes.labels, texts, tags, strict=True):
+        _frame(axes, corners, edgecolor=colour(label), linewidth=0.8)
+        _tag(axes, tag, text, colour(label))
+
+
+def _draw_ignored(axes: Any, regions: np.ndarray) -> None:
+    for corners in regions:
+        _frame(
+            axes,
+            corners,
+            edgecolor=IGNORED,
+            linewidth=0.8,
+            linestyle=(0, (3, 2)),
+            path_effects=[Stroke(linewidth=1.6, foreground="#404040"), Normal()],  # on light skies
+        )
+
+
+def _frame(axes: Any, corners: np.ndarray, **style: Any) -> None:
+    x1, y1, x2, y2 = (float(value) for value in corners)
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
+
+
+def _tag(axes: Any, place: np.ndarray, text: str, background: str) -> None:
+    red, green, blue = to_rgb(background)
+    bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
+    axes.text(
+        (place[0] + place[2]) / 2,
+        (place[1] + place[3]) / 2,
+        text,
+        ha="center",
+        va="center_baseline",
+        fontsize=LABEL,
+        color="black" if bright else "white",
+        bbox={"facecolor": background, "edgecolor": "none", "pad": 0.2, "alpha": 0.8},
+        parse_math=False,
+        clip_on=True,
+    )
+
+
+def _legend(figure: Figure, classes: Sequence[str], labels: list[int], ignored: bool) -> None:
+    handles = [Line2D([], [], color=colour(i), linewidth=2.5, label=classes[i]) for i in labels]
+    if ignored:
+        handles.append(Line2D([], [], color=IGNORED, linestyle="--", label="ignored"))
+    if handles:
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(len(handles), 6),
+            fontsize=SMALL,
+            frameon=False,
+        )

@@ -1,0 +1,340 @@
+"""What a run and a study show at their end: tables on the terminal, pictures in the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ldt.checkpoints import load_pruned, read
+from ldt.figures.channels import draw_channels
+from ldt.figures.curves import draw_curve
+from ldt.figures.detections import Boxes, Scene, draw_detections
+from ldt.figures.style import save
+from ldt.pruning import structure
+from ldt.records import read_json
+
+if TYPE_CHECKING:
+    from ldt.data.datamodule import DetectionDataModule
+
+NOT_SET = "(not set)"
+METRICS = ("AP", "AP50", "mAP")
+BUDGETS = {"params": "parameters", "flops": "multiply-adds"}
+PLAIN_WIDTH = 200  # characters, where the output is no terminal: nothing is cut off
+SHOWN_PARTS = ("backbone", "neck")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two nested dicts differ.
+
+    Args:
+        old: plain data; dicts may hold dicts.
+        new: the same.
+
+    Returns:
+        (dotted key, old value, new value), sorted by key; a key that one side does not have shows
+        as ``(not set)`` there. Lists are compared whole.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*old, *new}):
+        there, now = old.get(key, NOT_SET), new.get(key, NOT_SET)
+        if there == now and (key in old) == (key in new):
+            continue
+        if _nests(there, key in old, now, key in new):
+            inner = differences(there if key in old else {}, now if key in new else {})
+            found += [(f"{key}.{name}", *values) for name, *values in inner]
+        else:
+            found.append((key, there, now))
+    return sorted(found, key=lambda difference: difference[0])
+
+
+def _nests(there: Any, has_old: bool, now: Any, has_new: bool) -> bool:
+    """Whether the difference lies below the key: dicts on both sides, or on the only side."""
+    sides = [value for value, has in ((there, has_old), (now, has_new)) if has]
+    return all(isinstance(value, dict) for value in sides) and any(sides)
+
+
+# Tables -------------------------------------------------------------------------------------
+
+
+def print_run(summary: Mapping[str, Any], folder: Path) -> None:
+    """Print the base against each round, and where the pictures and the pruned detector are.
+
+    Args:
+        summary: of a finished run (``summary.json``).
+        folder: the run's directory.
+    """
+    rows, metric = summary["rounds"], summary["metric"]
+    console = _console()
+    console.print(_rounds_table(summary))
+    console.print(Text(f"* the metric of this data set: {metric}", style="dim"))
+    for picture in sorted((folder / "pictures").glob("*.png")):
+        _print_path(console, "picture", picture)
+    name = "base detector" if len(rows) == 1 else "pruned detector"
+    _print_path(console, name, folder / summary["checkpoint"])
+
+
+def _print_path(console: Console, name: str, path: Path) -> None:
+    console.print(Text(f"{name}: {path}"), soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def _rounds_table(summary: Mapping[str, Any]) -> Table:
+    rows, headline = summary["rounds"], summary["metric"]
+    height, width = summary["input_size"]
+    table = Table(
+        title=Text(f"{summary['run']} (input {height}x{width}, height x width)"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    metrics = list(dict.fromkeys((*METRICS, headline)))
+    table.add_column("round")
+    for name in metrics:
+        is_headline = name == headline
+        table.add_column(
+            Text(f"{name} *" if is_headline else name),
+            justify="right",
+            style="bold" if is_headline else "",
+        )
+    budget = BUDGETS[summary["plan"]["budget"]]
+    latency = f"latency (ms{_measured_on(rows)})"
+    for name in ("parameters (M)", "multiply-adds (G)", latency, f"{budget} removed (%)"):
+        table.add_column(Text(name), justify="right")
+    for row in rows:
+        table.add_row(
+            "base" if row["round"] == 0 else str(row["round"]),
+            *(_number(row.get(name), 3) for name in metrics),
+            _number(row.get("params"), 3, 1e-6),
+            _number(row.get("multiply_adds"), 3, 1e-9),
+            _number(row.get("latency_ms"), 1),
+            _number(row.get("rate"), 1, 100),
+        )
+    return table
+
+
+def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Threads and device of the latencies; several if the run moved between machines."""
+    found = [
+        f"{row['threads']} thread{'s' * (row['threads'] != 1)}, {row['device']}"
+        for row in rows
+        if "threads" in row and "device" in row
+    ]
+    return "".join(f"; {place}" for place in dict.fromkeys(found))
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    """A number for a table; "-" where nothing was measured."""
+    return "-" if value is None or isnan(value) else f"{value * scale:.{digits}f}"
+
+
+# Studies ------------------------------------------------------------------------------------
+
+
+def load_study(study: Path) -> list[dict[str, Any]]:
+    """One flat row for each run of a study, sorted by name.
+
+    Args:
+        study: the directory that holds the runs' directories.
+
+    Returns:
+        Rows with ``run`` and ``status``: ``finished``, ``failed`` (also where ``summary.json``
+        cannot be read) or ``unfinished``. Failed ones have ``error``. Finished ones have the run's
+        fields (``detector``, ``dataset``, ``method``, ``metric``, ``seed``, ``input_size``,
+        ``asked_rate``, ``rounds``, ``budget``), the last round's row under its own keys, and the
+        base's row under ``base_<key>``.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    if not study.is_dir():
+        raise FileNotFoundError(f"no study at {study}; expected there: one directory for each run")
+    runs = [
+        folder
+        for folder in sorted(study.iterdir())
+        if (folder / "summary.json").is_file() or (folder / "config.yaml").is_file()
+    ]
+    return [_study_row(folder) for folder in runs]
+
+
+def _study_row(folder: Path) -> dict[str, Any]:
+    file = folder / "summary.json"
+    try:
+        return _flat(folder.name, read_json(file))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
+        text = f"{file} is damaged ({type(error).__name__}: {error}); remove it to run again"
+        return {"run": folder.name, "status": "failed", "error": text}
+
+
+def _flat(run: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    status = summary.get("status")
+    if status == "failed":
+        return {"run": run, "status": status, "error": str(summary["error"])}
+    if status != "finished":
+        return {"run": run, "status": "unfinished"}
+    keys = ("study", "detector", "dataset", "method", "metric", "seed", "input_size")
+    base, last, plan = summary["rounds"][0], summary["rounds"][-1], summary["plan"]
+    return {
+        "run": run,
+        "status": status,
+        **{key: summary[key] for key in keys},
+        "asked_rate": plan["rate"],
+        "rounds": plan["rounds"],
+        "budget": plan["budget"],
+        **last,
+        **{f"base_{key}": value for key, value in base.items()},
+    }
+
+
+def print_study(study: Path) -> int:
+    """Print one line for each run of a study, the failed ones last and in red.
+
+    Returns:
+        How many runs failed; unfinished ones do not count.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    rows = load_study(study)
+    failed = [row for row in rows if row["status"] == "failed"]
+    console = _console()
+    table = Table(box=box.SIMPLE_HEAD, title=Text(str(study)), title_justify="left")
+    for name in ("run", "status", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in ("base", "last", "parameters (M)", "multiply-adds (G)", "removed (%)"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["status"] != "failed":
+            table.add_row(*_study_cells(row))
+    if table.row_count:
+        console.print(table)
+    for row in failed:
+        first_line = (row["error"].splitlines() or ["no message"])[0]
+        line = Text(f"{row['run']}  failed  {first_line}", style="red")
+        console.print(line, soft_wrap=True)
+    states = [row["status"] for row in rows]
+    counts = (f"{states.count(state)} {state}" for state in ("finished", "failed", "unfinished"))
+    console.print(", ".join(counts))
+    return len(failed)
+
+
+def _study_cells(row: Mapping[str, Any]) -> Sequence[Text]:
+    if row["status"] == "unfinished":
+        return [Text(row["run"]), Text(row["status"], style="yellow")]
+    height, width = row["input_size"]
+    cells = (
+        row["run"],
+        row["status"],
+        row["metric"],
+        _number(row.get(f"base_{row['metric']}"), 3),
+        _number(row.get(row["metric"]), 3),
+        _number(row.get("params"), 3, 1e-6),
+        f"{_number(row.get('multiply_adds'), 3, 1e-9)} at {height}x{width}",
+        f"{_number(row.get('rate'), 1, 100)} of {BUDGETS[row['budget']]}",
+    )
+    return [Text(cell) for cell in cells]
+
+
+# Pictures -----------------------------------------------------------------------------------
+
+
+def draw_run(
+    summary: Mapping[str, Any], folder: Path, data: DetectionDataModule, pictures: int
+) -> None:
+    """Write a run's figures into ``<folder>/pictures``.
+
+    ``detections.png`` (ground truth, base and last round on some validation images),
+    ``map_vs_params.png`` and, where something was pruned, ``channels.png``.
+
+    Args:
+        summary: of the run.
+        folder: the run's directory, with ``round-<t>.ckpt`` of the first and the last round.
+        data: set up; its validation images are shown.
+        pictures: validation images in ``detections.png``, evenly spread; 0 leaves it out.
+
+    Raises:
+        ValueError: ``pictures`` is negative, or a checkpoint is damaged.
+        FileNotFoundError: a checkpoint is missing.
+    """
+    if pictures < 0:
+        raise ValueError(
+            f"report.pictures={pictures} must be 0 (no pictures of detections) or more"
+        )
+    target, rows = folder / "pictures", summary["rounds"]
+    ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
+    files = [folder / f"round-{row['round']}.ckpt" for row in ends]
+    if pictures:
+        titles = [_title(row, summary["metric"]) for row in ends]
+        figure = draw_detections(_scenes(files, data, pictures), data.classes, titles)
+        save(figure, target / "detections.png")
+    save(draw_curve(rows, summary["metric"]), target / "map_vs_params.png")
+    if len(files) > 1:
+        original, kept = (_channels(file) for file in files)
+        save(draw_channels(original, kept), target / "channels.png")
+
+
+def _title(row: Mapping[str, Any], metric: str) -> str:
+    name = "base" if row["round"] == 0 else f"round {row['round']}"
+    return f"{name}: {_number(row.get(metric), 3)} {metric}, {_number(row['params'], 2, 1e-6)} M"
+
+
+def _channels(checkpoint: Path) -> dict[str, int]:
+    """Output channels of the layers of backbone and neck, in network order."""
+    sizes = structure.channels(read(checkpoint)["ldt"]["structure"])
+    return {name: n for name, n in sizes.items() if name.split(".")[0] in SHOWN_PARTS}
+
+
+def _scenes(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[Scene]:
+    """Validation images, evenly spread, with the detections of each checkpoint's detector."""
+    dataset: Any = data.val_dataloader().dataset
+    count = min(pictures, len(dataset))
+    items = [dataset[int((i + 0.5) * len(dataset) / count)] for i in range(count)]
+    found = [_detect(load_pruned(file), items) for file in files]
+    return [_scene(item, list(boxes)) for item, *boxes in zip(items, *found, strict=True)]
+
+
+@torch.no_grad()
+def _detect(detector: Any, items: Iterable[dict[str, Any]]) -> list[Boxes]:
+    """Detections in pixels of the original images, one image at a time (sizes may differ)."""
+    found = []
+    for item in items:
+        batch = {"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]}
+        data = detector.data_preprocessor(batch, False)
+        (sample,) = detector(**data, mode="predict")
+        found.append(_boxes(sample.pred_instances))
+    return found
+
+
+def _boxes(instances: Any) -> Boxes:
+    scores = instances.scores.numpy(force=True) if "scores" in instances else None
+    return Boxes(_corners(instances), instances.labels.numpy(force=True), scores)
+
+
+def _corners(instances: Any) -> np.ndarray:
+    boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
+    return boxes.numpy(force=True).copy()
+
+
+def _scene(item: dict[str, Any], found: Sequence[Boxes]) -> Scene:
+    """The network's input without its padding, and what belongs to it."""
+    sample, pixels = item["data_samples"], item["inputs"]
+    (height, width), (scale_x, scale_y) = sample.ori_shape[:2], sample.scale_factor
+    content = pixels[:, : round(height * scale_y), : round(width * scale_x)]
+    return Scene(
+        content.flip(0).permute(1, 2, 0).numpy(force=True),  # BGR to RGB
+        (height, width),
+        _boxes(sample.gt_instances),
+        _corners(sample.ignored_instances),
+        found,
+    )
