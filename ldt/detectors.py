@@ -298,6 +298,9 @@ def objects_of(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Obje
 
 
 def quiet() -> None:
-    """Silence warnings of the libraries that a user can do nothing about."""
+    """Silence what the libraries say that a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*torch.meshgrid.*")
-    warnings.filterwarnings("ignore", message=".*Unwrapped parameters detected.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    for name in ("faster_coco_eval", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -78,7 +78,7 @@ def print_run(summary: Mapping[str, Any], folder: Path) -> None:
     console.print(Text(f"* the metric of this data set: {metric}", style="dim"))
     for picture in sorted((folder / "pictures").glob("*.png")):
         _print_path(console, "picture", picture)
-    name = "base detector" if len(rows) == 1 else "pruned detector"
+    name = "detector" if len(rows) == 1 else "pruned detector"
     _print_path(console, name, folder / summary["checkpoint"])
 
 
@@ -213,7 +213,7 @@ def print_study(study: Path) -> int:
     for name in ("run", "status", "metric"):
         table.add_column(name, overflow="fold")
     for name in ("base", "last", "parameters (M)", "multiply-adds (G)", "removed (%)"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         if row["status"] != "failed":
             table.add_row(*_study_cells(row))
@@ -241,7 +241,7 @@ def _study_cells(row: Mapping[str, Any]) -> Sequence[Text]:
         _number(row.get(row["metric"]), 3),
         _number(row.get("params"), 3, 1e-6),
         f"{_number(row.get('multiply_adds'), 3, 1e-9)} at {height}x{width}",
-        f"{_number(row.get('rate'), 1, 100)} of {BUDGETS[row['budget']]}",
+        f"{_number(row.get('rate'), 1, 100)} {row['budget']}",
     )
     return [Text(cell) for cell in cells]
 
@@ -286,7 +286,7 @@ def draw_run(
 
 def _title(row: Mapping[str, Any], metric: str) -> str:
     name = "base" if row["round"] == 0 else f"round {row['round']}"
-    return f"{name}: {_number(row.get(metric), 3)} {metric}, {_number(row['params'], 2, 1e-6)} M"
+    return f"{name}\n{_number(row.get(metric), 3)} {metric}, {_number(row['params'], 2, 1e-6)} M"
 
 
 def _channels(checkpoint: Path) -> dict[str, int]:

@@ -281,7 +281,8 @@ def _wrapped(angle: float) -> float:
 
 def folder_name(scenes: RoadScenes) -> str:
     """Return `roadscenes-<hash>`, the hash being of all options and of the generator's version."""
-    text = json.dumps({"version": VERSION, **asdict(scenes)}, sort_keys=True)
+    options = {**asdict(scenes), "difficulty": float(scenes.difficulty)}  # 1 draws what 1.0 draws
+    text = json.dumps({"version": VERSION, **options}, sort_keys=True)
     return f"roadscenes-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 

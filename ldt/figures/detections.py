@@ -11,11 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from ldt.figures.style import FONT, PALETTE, SMALL, new_figure
+from ldt.figures.style import COLUMN_CM, PALETTE, SMALL, new_figure
 from ldt.figures.tags import place_tags
 
-WIDTH_CM = 12.0  # shrinks to a column of 8 cm and stays readable
-LABEL = 4.5  # points: class and score at a box
+LABEL = 3.5  # points: class and score at a box
 IGNORED = "#C8C8C8"
 
 
@@ -63,13 +62,14 @@ def draw_detections(
 
     Args:
         scenes: the images; all have ``len(titles)`` entries in ``found``.
-        classes: names in label order; colours repeat after seven.
+        classes: names in label order.
         titles: one for each detector.
         threshold: detections with this score or less are left out.
 
     Returns:
-        A figure 12 cm wide. Boxes are labelled with the shortest name that is not ambiguous (three
-        letters at least) and the score in per cent; the legend has the full names of what is seen.
+        A figure 8 cm wide. Boxes are tagged with class and score in per cent. Up to six classes
+        are tagged in short, and the legend has the full names of those that are seen; of more
+        classes, some share a colour, so the tags have the full names and the legend has none.
 
     Raises:
         ValueError: there is no image, or an image has detections of more or fewer detectors.
@@ -81,22 +81,23 @@ def draw_detections(
         )
     columns = 1 + len(titles)
     shapes = [min(scene.size[0] / scene.size[1], 1.0) for scene in scenes]  # portraits: narrower
-    height = WIDTH_CM / columns * sum(shapes) + 0.05 * len(shapes) + 0.85
-    figure = new_figure(WIDTH_CM, height)
+    height = COLUMN_CM / columns * sum(shapes) + 0.05 * len(shapes) + 0.9
+    figure = new_figure(COLUMN_CM, height)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore
     grid = figure.subplots(len(scenes), columns, squeeze=False, height_ratios=shapes)
-    names = short_names(classes)
+    names = short_names(classes) if len(classes) <= len(PALETTE) else list(classes)
     seen: set[int] = set()
     for row, scene in zip(grid, scenes, strict=True):
         panels = [scene.truth, *(_above(boxes, threshold) for boxes in scene.found)]
         for axes, boxes in zip(row, panels, strict=True):
             _show(axes, scene)
-            _draw_boxes(axes, boxes, names, WIDTH_CM / columns)
+            _draw_boxes(axes, boxes, names, COLUMN_CM / columns)
             seen.update(boxes.labels.tolist())
         _draw_ignored(row[0], scene.ignored)
     for axes, title in zip(grid[0], ("ground truth", *titles), strict=True):
-        axes.set_title(title, fontsize=FONT, pad=3)
-    _legend(figure, classes, sorted(seen), any(len(scene.ignored) for scene in scenes))
+        axes.set_title(title, fontsize=SMALL, pad=2)
+    explained = sorted(seen) if len(classes) <= len(PALETTE) else []
+    _legend(figure, classes, explained, any(len(scene.ignored) for scene in scenes))
     return figure
 
 
@@ -145,7 +146,7 @@ def _draw_boxes(axes: Any, boxes: Boxes, names: Sequence[str], width_cm: float) 
     widths = [0.62 * pixels * len(text) for text in texts]
     tags = place_tags(boxes.corners, widths, 1.1 * pixels, (height, width))
     for corners, label, text, tag in zip(boxes.corners, boxes.labels, texts, tags, strict=True):
-        _frame(axes, corners, edgecolor=colour(label), linewidth=0.8)
+        _frame(axes, corners, edgecolor=colour(label), linewidth=0.7)
         _tag(axes, tag, text, colour(label))
 
 
@@ -155,9 +156,9 @@ def _draw_ignored(axes: Any, regions: np.ndarray) -> None:
             axes,
             corners,
             edgecolor=IGNORED,
-            linewidth=0.8,
+            linewidth=0.6,
             linestyle=(0, (3, 2)),
-            path_effects=[Stroke(linewidth=1.6, foreground="#404040"), Normal()],  # on light skies
+            path_effects=[Stroke(linewidth=1.2, foreground="#404040"), Normal()],  # on light skies
         )
 
 

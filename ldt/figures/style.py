@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 COLUMN_CM = 8.0  # width of a printed column
 FONT, SMALL = 7.0, 6.0  # points, at that width
 DARK, LIGHT, GREY = "#0B4F79", "#C5D9E6", "#6E6E6E"
-DPI = 300
+DPI = 400
 
 # Okabe and Ito's colours, told apart by colour-blind readers; those that stand out best on
-# photographs come first, black and the dark blue are left out.
-PALETTE = ("#E69F00", "#56B4E9", "#E67FB8", "#F0E442", "#00B07A", "#D55E00", "#FFFFFF")
+# photographs come first, black and dark blue are left out.
+PALETTE = ("#E69F00", "#56B4E9", "#E67FB8", "#F0E442", "#00B07A", "#D55E00")
 
 
 def new_figure(width_cm: float, height_cm: float) -> Figure:

@@ -107,13 +107,14 @@ def test_the_three_d_numbers_agree_with_the_picture(shape, yaw):
 
 
 @pytest.mark.parametrize(
-    ("cover", "occluded"), [(None, 0), ("bollard", 1), ("crate", 2), ("kiosk", "gone")]
+    ("cover", "x", "occluded"),
+    [(None, 0, 0), ("post", 2, 0), ("bollard", 0.2, 1), ("bollard", 0, 2), ("crate", 0, "gone")],
 )
-def test_occlusion_is_what_nearer_things_hide(cover, occluded):
+def test_occlusion_is_what_nearer_things_hide(cover, x, occluded):
     person = Body("Pedestrian", "", (1.8, 0.55, 0.65), Pose(0.0, 12.0, 0.3))
     bodies = [person]
     if cover:
-        bodies.append(Body(cover, "", PROPS[cover], Pose(0.0, 9.0, 0.0)))
+        bodies.append(Body(cover, "", PROPS[cover], Pose(x, 9.0, 0.0)))
     alone = roadscenes._draw_bodies(blank_canvas(), [person], np.random.default_rng(5))
     labels = roadscenes._draw_bodies(blank_canvas(), bodies, np.random.default_rng(5))
     named = [label for label in labels if label.name != "DontCare"]
@@ -167,7 +168,9 @@ def test_layout_is_kittis_and_holds_what_render_gives(tmp_path):
     assert ids["val"] == [f"{i:06d}" for i in range(5, 8)]
     for name in ids["train"] + ids["val"]:
         image, labels = render(SMALL, int(name))
-        assert np.array_equal(cv2.imread(str(root / f"training/image_2/{name}.png")), image)
+        stored = cv2.imread(str(root / f"training/image_2/{name}.png"))
+        assert stored is not None
+        assert np.array_equal(stored, image)
         lines = (root / f"training/label_2/{name}.txt").read_text().splitlines()
         assert len(lines) == len(labels)
         for line, label in zip(lines, labels, strict=True):
