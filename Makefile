@@ -1,0 +1,32 @@
+# make demo: install into .venv and run the default experiment.   make test: install and run the tests.
+# Both may be repeated: what is done is skipped. PYTHON chooses the interpreter (3.10 or later).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+# Where the system lacks the graphics libraries that opencv-python wants, its headless twin serves.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+	  $(BIN)/pip uninstall --quiet --yes opencv-python; \
+	  $(BIN)/pip install --quiet --constraint constraints.txt opencv-python-headless; }
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python run.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
