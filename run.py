@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ldt.config import register
@@ -16,7 +17,8 @@ def main(config: DictConfig) -> float:
     """Run one experiment; gives the headline metric of the last round."""
     from ldt.experiment import run
 
-    return run(config, Path(HydraConfig.get().runtime.output_dir))
+    job = HydraConfig.get()
+    return run(config, Path(job.runtime.output_dir), in_sweep=job.mode == RunMode.MULTIRUN)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ class DatasetConfig:
     name: str = MISSING
     root: str | None = None
     metric: str = MISSING  # the headline metric: AP (COCO) or mAP (VOC, IoU 0.5)
-    scales: dict[str, list[int]] = field(default_factory=dict)  # input (width, height) per detector.size
+    scales: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # input (width, height) per detector.size
     scale: list[int] = field(default_factory=list)
     keep_ratio: bool = True
     workers: int = 2

@@ -38,7 +38,7 @@ def model_config(
     Args:
         config: an mmdet config file, or ``mmdet::<family>/<file>`` for a packaged one.
         options: merged into ``model``, by mmengine's rules (``_delete_`` works).
-        n_classes: replaces every ``num_classes`` that equals the config's own.
+        n_classes: replaces every ``num_classes``.
         pretrained: keep the ``init_cfg`` entries that load pretrained backbones.
 
     Raises:
@@ -131,7 +131,7 @@ def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
             raise RuntimeError(
                 f"the pretrained backbone could not be loaded ({error}). Without a network, put "
                 "the file into torch's hub cache, name a local file with "
-                "detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
+                "+detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
                 "detector.pretrained=false"
             ) from error
     return detector
@@ -146,13 +146,13 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
         predictors: module names whose shapes may differ (another number of classes).
 
     Raises:
-        ValueError: the file belongs to another detector; the message counts and names the keys.
+        ValueError: the file belongs to another detector (the message counts and names the keys),
+            or cannot be read as plain tensors.
         FileNotFoundError: there is no such file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"detector.checkpoint={str(path)!r}: no such file")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
+    state = _read_state(path)
     state = {key.removeprefix("module.").removeprefix("detector."): v for key, v in state.items()}
     own = detector.state_dict()
     new_head = {
@@ -162,9 +162,7 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
         and state[key].shape != value.shape
         and any(key.startswith(f"{name}.") for name in predictors)
     }
-    wrong = sorted(
-        key for key in own if key not in state or state[key].shape != own[key].shape
-    )
+    wrong = sorted(key for key in own if key not in state or state[key].shape != own[key].shape)
     wrong = [key for key in wrong if key not in new_head]
     unknown = sorted(set(state) - set(own))
     if wrong or unknown:
@@ -177,6 +175,19 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     if new_head:
         log.warning("new predictors (another number of classes): %s", sorted(new_head))
     detector.load_state_dict({k: v for k, v in state.items() if k not in new_head}, strict=False)
+
+
+def _read_state(path: str | Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a truncated or foreign file
+        raise ValueError(
+            f"detector.checkpoint={str(path)!r} is damaged or holds more than tensors and plain "
+            f"data ({type(error).__name__}). A file that you trust and trained with mmdet becomes "
+            "loadable by torch.save({'state_dict': torch.load(path, weights_only=False)"
+            "['state_dict']}, path)"
+        ) from error
+    return content.get("state_dict", content)
 
 
 def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
@@ -211,6 +222,24 @@ def as_maps(output: Any) -> tuple[Tensor, ...]:
         f"the tapped module gives {type(output).__name__}, not maps [N, C, h, w]; name another "
         "one with detector.neck=<module>"
     )
+
+
+@contextmanager
+def neck_maps(detector: nn.Module, name: str = "auto") -> Iterator[list[Tensor]]:
+    """Within it, a forward fills the list with the neck's maps [N, C, h, w], one per scale.
+
+    The hook does not stay: it would hold on to the autograd graph of the last batch.
+    """
+    maps: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        maps[:] = as_maps(output)
+
+    hook = find_neck(detector, name).register_forward_hook(keep)
+    try:
+        yield maps
+    finally:
+        hook.remove()
 
 
 def raw_forward(detector: nn.Module, images: Tensor) -> list[Tensor]:
@@ -288,7 +317,7 @@ def objects_of(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Obje
     """The labelled objects of a batch, in pixels of the network input (ignored ones left out)."""
     boxes, labels, image = [], [], []
     for index, sample in enumerate(samples):
-        instances = sample.gt_instances
+        instances: Any = sample.gt_instances
         found = instances.bboxes
         found = getattr(found, "tensor", found)
         boxes.append(found)

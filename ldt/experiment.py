@@ -9,12 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ldt import profiling, report
@@ -32,7 +31,7 @@ from ldt.records import read_json, write_json, write_text
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig, folder: Path) -> float:
+def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
     """Train, prune, retrain, measure and report one configuration in its own folder.
 
     A finished run returns at once; an unfinished one goes on from ``last.ckpt``.
@@ -40,25 +39,26 @@ def run(config: DictConfig, folder: Path) -> float:
     Args:
         config: composed by Hydra.
         folder: the run's directory; its name is the run's identity.
+        in_sweep: record a failure and return, so that the other jobs of the sweep go on.
 
     Returns:
         The headline metric of the last round (nan for a failed job of a sweep).
 
     Raises:
-        ValueError: bad configuration, or the folder holds a run of another one.
+        ValueError: bad configuration, or the folder holds a run of another one (in a sweep too:
+            a folder that belongs to another run is left as it is).
     """
-    summary_file = folder / "summary.json"
+    plain = _claim(config, folder)
+    summary = read_json(folder / "summary.json")
     try:
-        plain = _claim(config, folder)
-        summary = read_json(summary_file)
         if summary.get("status") != "finished":
             summary = _execute(config, plain, folder)
-            write_json(summary_file, summary)
         else:
             log.info("%s is finished already", folder)
+        _draw(config, summary, folder)
     except Exception as error:
         _record_failure(folder, error)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if in_sweep:
             log.exception("%s failed", folder.name)
             return float("nan")  # the other jobs of the sweep go on
         raise
@@ -68,6 +68,7 @@ def run(config: DictConfig, folder: Path) -> float:
 
 def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
     """The resolved configuration; the folder is this configuration's from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     file = folder / "config.yaml"
     if file.is_file():
@@ -93,8 +94,8 @@ def _essential(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _record_failure(folder: Path, error: Exception) -> None:
-    """A failed run says so, unless the folder belongs to a finished one."""
-    if read_json(folder / "summary.json").get("status") != "finished" and folder.is_dir():
+    """A failed run says so; one that was trained to its end stays finished."""
+    if read_json(folder / "summary.json").get("status") != "finished":
         text = f"{type(error).__name__}: {error}"
         write_json(folder / "summary.json", {"status": "failed", "error": text})
 
@@ -106,10 +107,10 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
         torch.set_num_threads(config.trainer.threads)
     plan = _plan(config)
     criterion = instantiate(config.method.criterion)
-    data = _data(config)
+    data = build_data(config)
     data.prepare_data()
     data.setup("fit")
-    module = _module(config, plain, data)
+    module = build_module(config, plain, data)
     loop = PruneRetrain(
         plan,
         criterion,
@@ -146,8 +147,20 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
         **about,
     }
     if trainer.is_global_zero:
-        report.draw_run(summary, folder, data, config.report.pictures)
+        write_json(folder / "summary.json", summary)
     return summary
+
+
+@rank_zero_only
+def _draw(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
+    """Draw a finished run once; where that failed, the same command draws again."""
+    if summary.get("drawn"):
+        return
+    data = build_data(config)
+    data.prepare_data()
+    data.setup("validate")
+    report.draw_run(summary, folder, data, config.report.pictures)
+    write_json(folder / "summary.json", summary | {"drawn": True})
 
 
 def _plan(config: DictConfig) -> Plan:
@@ -167,7 +180,8 @@ def _plan(config: DictConfig) -> Plan:
     )
 
 
-def _data(config: DictConfig) -> DetectionDataModule:
+def build_data(config: DictConfig) -> DetectionDataModule:
+    """The data module of a configuration."""
     own = {k: v for k, v in config.dataset.items() if k not in ("name", "metric", "scales")}
     return instantiate(
         own,
@@ -179,9 +193,10 @@ def _data(config: DictConfig) -> DetectionDataModule:
     )
 
 
-def _module(
+def build_module(
     config: DictConfig, plain: dict[str, Any], data: DetectionDataModule
 ) -> DetectorModule:
+    """The detector of a configuration, for the classes of its data."""
     detector, (width, height) = plain["detector"], data.scale
     if plain["recipe"]["epochs"] == 0 and detector["checkpoint"] is None:
         raise ValueError(
@@ -213,7 +228,10 @@ def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -
     callbacks.append(loop)
     callbacks.append(  # last, so that it saves what the loop has made of the model
         ModelCheckpoint(
-            folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+            folder,
+            filename="last",
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
     )

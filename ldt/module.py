@@ -1,8 +1,8 @@
 """A LightningModule around any mmdet detector."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldt.detectors import (
-    as_maps,
     build,
     find_neck,
     find_predictors,
     load_weights,
+    neck_maps,
     objects_of,
     raw_forward,
 )
@@ -67,7 +67,8 @@ class DetectorModule(L.LightningModule):
     Attributes:
         detector: the mmdet detector.
         loss_terms: further losses by name; each gets the neck's maps and the objects of a batch,
-            and gives named values. Those whose name holds ``loss`` are added to mmdet's own.
+            and gives named values. Those whose name holds ``loss`` are added to mmdet's own, and
+            logged as shares of them too (``share_<name>``).
         phase_epochs: epochs of the present training phase, for the learning-rate schedule.
         lr_scale: factor on the learning rate of the present phase.
     """
@@ -85,7 +86,7 @@ class DetectorModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
-        self.classes, self.input_size = tuple(classes), tuple(input_size)
+        self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
         self.neck_name = neck
         self.detector = build(model, initialise=initialise and checkpoint is None)
         self.loss_terms: dict[str, LossTerm] = {}
@@ -96,22 +97,9 @@ class DetectorModule(L.LightningModule):
         if checkpoint is not None:
             load_weights(self.detector, checkpoint, self.predictors)
 
-    @contextmanager
-    def _tapped_neck(self) -> Iterator[list[Tensor]]:
-        """Within it, a forward fills the list with the neck's maps.
-
-        The hook does not stay: it would hold on to the autograd graph of the last batch.
-        """
-        maps: list[Tensor] = []
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            maps[:] = as_maps(output)
-
-        hook = find_neck(self.detector, self.neck_name).register_forward_hook(keep)
-        try:
-            yield maps
-        finally:
-            hook.remove()
+    def tapped_neck(self) -> AbstractContextManager[list[Tensor]]:
+        """Within it, a forward fills the list with the neck's maps."""
+        return neck_maps(self.detector, self.neck_name)
 
     def example(self) -> Tensor:
         """A zero image [1, 3, H, W] of the input size, on the detector's device."""
@@ -136,7 +124,7 @@ class DetectorModule(L.LightningModule):
     def features(self, batch: PreparedBatch) -> list[Tensor]:
         """The neck's output maps, each [N, C, h, w]."""
         extract: Any = self.detector.extract_feat
-        with self._tapped_neck() as maps:
+        with self.tapped_neck() as maps:
             extract(batch.images)
         return maps
 
@@ -159,11 +147,17 @@ class DetectorModule(L.LightningModule):
         hub.update_info("iter", self.global_step)
         hub.update_info("epoch", self.current_epoch)
         ready = self.prepare(batch, training=True)
-        with self._tapped_neck() as maps:
+        with self.tapped_neck() as maps:
             losses = self.detector(ready.images, ready.samples, mode="loss")
-        for term in self.loss_terms.values():
-            losses.update(term(maps, ready.objects))
         total, logs = _total(self.detector, losses)
+        detection = total.detach().abs()
+        for term in self.loss_terms.values():
+            for name, value in term(maps, ready.objects).items():
+                logs[name] = value.detach()
+                if "loss" in name:
+                    total = total + value
+                    logs[name.replace("loss", "share")] = value.detach().abs() / detection
+        logs["loss"] = total.detach()
         self._check_finite(logs)
         self.log_dict(
             {f"train/{key}": value for key, value in logs.items()},
@@ -229,10 +223,11 @@ class DetectorModule(L.LightningModule):
             "predictors": self.predictors,
             "neck": self.neck_name,
             "input_size": list(self.input_size),
+            "phase": {"epochs": self.phase_epochs, "lr_scale": self.lr_scale},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the detector the checkpoint's structure before its weights are loaded.
+        """Take the checkpoint's structure and phase before weights and optimizer are restored.
 
         Raises:
             ValueError: the checkpoint is none of ours, or belongs to another detector.
@@ -247,6 +242,8 @@ class DetectorModule(L.LightningModule):
             if key.startswith("detector.")
         }
         structure.rebuild(self.detector, checkpoint["ldt"]["structure"], state)
+        phase = checkpoint["ldt"]["phase"]  # the schedule is made before any `on_fit_start`
+        self.phase_epochs, self.lr_scale = phase["epochs"], phase["lr_scale"]
 
 
 def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -282,4 +279,3 @@ def _schedule(recipe: dict[str, Any], steps: int, scale: float) -> Callable[[int
         return scale
 
     return factor
-

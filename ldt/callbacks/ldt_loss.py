@@ -48,7 +48,7 @@ class LDTLoss(L.Callback):
     ) -> None:
         self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
         self.gather = gather
-        self._options = {
+        self.options = {
             "phi": phi,
             "ridge": ridge,
             "absolute": ridge_absolute,
@@ -81,7 +81,7 @@ class LDTLoss(L.Callback):
         if self.gather and dist.is_available() and dist.is_initialized():
             vectors, labels = gather_vectors(vectors, labels)
         memory = self._recall([v.shape[1] for v in vectors])
-        found = discriminants_of(vectors, labels, memory=memory, **self._options)
+        found = discriminants_of(vectors, labels, memory=memory, **self.options)
         if self._memory.maxlen:
             self._memory.append(([v.detach() for v in vectors], labels))
         rise = self._rise()

@@ -45,12 +45,24 @@ class PlainEpochs(L.Callback):
     def __init__(self, plan: Plan, epochs: int) -> None:
         self.plan, self.epochs = plan, epochs
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Switch for the first epoch: its loader starts before `on_train_epoch_start`."""
+        self._switch(trainer, pl_module, 0)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Switch for the epoch that a resumed run begins with, for the same reason."""
+        self._switch(trainer, pl_module, checkpoint["epoch"] + 1)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Switch before the epoch's first batch is drawn."""
-        epoch = trainer.current_epoch
+        self._switch(trainer, pl_module, trainer.current_epoch)
+
+    def _switch(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         plain = any(self.plan.is_last_epoch(epoch + ahead) for ahead in range(self.epochs))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         (data.augment_off if plain else data.augment_on)()
-        head = getattr(pl_module.detector, "bbox_head", None)
+        head: Any = getattr(pl_module.detector, "bbox_head", None)
         if hasattr(head, "use_l1"):
             head.use_l1 = plain

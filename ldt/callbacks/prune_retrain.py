@@ -3,13 +3,13 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
 from ldt import profiling
@@ -18,7 +18,15 @@ from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import evaluating, raw_forward
 from ldt.module import DetectorModule, PreparedBatch
-from ldt.pruning.budget import TOLERANCE, Budget, CostModel, Limits, UnreachableRateError, choose
+from ldt.pruning.budget import (
+    RANKINGS,
+    TOLERANCE,
+    Budget,
+    CostModel,
+    Limits,
+    UnreachableRateError,
+    choose,
+)
 from ldt.pruning.graph import PruningGraph, positions
 from ldt.records import write_rows
 
@@ -53,7 +61,7 @@ class Plan:
     budget: Budget = "params"
     ranking: str = "global"
     scope: tuple[str, ...] = ("backbone", "neck")
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     images: int = 128
     batch_size: int = 16
     retrain_lr: float = 1.0
@@ -73,6 +81,20 @@ class Plan:
             )
         if not self.rounds and not self.base_epochs:
             raise ValueError("recipe.epochs=0 and no rounds of pruning: nothing to do")
+        if self.ranking not in RANKINGS:
+            raise ValueError(
+                f"method.ranking={self.ranking!r}; choose one of {', '.join(RANKINGS)}"
+            )
+        if self.images < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"prune.images={self.images}, prune.batch_size={self.batch_size}; both must be at "
+                "least 1, e.g. prune.images=128"
+            )
+        if not 0 < self.limits.max_layer_rate <= 1 or self.limits.min_channels < 1:
+            raise ValueError(
+                f"prune.max_layer_rate={self.limits.max_layer_rate} must lie between 0 and 1, and "
+                f"prune.min_channels={self.limits.min_channels} be at least 1"
+            )
 
     @property
     def total_epochs(self) -> int:
@@ -157,13 +179,11 @@ class PruneRetrain(L.Callback):
 
     # When ---------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the module which phase the schedule is for."""
-        self._enter_phase(pl_module)
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Count the unpruned model once."""
+        """Check the scope before any training, and count the unpruned model once."""
         assert isinstance(pl_module, DetectorModule)
+        if self.criterion is not None:
+            _check_scope(self.plan.scope, pl_module.detector)
         if not self._unpruned:
             self._unpruned = self._count(pl_module)
             self._channels = {
@@ -221,7 +241,7 @@ class PruneRetrain(L.Callback):
         if trainer.is_global_zero:
             write_rows(self.folder / "rounds.csv", self.rows)
         if trainer.logger is not None:
-            numbers = {f"round/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+            numbers = {f"round/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))}
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
         log.info(
@@ -305,7 +325,7 @@ class PruneRetrain(L.Callback):
         module.lr_scale = self.plan.retrain_lr if self.round else 1.0
 
     def _count(self, module: DetectorModule) -> dict[str, int]:
-        shape = (1, 3, *module.input_size)
+        shape = (1, 3, module.input_size[0], module.input_size[1])
         return {
             "params": profiling.count_parameters(module.detector),
             "flops": profiling.multiply_adds(
@@ -328,6 +348,17 @@ class PruneRetrain(L.Callback):
         }
 
 
+def _check_scope(scope: tuple[str, ...], detector: nn.Module) -> None:
+    names = {name for name, _ in detector.named_modules()}
+    for name in scope:
+        if name not in names:
+            parts = ", ".join(part for part, _ in detector.named_children())
+            raise ValueError(
+                f"prune.scope={list(scope)}: {type(detector).__name__} has no part {name!r}. Its "
+                f"parts are: {parts}; parts of them go too, e.g. prune.scope=[backbone.layer4]"
+            )
+
+
 def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if isinstance(c, ExponentialMovingAverage)]
@@ -337,5 +368,3 @@ def _data(trainer: L.Trainer) -> DetectionDataModule:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, DetectionDataModule)
     return data
-
-

@@ -97,9 +97,7 @@ def scored_points(graph: PruningGraph) -> dict[nn.Module, nn.Module]:
     That is the normalisation that follows it, where there is one (METHOD: row 18).
     """
     modules = dict(graph.model.named_modules())
-    return {
-        layer: modules[graph.norm_of.get(name, name)] for name, layer in graph.scored.items()
-    }
+    return {layer: modules[graph.norm_of.get(name, name)] for name, layer in graph.scored.items()}
 
 
 Receive = Callable[[nn.Module, Tensor, Tensor], None]

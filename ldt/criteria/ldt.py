@@ -74,9 +74,7 @@ class LDTCriterion(Criterion):
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Score every layer of the graph's groups (eq. 16)."""
         points = scored_points(graph)
-        self._scores = {
-            layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points
-        }
+        self._scores = {layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points}
         weights = self._channel_weights(target, batches)
         head = points
         if self.source != "detection":
@@ -188,7 +186,9 @@ class LDTCriterion(Criterion):
             vectors, labels = _all_vectors(target, batches)
         at_least = len(labels.unique()) - 1
         if self.source == "discriminant":
-            return [discriminant_directions(x, labels, self.phi, self.ridge).float() for x in vectors]
+            return [
+                discriminant_directions(x, labels, self.phi, self.ridge).float() for x in vectors
+            ]
         return [
             discriminative_channels(channel_ratio(x, labels), self.phi, at_least).float()
             for x in vectors

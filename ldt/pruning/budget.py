@@ -1,13 +1,15 @@
 """From scores and a rate to the channels that go."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
 
-from ldt.pruning.graph import NORMS, CoupledGroup, PruningGraph
+from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
 
 Budget = Literal["params", "flops"]
 RANKINGS = ("global", "global_per_cost", "global_normalised", "uniform")
@@ -29,32 +31,21 @@ class _Cost:
 
     def saved(self, removed_in: int, removed_out: int) -> float:
         ins, outs = self.ins - removed_in, self.outs - removed_out
-        return (
-            self.per_pair * (self.ins * self.outs - ins * outs)
-            + self.per_out * removed_out
-        )
+        return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
 
 
 def _cost(layer: nn.Module, budget: Budget, positions: int) -> _Cost:
-    weight = getattr(layer, "weight", None)
-    bias = getattr(layer, "bias", None)
-    if isinstance(layer, NORMS) or not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-        size = 0 if weight is None else weight.numel()
-        if size == 0:
-            return _Cost(1, 1, 0.0, 0.0)
-        learnt = 1 + (bias is not None)
-        affine = 2 * positions  # the convention of ldt.profiling
-        return _Cost(1, size, 0.0, learnt if budget == "params" else affine)
-    assert weight is not None
+    if not isinstance(layer, CONVOLUTIONS):
+        learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
+        per_element = 1 + (getattr(layer, "weight", None) is not None)  # as ldt.profiling counts
+        return _Cost(1, 1, 0.0, learnt if budget == "params" else per_element * positions)
     if isinstance(layer, nn.Linear):
         ins, outs = layer.in_features, layer.out_features
-    else:
-        ins, outs = layer.in_channels, layer.out_channels
-        if layer.groups > 1:  # depthwise: one filter per channel
-            ins = 1
+    else:  # depthwise: one filter per channel
+        ins, outs = layer.in_channels // layer.groups, layer.out_channels
     scale = 1 if budget == "params" else positions
-    biases = float(bias is not None and budget == "params")
-    return _Cost(ins, outs, scale * weight.numel() / (ins * outs), biases)
+    biases = float(layer.bias is not None and budget == "params")
+    return _Cost(ins, outs, scale * layer.weight.numel() / (ins * outs), biases)
 
 
 class CostModel:
@@ -99,7 +90,7 @@ class Limits:
 
     def removable(self, group: CoupledGroup, original: int) -> int:
         """Channels of a group that may still go."""
-        keep = max(self.min_channels, round(original * (1 - self.max_layer_rate)))
+        keep = max(self.min_channels, original - int(original * self.max_layer_rate + 1e-9))
         return max(0, group.size - keep) // group.parts * group.parts
 
 
@@ -119,7 +110,7 @@ def _keys(
     if ranking == "uniform":
         return (np.arange(len(ranked)) + 1) / len(ranked)
     if ranking == "global_normalised":
-        return ranked / max(float(ranked.mean()), np.finfo(float).tiny)
+        return ranked / max(float(np.abs(ranked).mean()), np.finfo(float).tiny)
     if ranking == "global_per_cost":
         return ranked / max(costs.saved({group.name: units[0]}), 1.0)
     return ranked
@@ -138,8 +129,10 @@ def choose(
 ) -> dict[str, list[int]]:
     """The channels to remove so that ``save`` parameters or multiply-adds are saved.
 
-    The steps of all groups are sorted by the ranking's key, and the shortest or nearest prefix
-    that meets the budget goes: the saving grows with every step, so bisection finds it.
+    The steps of all groups are sorted by the ranking's key, and the prefix that comes nearest to
+    the budget goes: the saving grows with every step, so bisection finds it. Where one step is
+    worth more than the tolerance and no prefix fits, the steps that would save too much are passed
+    over, and the next cheaper ones complete the longest prefix that saves too little.
 
     Args:
         graph: the coupled groups.
@@ -166,32 +159,46 @@ def choose(
         keys = _keys(ranking, group, ranked, units[name], costs)
         allowed = limits.removable(group, original.get(name, group.size)) // group.parts
         steps += [(float(keys[step]), name, step) for step in range(allowed)]
-    steps.sort()
+    order = [name for _, name, _ in sorted(steps)]
 
-    def prefix(length: int) -> dict[str, np.ndarray]:
-        counts: dict[str, int] = {}
-        for _, name, _ in steps[:length]:
-            counts[name] = counts.get(name, 0) + 1
+    def channels(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
         return {name: units[name][:count].reshape(-1) for name, count in counts.items()}
 
-    low, high = 0, len(steps)
-    while low < high:  # the first prefix that saves enough
-        middle = (low + high) // 2
-        if costs.saved(prefix(middle)) >= save:
-            high = middle
-        else:
-            low = middle + 1
-    candidates = [length for length in (low - 1, low) if 0 <= length <= len(steps)]
-    best = min(candidates, key=lambda length: abs(costs.saved(prefix(length)) - save))
-    reached = costs.saved(prefix(best))
-    if abs(reached - save) > tolerance:
+    def saved(counts: Mapping[str, int]) -> float:
+        return costs.saved(channels(counts))
+
+    best = _nearest(order, saved, save, tolerance)
+    if abs(saved(best) - save) > tolerance:
+        possible = saved(Counter(order))
         raise UnreachableRateError(
-            f"{reached:,.0f} of the {save:,.0f} that must go can be removed: at most "
-            f"{limits.max_layer_rate:.0%} of a layer goes and {limits.min_channels} channels stay "
-            f"(prune.max_layer_rate, prune.min_channels), and {len(graph.left_whole)} layers of "
-            "the scope are left whole. Ask for a smaller prune.rate or widen prune.scope"
+            f"{save:,.0f} must go, {possible:,.0f} can: at most {limits.max_layer_rate:.0%} of a "
+            f"layer goes and {limits.min_channels} channels stay (prune.max_layer_rate, "
+            f"prune.min_channels), and {len(graph.left_whole)} layers of the scope are left whole. "
+            "Ask for a smaller prune.rate or widen prune.scope"
+            if possible < save
+            else f"{save:,.0f} must go, {saved(best):,.0f} is the nearest to it: single channels "
+            f"are worth more than the tolerance of {tolerance:,.0f}. Choose another prune.rate"
         )
-    return {name: sorted(map(int, gone)) for name, gone in prefix(best).items()}
+    return {name: sorted(map(int, gone)) for name, gone in channels(best).items()}
+
+
+def _nearest(
+    order: Sequence[str], saved: Callable[[Mapping[str, int]], float], save: float, tolerance: float
+) -> Mapping[str, int]:
+    """How many steps of each group to take, in this order, to save as much as is asked."""
+    enough = bisect_left(range(len(order)), save, key=lambda n: saved(Counter(order[:n])))
+    prefixes = [Counter(order[:n]) for n in (enough - 1, enough) if n >= 0]
+    best = min(prefixes, key=lambda counts: abs(saved(counts) - save))
+    if abs(saved(best) - save) <= tolerance:
+        return best
+    counts, closed = prefixes[0], set()
+    for name in order[max(enough - 1, 0) :]:
+        longer = counts + Counter([name])
+        if name not in closed and saved(longer) <= save + tolerance:
+            counts = longer
+        else:
+            closed.add(name)  # steps of a group go in their order or not at all
+    return min(best, counts, key=lambda counts: abs(saved(counts) - save))
 
 
 def _check_scores(name: str, group: CoupledGroup, scores: Tensor) -> None:

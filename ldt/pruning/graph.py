@@ -1,5 +1,6 @@
 """Which channels are coupled, and cutting them: a plain view of Torch-Pruning's graph."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
-Forward = Callable[[nn.Module, Tensor], Sequence[Tensor]]
+Forward = Callable[..., Any]  # (model, images) -> the raw output maps
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class PruningGraph:
         self.scored: dict[str, nn.Module] = {}
         self.left_whole: dict[str, str] = {}
         self.norm_of = self._norms()
-        in_scope = {
+        in_scope: dict[str, nn.Module] = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, CONVOLUTIONS) and _below(name, scope)
@@ -112,10 +113,13 @@ class PruningGraph:
     def _norms(self) -> dict[str, str]:
         found = {}
         for module, node in self._graph.module2node.items():
-            if isinstance(module, CONVOLUTIONS) and len(node.outputs) == 1:
-                following = node.outputs[0].module
-                if isinstance(following, NORMS):
-                    found[self._names[module]] = self._names[following]
+            # a module that is called several times has its neighbours listed once per call
+            following = {output.module: output for output in node.outputs}
+            if not isinstance(module, CONVOLUTIONS) or len(following) != 1:
+                continue
+            norm, after = following.popitem()
+            if isinstance(norm, NORMS) and all(i.module is module for i in after.inputs):
+                found[self._names[module]] = self._names[norm]
         return found
 
     def _add(self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Any) -> None:
@@ -166,7 +170,7 @@ class PruningGraph:
             if not indices:
                 continue
             layer = self.groups[name].members[0].layer
-            pruner = self._graph.get_pruner_of_module(layer)
+            pruner: Any = self._graph.get_pruner_of_module(layer)
             raw = self._graph.get_pruning_group(layer, pruner.prune_out_channels, sorted(indices))
             raw.prune(record_history=False)
         for name, parameter in self.model.named_parameters():
@@ -179,7 +183,7 @@ def _below(name: str, scope: Sequence[str]) -> bool:
 
 def _parts(members: Sequence[Member]) -> int:
     """How many equal parts must lose the same number of channels."""
-    return max((m.layer.num_groups for m in members if isinstance(m.layer, nn.GroupNorm)), default=1)
+    return math.lcm(*(m.layer.num_groups for m in members if isinstance(m.layer, nn.GroupNorm)))
 
 
 def _depthwise(layer: nn.Module) -> bool:
@@ -195,20 +199,18 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
                 return f"its channels are predictions of {member.name}"
             if not _below(member.name, scope) and not _depthwise(layer):  # those only follow
                 return f"coupled with {member.name}, which is outside of prune.scope"
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not _depthwise(layer):
+        if getattr(layer, "groups", 1) != 1 and not _depthwise(layer):
             return f"coupled with the grouped convolution {member.name}"
         if isinstance(layer, nn.GroupNorm) and len(member.roots) != layer.num_channels:
             return f"{member.name} normalises it together with other channels"
-    if group.size % group.parts:
-        return f"its {group.size} channels do not divide into {group.parts} GroupNorm groups"
     return None
 
 
 def positions(model: nn.Module, forward: Forward, images: Tensor) -> dict[str, int]:
     """Output positions of every layer over all its calls, for one image.
 
-    A convolution costs ``weight.numel()`` multiply-adds per position; a head that is shared by
-    five levels is called five times.
+    A convolution costs ``weight.numel()`` multiply-adds per position (a transposed one per position
+    of its input, which is what is counted then); a head shared by five levels is called five times.
 
     Args:
         model: the model.
@@ -218,9 +220,11 @@ def positions(model: nn.Module, forward: Forward, images: Tensor) -> dict[str, i
     counted: dict[str, int] = {}
 
     def count(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-            counted[name] = counted.get(name, 0) + output.numel() // channels
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            counted_map = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            last = isinstance(module, (nn.Linear, nn.LayerNorm))
+            channels = counted_map.shape[-1 if last else 1]
+            counted[name] = counted.get(name, 0) + counted_map.numel() // channels
 
         return hook
 

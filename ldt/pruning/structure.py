@@ -25,11 +25,7 @@ Structure = dict[str, dict[str, int]]
 def record(model: nn.Module) -> Structure:
     """The integer sizes of every layer that has any, by layer name."""
     sizes = {
-        name: {
-            key: value
-            for key in SIZES
-            if type(value := getattr(module, key, None)) is int
-        }
+        name: {key: value for key in SIZES if type(value := getattr(module, key, None)) is int}
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     }

@@ -125,6 +125,24 @@ def test_occlusion_is_what_nearer_things_hide(cover, x, occluded):
         assert named[0].box == alone[0].box  # the whole object, not what is left of it
 
 
+def test_a_scene_costs_a_bounded_number_of_calls():
+    """Interpreter calls are what a scene costs, about 7000 of them: counts, not clocks."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    previous = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        for index in range(20):
+            render(RoadScenes(), index)
+    finally:
+        sys.setprofile(previous)
+    assert calls / 20 < 9000
+
+
 # ---- balance -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,122 @@
+"""Images per second of our training loop over mmengine's Runner: same detector, data and batch.
+
+    python benchmarks/loop.py [--epochs 3]
+
+Epochs of the two loops alternate in one process, so that a noisy machine slows both alike; the
+ratio is that of the medians, without each loop's first epoch. LDT is off, for the Runner lacks it.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from omegaconf import OmegaConf
+
+from ldt.config import register
+from ldt.experiment import build_data, build_module
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Clock(L.Callback):
+    """Seconds of each epoch of a Lightning fit."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class RunnerClock(Hook):
+    """Seconds of each epoch of a Runner's training."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._start = time.perf_counter()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=3)
+    epochs = parser.parse_args().epochs
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", ["method=none", "run_name=benchmark", "trainer=cpu"])
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    data = build_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    images = len(data.dataset("train"))
+    module = build_module(config, plain, data)
+    twin = copy.deepcopy(module.detector)
+    ours, theirs = [], []
+    for _ in range(epochs):
+        ours.append(lightning_epoch(module, data))
+        theirs.append(runner_epoch(twin, data, plain["recipe"]))
+    fast, reference = images / statistics.median(ours), images / statistics.median(theirs)
+    print(f"ours {fast:.1f} images/s, mmengine's Runner {reference:.1f} images/s")
+    print(f"ratio {fast / reference:.3f}")
+
+
+def lightning_epoch(module, data) -> float:
+    """Seconds of the second of two epochs, so that workers are warm."""
+    clock = Clock()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        gradient_clip_val=module.recipe["clip_grad"],
+        callbacks=[clock],
+    )
+    trainer.fit(module, datamodule=data)
+    return clock.seconds[-1]
+
+
+def runner_epoch(detector: torch.nn.Module, data, recipe: dict) -> float:
+    """The same for a Runner with the same loader, optimizer and clipping."""
+    clock = RunnerClock()
+    data.trainer = None
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(
+            model=detector,
+            work_dir=folder,
+            train_dataloader=data.train_dataloader(),
+            train_cfg={"by_epoch": True, "max_epochs": 2},
+            optim_wrapper=ConfigDict(
+                optimizer=recipe["optimizer"], clip_grad={"max_norm": recipe["clip_grad"]}
+            ),
+            default_hooks={"checkpoint": None},  # type: ignore[arg-type]
+            custom_hooks=[clock],
+            default_scope="mmdet",
+            log_level="ERROR",
+            experiment_name=f"benchmark-{time.time_ns()}",
+        )
+        runner.train()
+    return clock.seconds[-1]
+
+
+if __name__ == "__main__":
+    main()

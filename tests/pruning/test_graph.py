@@ -1,0 +1,268 @@
+"""Laws of tracing and cutting, on small networks and on real detectors."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from small import REAL, SCOPE, SMALL, Case, Shared, SmallDetector, Stages, block, case
+from torch import Tensor, nn
+from torch.nn.functional import group_norm
+
+from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph, positions
+from ldt.pruning.structure import channels, record
+
+ALL = [*SMALL, *REAL]
+
+
+def random_channels(graph: PruningGraph, seed: int, share: float = 0.5) -> dict[str, list[int]]:
+    """Channels of every group, the same number from each of its parts; one stays in each."""
+    rng = np.random.default_rng(seed)
+    chosen = {}
+    for name, group in graph.groups.items():
+        size = group.size // group.parts
+        count = rng.integers(0, max(1, round(share * size)), endpoint=True) if size > 1 else 0
+        count = min(count, size - 1)
+        parts = [first + rng.permutation(size)[:count] for first in range(0, group.size, size)]
+        chosen[name] = sorted(np.concatenate(parts).tolist())
+    return chosen
+
+
+def gone(group: CoupledGroup, removed: list[int]) -> dict[nn.Module, set[int]]:
+    """Where the removed channels of a group come out of layers."""
+    makers = {member.layer for member in group.members if member.side != "in"}
+    found: dict[nn.Module, set[int]] = {}
+    for item in group.raw.items:
+        layer = item.dep.target.module
+        if layer in makers and "in_channels" not in item.dep.handler.__name__:
+            pairs = zip(item.idxs, item.root_idxs, strict=True)
+            found.setdefault(layer, set()).update(i for i, root in pairs if root in removed)
+    return found
+
+
+def masked_outputs(
+    subject: Case, graph: PruningGraph, removed: dict[str, list[int]]
+) -> list[Tensor]:
+    """The uncut network with the removed channels exactly 0 behind every layer that has them."""
+    dead: dict[nn.Module, set[int]] = {}
+    for name, group in graph.groups.items():
+        for layer, indices in gone(group, removed[name]).items():
+            dead.setdefault(layer, set()).update(indices)
+
+    def mask(layer: nn.Module) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            if isinstance(layer, nn.GroupNorm):  # its statistics are those of what is left
+                kept = [c for c in range(layer.num_channels) if c not in dead[layer]]
+                weight, bias = layer.weight[kept], layer.bias[kept]
+                left = group_norm(inputs[0][:, kept], layer.num_groups, weight, bias, layer.eps)
+                output = output.index_copy(1, torch.tensor(kept), left)
+            return output.index_fill(1, torch.tensor(sorted(dead[layer]), dtype=torch.long), 0.0)
+
+        return hook
+
+    hooks = [layer.register_forward_hook(mask(layer)) for layer in dead]
+    try:
+        return subject.outputs(subject.batches[0].images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SMALL)
+def test_cutting_equals_masking(name: str, seed: int) -> None:
+    check_masking(case(name, seed), seed)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_cutting_equals_masking_in_detectors(name: str) -> None:
+    check_masking(case(name), seed=0)
+
+
+def check_masking(subject: Case, seed: int) -> None:
+    graph = subject.graph()
+    removed = random_channels(graph, seed)
+    assert any(removed.values())
+    before = subject.outputs(subject.batches[0].images)
+    masked = masked_outputs(subject, graph, removed)
+    graph.remove(removed)
+    sliced = subject.outputs(subject.batches[0].images)
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(before, masked, strict=True))
+    for one, other in zip(masked, sliced, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_the_scope_loses_filters(name: str) -> None:
+    subject = case(name)
+    graph, before = subject.graph(), channels(record(subject.model))
+    shapes = [m.shape for m in subject.outputs(subject.example)]
+    graph.remove(random_channels(graph, seed=1))
+    after, modules = channels(record(subject.model)), dict(subject.model.named_modules())
+    shrunk = {layer for layer in before if after[layer] < before[layer]}
+    outside = {layer for layer in shrunk if not layer.startswith(SCOPE)}
+    assert shrunk - outside
+    assert shrunk - outside <= set(graph.scored)
+    assert all(modules[layer].groups == after[layer] for layer in outside)  # depthwise: follow
+    assert all(after[layer] == before[layer] for layer in subject.never)
+    assert [m.shape for m in subject.outputs(subject.example)] == shapes
+
+
+def test_depthwise_layers_of_the_head_follow() -> None:
+    subject = case("depthwise")
+    graph = subject.graph()
+    (group,) = [g for g in graph.groups.values() if any(m.name == "head.0" for m in g.members)]
+    graph.remove({group.name: [0, 3]})
+    head = subject.model.head[0]
+    assert (head.in_channels, head.out_channels, head.groups) == (8, 8, 8)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("scope", [("backbone",), ("neck",), SCOPE])
+def test_every_layer_of_the_scope_is_cut_or_left_whole_with_a_reason(
+    name: str, scope: tuple[str, ...]
+) -> None:
+    subject = case(name)
+    graph = subject.graph(scope)
+    layers = {
+        layer
+        for layer, module in subject.model.named_modules()
+        if isinstance(module, CONVOLUTIONS) and layer.startswith(scope)
+    }
+    assert set(graph.scored) | set(graph.left_whole) == layers
+    assert not set(graph.scored) & set(graph.left_whole)
+    assert all(graph.left_whole.values())
+    cut, whole = graph.prunable_share()
+    sizes = {n: sum(p.numel() for p in subject.model.get_submodule(n).parameters()) for n in layers}
+    assert whole == sum(sizes.values())
+    assert cut == sum(sizes[layer] for layer in graph.scored)
+
+
+def odd_parts(middle: nn.Module, width: int) -> SmallDetector:
+    return SmallDetector(
+        Stages(nn.Sequential(block(3, 12, 4), middle)),
+        Shared(*block(width, 8)),
+        Shared(nn.Conv2d(8, 5, 1)),
+    )
+
+
+class TwoPaths(nn.Module):
+    """GroupNorm over two convolutions' channels at once, some of its groups holding both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(12, 6, 1), nn.Conv2d(12, 10, 1)
+        self.norm = nn.GroupNorm(2, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.cat([self.left(x), self.right(x)], 1))
+
+
+@pytest.mark.parametrize(
+    ("middle", "width", "scope", "layer", "reason"),
+    [
+        (
+            block(12, 12, groups=3),
+            12,
+            SCOPE,
+            "backbone.0.0.0",
+            "grouped convolution backbone.0.1.0",
+        ),
+        (nn.ConvTranspose2d(12, 12, 2, 2, groups=2), 12, SCOPE, "backbone.0.1", "grouped"),
+        (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "together with other channels"),
+        (nn.Identity(), 12, ("head",), "head.0", "predictions of head.0"),
+    ],
+)
+def test_what_cannot_be_cut_says_why(
+    middle: nn.Module, width: int, scope: tuple[str, ...], layer: str, reason: str
+) -> None:
+    model = odd_parts(middle, width).eval()
+    example = torch.zeros(1, 3, 32, 48)
+    graph = PruningGraph(model, lambda net, x: net(x), example, scope, never=["head.0"])
+    assert reason in graph.left_whole[layer]
+    graph.remove(random_channels(graph, seed=0, share=0.9))
+    model(torch.randn(2, 3, 32, 48))
+
+
+def test_layers_that_share_channels_with_the_outside_stay() -> None:
+    subject = case("residual")
+    graph = subject.graph(scope=["backbone.0.1"])
+    assert set(graph.scored) == {"backbone.0.1.first.0"}
+    assert "outside of prune.scope" in graph.left_whole["backbone.0.1.second.0"]
+
+
+def test_a_layer_that_tracing_does_not_reach_is_reported() -> None:
+    subject = case("chain")
+    subject.model.neck.append(nn.Identity())
+    subject.model.neck.spare = nn.Conv2d(4, 4, 1)
+    subject.model.neck.forward = lambda maps: [subject.model.neck[0](x) for x in maps]
+    assert subject.graph().left_whole == {"neck.spare": "not reached by tracing"}
+
+
+def test_a_scope_without_layers_names_the_parts() -> None:
+    with pytest.raises(ValueError, match=r"prune.scope=\['bakbone'\].*backbone, neck, head"):
+        case("chain").graph(scope=["bakbone"])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_flags_survive_and_the_network_still_trains(name: str) -> None:
+    subject = case(name)
+    graph, parameters = subject.graph(), dict(subject.model.named_parameters())
+    frozen = set(list(parameters)[::3])
+    for key, parameter in parameters.items():
+        parameter.requires_grad_(key not in frozen)
+    graph.remove(random_channels(graph, seed=2))
+    assert {k for k, p in subject.model.named_parameters() if not p.requires_grad} == frozen
+    subject.model.requires_grad_(True)
+    for training in (False, True):
+        subject.model.train(training).zero_grad()
+        subject.target.detection_loss(subject.batches[0]).backward()
+        gradients = [p.grad for p in subject.model.parameters() if p.grad is not None]
+        assert gradients
+        assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_group_norm_counts_in_equal_parts() -> None:
+    graph = case("groupnorm").graph()
+    parts = {member.name: g.parts for g in graph.groups.values() for member in g.makers}
+    assert parts["backbone.0.0"] == 4
+    assert parts["neck.1.0"] == 8
+    assert parts["backbone.1.0"] == 1
+
+
+def test_two_group_norms_count_in_their_least_common_multiple() -> None:
+    norms = nn.Sequential(nn.GroupNorm(4, 24), nn.GroupNorm(6, 24))
+    model = odd_parts(nn.Sequential(nn.Conv2d(12, 24, 1), norms), 24).eval()
+    graph = PruningGraph(model, lambda net, x: net(x), torch.zeros(1, 3, 32, 48), SCOPE)
+    (group,) = [g for g in graph.groups.values() if g.size == 24]
+    assert group.parts == 12
+    graph.remove({group.name: list(range(0, 24, 2))})
+    assert (norms[0].num_channels, norms[1].num_channels) == (12, 12)
+    model(torch.zeros(1, 3, 32, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shared", {"backbone.0.0": "backbone.0.1", "neck.1.0": "neck.1.1", "head.0": "head.1"}),
+        ("residual", {"backbone.0.1.second.0": "backbone.0.1.second.1"}),
+        ("groupnorm", {"neck.1.0": "neck.1.1"}),
+    ],
+)
+def test_the_norm_behind_a_convolution_is_known(name: str, expected: dict[str, str]) -> None:
+    found = case(name).graph().norm_of
+    assert {layer: found.get(layer) for layer in expected} == expected
+
+
+def test_convolutions_without_a_norm_of_their_own_have_none() -> None:
+    model = odd_parts(TwoPaths(), 16).eval()
+    graph = PruningGraph(model, lambda net, x: net(x), torch.zeros(1, 3, 32, 48), SCOPE)
+    assert "backbone.0.1.left" not in graph.norm_of
+    assert "neck.lateral.0" not in case("shared").graph().norm_of
+
+
+def test_a_shared_layer_is_counted_once_per_call() -> None:
+    subject = case("shared")
+    found = positions(subject.model, subject.forward, subject.example)
+    assert found["backbone.1.0"] == 4 * 6
+    assert found["neck.1.0"] == found["head.3"] == 8 * 12 + 4 * 6

@@ -1,0 +1,294 @@
+"""Detectors for tests of pruning and criteria: three-part networks of a few channels, and mmdet's.
+
+Every case has a backbone, a neck and a head, implements `Target` and comes with random norm
+statistics, since fresh ones (mean 0, variance 1) hide mistakes.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, max_pool2d
+
+from ldt.config import register
+from ldt.detectors import find_predictors, model_config, raw_forward
+from ldt.discriminant import Objects
+from ldt.module import DetectorModule, PreparedBatch
+from ldt.pruning.graph import CONVOLUTIONS, NORMS, Forward, PruningGraph
+
+CONF = str(Path(__file__).parents[1] / "conf")
+REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")
+SCOPE = ("backbone", "neck")
+
+
+def block(
+    ins: int, outs: int, stride: int = 1, groups: int = 1, norm: nn.Module | None = None
+) -> nn.Sequential:
+    """Convolution 3x3, normalisation, in-place ReLU."""
+    conv = nn.Conv2d(ins, outs, 3, stride, 1, groups=groups, bias=False)
+    return nn.Sequential(conv, norm or nn.BatchNorm2d(outs), nn.ReLU(inplace=True))
+
+
+class Stages(nn.Sequential):
+    """Gives every stage's output."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x := stage(x) for stage in self]
+
+
+class Shared(nn.Sequential):
+    """The same layers on every map."""
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [super(Shared, self).forward(x) for x in maps]
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = block(width, width)
+        self.second = nn.Sequential(
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.second(self.first(x))
+        out += x
+        return out.relu_()
+
+
+class Branches(nn.Module):
+    """Two branches and a pooled copy of the first, concatenated."""
+
+    def __init__(self, ins: int, left: int, right: int) -> None:
+        super().__init__()
+        self.left, self.right = block(ins, left), block(ins, right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        return torch.cat([left, self.right(x), max_pool2d(left, 3, 1, 1)], 1)
+
+
+class Pyramid(nn.Module):
+    """Top-down additions, as an FPN has them; with biases and without norms."""
+
+    def __init__(self, ins: Sequence[int], outs: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, outs, 1) for width in ins)
+        self.out = nn.ModuleList(nn.Conv2d(outs, outs, 3, 1, 1) for _ in ins)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        sums = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
+        for i in reversed(range(len(sums) - 1)):
+            sums[i] = sums[i] + interpolate(sums[i + 1], size=sums[i].shape[2:], mode="nearest")
+        return [conv(x) for conv, x in zip(self.out, sums, strict=True)]
+
+
+class Split(nn.Module):
+    """One lateral convolution per scale."""
+
+    def __init__(self, ins: Sequence[int], outs: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, outs, 1) for width in ins)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
+
+
+class SmallDetector(nn.Module):
+    def __init__(self, backbone: nn.Module, neck: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = backbone, neck, head
+
+    def extract(self, images: Tensor) -> list[Tensor]:
+        return self.neck(self.backbone(images))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.head(self.extract(images))
+
+
+def _predict(width: int) -> nn.Conv2d:
+    return nn.Conv2d(width, 5, 1)
+
+
+def _upsampling() -> nn.Sequential:
+    """A transposed convolution and a normalisation without weights."""
+    up = nn.ConvTranspose2d(8, 12, 4, 2, 1)
+    return nn.Sequential(block(3, 8, 4), up, nn.BatchNorm2d(12, affine=False), nn.ReLU())
+
+
+SMALL: dict[str, Callable[[], SmallDetector]] = {
+    "chain": lambda: SmallDetector(
+        Stages(nn.Sequential(block(3, 8, 2), block(8, 12, 2))),
+        Shared(nn.Conv2d(12, 10, 3, 1, 1)),
+        Shared(_predict(10)),
+    ),
+    "residual": lambda: SmallDetector(
+        Stages(nn.Sequential(block(3, 10, 4), Residual(10)), block(10, 12, 2)),
+        Split([10, 12], 10),
+        Shared(_predict(10)),
+    ),
+    "concat": lambda: SmallDetector(
+        Stages(nn.Sequential(block(3, 8, 4), Branches(8, 6, 8))),
+        Shared(*block(20, 10)),
+        Shared(_predict(10)),
+    ),
+    "depthwise": lambda: SmallDetector(
+        Stages(nn.Sequential(block(3, 8, 4), block(8, 8, groups=8), block(8, 12, 2))),
+        Shared(*block(12, 10)),
+        Shared(*block(10, 10, groups=10), _predict(10)),
+    ),
+    "shared": lambda: SmallDetector(
+        Stages(block(3, 8, 4), block(8, 12, 2)),
+        nn.Sequential(Split([8, 12], 8), Shared(*block(8, 10))),
+        Shared(*block(10, 8), _predict(8)),
+    ),
+    "groupnorm": lambda: SmallDetector(
+        Stages(block(3, 16, 4, norm=nn.GroupNorm(4, 16)), block(16, 12, 2)),
+        nn.Sequential(Split([16, 12], 16), Shared(*block(16, 24, norm=nn.GroupNorm(8, 24)))),
+        Shared(*block(24, 8, norm=nn.GroupNorm(2, 8)), _predict(8)),
+    ),
+    "pyramid": lambda: SmallDetector(
+        Stages(block(3, 8, 4), block(8, 12, 2)), Pyramid([8, 12], 10), Shared(_predict(10))
+    ),
+    "upsampling": lambda: SmallDetector(
+        Stages(_upsampling()), Shared(*block(12, 10)), Shared(_predict(10))
+    ),
+}
+
+
+@dataclass
+class Batch:
+    images: Tensor
+    objects: Objects
+
+
+@dataclass
+class SmallTarget:
+    """A small detector as criteria see it; its loss has a mean over images, as mmdet's have."""
+
+    model: SmallDetector
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        return self.model.extract(batch.images)
+
+    def detection_loss(self, batch: Batch) -> Tensor:
+        return torch.stack([m.sigmoid().square().mean() for m in self.model(batch.images)]).sum()
+
+
+@dataclass
+class Case:
+    """A network in eval mode, all it takes to trace it, and batches with three classes."""
+
+    target: Any
+    forward: Forward
+    example: Tensor
+    never: list[str]
+    batches: list[Any]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.target.model
+
+    def graph(self, scope: Sequence[str] = SCOPE) -> PruningGraph:
+        return PruningGraph(self.model, self.forward, self.example, scope, self.never)
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(self.forward(self.model, images))
+
+
+def randomise_norms(model: nn.Module, generator: torch.Generator) -> None:
+    """Random weights, biases and running statistics for every normalisation layer."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if tensor.is_floating_point():
+                    low = 0.5 if name in ("weight", "running_var") else -0.5
+                    tensor.data.uniform_(low, low + 1, generator=generator)
+
+
+def objects(images: int, shape: tuple[int, int], generator: torch.Generator) -> Objects:
+    """Four boxes of three classes in every image but the second, which has none."""
+    image = torch.arange(images).repeat_interleave(4)
+    image = image[image != 1]
+    sides = torch.tensor([shape[1], shape[0]])
+    corner = torch.rand(len(image), 2, generator=generator) * sides * 0.7
+    size = (0.1 + 0.4 * torch.rand(len(image), 2, generator=generator)) * sides
+    boxes = torch.cat([corner, (corner + size).minimum(sides)], 1)
+    labels = torch.arange(len(image)) % 3
+    return Objects(boxes, labels, image, shape)
+
+
+def case(name: str, seed: int = 0) -> Case:
+    """A fresh copy of a small network or of one of mmdet's."""
+    return deepcopy(_real(name, seed) if name in REAL else _small(name, seed))
+
+
+@cache
+def _small(name: str, seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SMALL[name]().eval()
+    randomise_norms(model, generator)
+    shape = (32, 48)
+    batches = [
+        Batch(torch.randn(n, 3, *shape, generator=generator), objects(n, shape, generator))
+        for n in (3, 2)
+    ]
+    never = [
+        layer
+        for layer, module in model.head.named_modules(prefix="head")
+        if isinstance(module, CONVOLUTIONS) and module.weight.shape[0] == 5
+    ]
+    example = torch.zeros(1, 3, *shape)
+    return Case(SmallTarget(model), lambda net, x: net(x), example, never, batches)
+
+
+def composed(*overrides: str) -> Any:
+    """The configuration of a run with these overrides."""
+    register()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@cache
+def _real(name: str, seed: int) -> Case:
+    config = composed(f"detector={name}")
+    chosen: Any = OmegaConf.to_container(config.detector, resolve=True)
+    recipe: Any = OmegaConf.to_container(config.recipe, resolve=True)
+    model = model_config(chosen["config"], chosen["options"], n_classes=3, pretrained=False)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (64, 128)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = DetectorModule(model, ("Car", "Pedestrian", "Cyclist"), recipe, shape).eval()
+    module.requires_grad_(True)
+    randomise_norms(module.detector, generator)
+    batches = [_prepared(n, shape, generator) for n in (3, 2)]
+    never = find_predictors(module.detector, module.example())
+    return Case(module, raw_forward, module.example(), never, batches)
+
+
+def _prepared(images: int, shape: tuple[int, int], generator: torch.Generator) -> PreparedBatch:
+    found = objects(images, shape, generator)
+    samples = []
+    for index in range(images):
+        own = found.image == index
+        truth = InstanceData(bboxes=found.boxes[own], labels=found.labels[own])
+        about = {"img_shape": shape, "batch_input_shape": shape, "pad_shape": shape}
+        sample = DetDataSample(metainfo={**about, "ori_shape": shape, "scale_factor": (1.0, 1.0)})
+        sample.gt_instances = truth
+        sample.ignored_instances = InstanceData(bboxes=truth.bboxes[:0], labels=truth.labels[:0])
+        samples.append(sample)
+    return PreparedBatch(torch.randn(images, 3, *shape, generator=generator), samples, found)
