@@ -235,7 +235,9 @@ def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -
             enable_version_counter=False,
         )
     )
-    loggers: list[Any] = [CSVLogger(folder, name="", version="logs")]
+    attempts = len(list(folder.glob("logs*")))  # CSVLogger empties a folder that it finds
+    logs = f"logs-{attempts + 1}" if attempts else "logs"
+    loggers: list[Any] = [CSVLogger(folder, name="", version=logs)]
     if config.logger:
         loggers.append(instantiate(config.logger, save_dir=str(folder)))
     own = config.trainer

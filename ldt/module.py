@@ -150,17 +150,17 @@ class DetectorModule(L.LightningModule):
         with self.tapped_neck() as maps:
             losses = self.detector(ready.images, ready.samples, mode="loss")
         total, logs = _total(self.detector, losses)
-        detection = total.detach().abs()
+        detection, shares = total.detach().abs(), {}
         for term in self.loss_terms.values():
             for name, value in term(maps, ready.objects).items():
                 logs[name] = value.detach()
                 if "loss" in name:
                     total = total + value
-                    logs[name.replace("loss", "share")] = value.detach().abs() / detection
+                    shares[name.replace("loss", "share")] = value.detach().abs() / detection
         logs["loss"] = total.detach()
         self._check_finite(logs)
         self.log_dict(
-            {f"train/{key}": value for key, value in logs.items()},
+            {f"train/{key}": value for key, value in (logs | shares).items()},
             batch_size=len(ready.samples),
         )
         self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(ready.samples))

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from mmdet.structures import DetDataSample
@@ -116,6 +117,14 @@ class SmallDetector(nn.Module):
         return self.head(self.extract(images))
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """Normalises the channels of every position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # contiguous: an in-place ReLU on a view would hide the norm from tracing
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
 def _predict(width: int) -> nn.Conv2d:
     return nn.Conv2d(width, 5, 1)
 
@@ -126,6 +135,7 @@ def _upsampling() -> nn.Sequential:
     return nn.Sequential(block(3, 8, 4), up, nn.BatchNorm2d(12, affine=False), nn.ReLU())
 
 
+# As in an FPN, no neck ends in a ReLU: a channel that never fires discriminates nothing.
 SMALL: dict[str, Callable[[], SmallDetector]] = {
     "chain": lambda: SmallDetector(
         Stages(nn.Sequential(block(3, 8, 2), block(8, 12, 2))),
@@ -139,29 +149,34 @@ SMALL: dict[str, Callable[[], SmallDetector]] = {
     ),
     "concat": lambda: SmallDetector(
         Stages(nn.Sequential(block(3, 8, 4), Branches(8, 6, 8))),
-        Shared(*block(20, 10)),
+        Shared(*block(20, 10)[:2]),
         Shared(_predict(10)),
     ),
     "depthwise": lambda: SmallDetector(
         Stages(nn.Sequential(block(3, 8, 4), block(8, 8, groups=8), block(8, 12, 2))),
-        Shared(*block(12, 10)),
+        Shared(*block(12, 10)[:2]),
         Shared(*block(10, 10, groups=10), _predict(10)),
     ),
     "shared": lambda: SmallDetector(
         Stages(block(3, 8, 4), block(8, 12, 2)),
-        nn.Sequential(Split([8, 12], 8), Shared(*block(8, 10))),
+        nn.Sequential(Split([8, 12], 8), Shared(*block(8, 10)[:2])),
         Shared(*block(10, 8), _predict(8)),
     ),
     "groupnorm": lambda: SmallDetector(
         Stages(block(3, 16, 4, norm=nn.GroupNorm(4, 16)), block(16, 12, 2)),
-        nn.Sequential(Split([16, 12], 16), Shared(*block(16, 24, norm=nn.GroupNorm(8, 24)))),
+        nn.Sequential(Split([16, 12], 16), Shared(*block(16, 24, norm=nn.GroupNorm(8, 24))[:2])),
         Shared(*block(24, 8, norm=nn.GroupNorm(2, 8)), _predict(8)),
     ),
     "pyramid": lambda: SmallDetector(
         Stages(block(3, 8, 4), block(8, 12, 2)), Pyramid([8, 12], 10), Shared(_predict(10))
     ),
+    "layernorm": lambda: SmallDetector(
+        Stages(block(3, 8, 4), block(8, 12, 2, norm=LayerNorm2d(12))),
+        Split([8, 12], 8),
+        Shared(_predict(8)),
+    ),
     "upsampling": lambda: SmallDetector(
-        Stages(_upsampling()), Shared(*block(12, 10)), Shared(_predict(10))
+        Stages(_upsampling()), Shared(*block(12, 10)[:2]), Shared(_predict(10))
     ),
 }
 
@@ -229,7 +244,19 @@ def objects(images: int, shape: tuple[int, int], generator: torch.Generator) -> 
     return Objects(boxes, labels, image, shape)
 
 
-def case(name: str, seed: int = 0) -> Case:
+def scenes(
+    images: int, shape: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Objects]:
+    """Noise with objects in it: each class has its own colour, so that features can tell them."""
+    found = objects(images, shape, generator)
+    pixels = torch.randn(images, 3, *shape, generator=generator)
+    for box, label, image in zip(found.boxes.long(), found.labels, found.image, strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        pixels[image, label, y1:y2, x1:x2] += 4
+    return pixels, found
+
+
+def case(name: str, seed: int = 1) -> Case:
     """A fresh copy of a small network or of one of mmdet's."""
     return deepcopy(_real(name, seed) if name in REAL else _small(name, seed))
 
@@ -242,10 +269,7 @@ def _small(name: str, seed: int) -> Case:
         model = SMALL[name]().eval()
     randomise_norms(model, generator)
     shape = (32, 48)
-    batches = [
-        Batch(torch.randn(n, 3, *shape, generator=generator), objects(n, shape, generator))
-        for n in (3, 2)
-    ]
+    batches = [Batch(*scenes(n, shape, generator)) for n in (3, 2)]
     never = [
         layer
         for layer, module in model.head.named_modules(prefix="head")
@@ -281,14 +305,27 @@ def _real(name: str, seed: int) -> Case:
 
 
 def _prepared(images: int, shape: tuple[int, int], generator: torch.Generator) -> PreparedBatch:
-    found = objects(images, shape, generator)
+    pixels, found = scenes(images, shape, generator)
     samples = []
     for index in range(images):
         own = found.image == index
-        truth = InstanceData(bboxes=found.boxes[own], labels=found.labels[own])
+        truth: Any = InstanceData(bboxes=found.boxes[own], labels=found.labels[own])
         about = {"img_shape": shape, "batch_input_shape": shape, "pad_shape": shape}
         sample = DetDataSample(metainfo={**about, "ori_shape": shape, "scale_factor": (1.0, 1.0)})
         sample.gt_instances = truth
         sample.ignored_instances = InstanceData(bboxes=truth.bboxes[:0], labels=truth.labels[:0])
         samples.append(sample)
-    return PreparedBatch(torch.randn(images, 3, *shape, generator=generator), samples, found)
+    return PreparedBatch(pixels, samples, found)
+
+
+def random_channels(graph: PruningGraph, seed: int, share: float = 0.5) -> dict[str, list[int]]:
+    """Channels of every group, the same number from each of its parts; one stays in each."""
+    rng = np.random.default_rng(seed)
+    chosen = {}
+    for name, group in graph.groups.items():
+        size = group.size // group.parts
+        count = rng.integers(0, max(1, round(share * size)), endpoint=True) if size > 1 else 0
+        count = min(count, size - 1)
+        parts = [first + rng.permutation(size)[:count] for first in range(0, group.size, size)]
+        chosen[name] = sorted(np.concatenate(parts).tolist())
+    return chosen

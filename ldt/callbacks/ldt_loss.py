@@ -30,6 +30,9 @@ class LDTLoss(L.Callback):
         warmup_epochs: alpha and beta rise linearly from 0 over these first epochs of a run.
         memory: earlier batches whose detached object vectors join the scatter matrices.
         gather: take the object vectors of all processes, with gradient.
+
+    Raises:
+        ValueError: a negative memory.
     """
 
     NAME = "ldt"
@@ -46,6 +49,8 @@ class LDTLoss(L.Callback):
         memory: int = 0,
         gather: bool = True,
     ) -> None:
+        if memory < 0:
+            raise ValueError(f"ldt.memory={memory} is no number of batches; ldt.memory=0 has none")
         self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
         self.gather = gather
         self.options = {

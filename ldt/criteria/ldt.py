@@ -13,6 +13,7 @@ from ldt.discriminant import (
     channel_ratio,
     discriminant_directions,
     discriminative_channels,
+    drop_singletons,
     location_aware_discriminants,
     object_vectors,
 )
@@ -138,7 +139,7 @@ class LDTCriterion(Criterion):
 
     def _sum_positions(self, value: Tensor, gradient: Tensor, attended: Tensor) -> Tensor:
         """The sum over positions inside eq. 16, [N, C]."""
-        value, gradient = value.float(), gradient.float()
+        value, gradient = _precise(value), _precise(gradient)
         if self.reduce == "position":
             return (attended * gradient * value).sum((2, 3))
         if self.reduce == "position_absolute":
@@ -152,25 +153,22 @@ class LDTCriterion(Criterion):
         """The z that is differentiated, summed over scales and images."""
         if weights is None:
             return target.detection_loss(batch)
-        features = target.features(batch)
+        features = [_precise(f) for f in target.features(batch)]
         if self.source == "power":
             found = location_aware_discriminants(
                 features, batch.objects, phi=self.phi, ridge=self.ridge
             )
             return -found.loss_ld
         if self.source == "neck_energy":
-            return torch.stack([f.float().square().sum() / 2 for f in features]).sum()
+            return torch.stack([f.square().sum() / 2 for f in features]).sum()
         if self.source == "discriminant":
             projected = [
-                torch.einsum("nchw,ck->nkhw", f.float(), w.to(f.device))
+                torch.einsum("nchw,ck->nkhw", f, w.to(f))
                 for f, w in zip(features, weights, strict=True)
             ]
             return torch.stack([p.square().sum() / 2 for p in projected]).sum()
         return torch.stack(
-            [
-                (f.float().sum((0, 2, 3)) * w.to(f.device)).sum()
-                for f, w in zip(features, weights, strict=True)
-            ]
+            [(f.sum((0, 2, 3)) * w.to(f)).sum() for f, w in zip(features, weights, strict=True)]
         ).sum()
 
     def _channel_weights(self, target: Target, batches: Iterable[Any]) -> list[Tensor] | None:
@@ -184,14 +182,11 @@ class LDTCriterion(Criterion):
                 first = target.features(next(iter(batches)))
                 return [torch.ones(f.shape[1]) for f in first]
             vectors, labels = _all_vectors(target, batches)
-        at_least = len(labels.unique()) - 1
+        at_least = len(labels[drop_singletons(labels)].unique()) - 1
         if self.source == "discriminant":
-            return [
-                discriminant_directions(x, labels, self.phi, self.ridge).float() for x in vectors
-            ]
+            return [discriminant_directions(x, labels, self.phi, self.ridge) for x in vectors]
         return [
-            discriminative_channels(channel_ratio(x, labels), self.phi, at_least).float()
-            for x in vectors
+            discriminative_channels(channel_ratio(x, labels), self.phi, at_least) for x in vectors
         ]
 
 
@@ -204,6 +199,11 @@ def _all_vectors(target: Target, batches: Iterable[Any]) -> tuple[list[Tensor], 
         rows.append([object_vectors(f, batch.objects).cpu() for f in features])
         labels.append(batch.objects.labels.cpu())
     return [torch.cat(scale) for scale in zip(*rows, strict=True)], torch.cat(labels)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: sums over thousands of positions lose half precision's few digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _width(layer: nn.Module) -> int:

@@ -88,6 +88,12 @@ class Limits:
     max_layer_rate: float = 0.95
     min_channels: int = 4
 
+    def __str__(self) -> str:
+        return (
+            f"at most {self.max_layer_rate:.0%} of a layer goes (prune.max_layer_rate) and "
+            f"{self.min_channels} channels stay (prune.min_channels)"
+        )
+
     def removable(self, group: CoupledGroup, original: int) -> int:
         """Channels of a group that may still go."""
         keep = max(self.min_channels, original - int(original * self.max_layer_rate + 1e-9))
@@ -169,15 +175,14 @@ def choose(
 
     best = _nearest(order, saved, save, tolerance)
     if abs(saved(best) - save) > tolerance:
-        possible = saved(Counter(order))
+        reachable, nearest = saved(Counter(order)), saved(best)
+        whole = f"{len(graph.left_whole)} layers of the scope are left whole"
         raise UnreachableRateError(
-            f"{save:,.0f} must go, {possible:,.0f} can: at most {limits.max_layer_rate:.0%} of a "
-            f"layer goes and {limits.min_channels} channels stay (prune.max_layer_rate, "
-            f"prune.min_channels), and {len(graph.left_whole)} layers of the scope are left whole. "
+            f"{save:,.0f} must go, {reachable:,.0f} can: {limits}, and {whole}. "
             "Ask for a smaller prune.rate or widen prune.scope"
-            if possible < save
-            else f"{save:,.0f} must go, {saved(best):,.0f} is the nearest to it: single channels "
-            f"are worth more than the tolerance of {tolerance:,.0f}. Choose another prune.rate"
+            if reachable < save
+            else f"{save:,.0f} must go, {nearest:,.0f} is the nearest to it: single channels are "
+            f"worth more than the tolerance of {tolerance:,.0f}. Choose another prune.rate"
         )
     return {name: sorted(map(int, gone)) for name, gone in channels(best).items()}
 

@@ -222,8 +222,9 @@ def positions(model: nn.Module, forward: Forward, images: Tensor) -> dict[str, i
     def count(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             counted_map = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-            last = isinstance(module, (nn.Linear, nn.LayerNorm))
-            channels = counted_map.shape[-1 if last else 1]
+            channels = counted_map.shape[-1 if isinstance(module, nn.Linear) else 1]
+            if isinstance(module, nn.LayerNorm):  # channels first or last, it depends on the model
+                channels = module.normalized_shape[-1]
             counted[name] = counted.get(name, 0) + counted_map.numel() // channels
 
         return hook

@@ -27,7 +27,7 @@ def record(model: nn.Module) -> Structure:
     sizes = {
         name: {key: value for key in SIZES if type(value := getattr(module, key, None)) is int}
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        if not any(True for _ in module.children())
     }
     return {name: found for name, found in sizes.items() if found}
 
@@ -60,19 +60,27 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
     for prefix, module in modules.items():
         dot = f"{prefix}." if prefix else ""
         for name, parameter in list(module.named_parameters(recurse=False)):
-            shape = _shape(state, dot + name)
+            shape = _shape(state, dot + name, parameter.shape)
             if shape != parameter.shape:
                 fresh = nn.Parameter(parameter.new_zeros(shape), parameter.requires_grad)
                 setattr(module, name, fresh)
+        if isinstance(module, nn.LayerNorm):  # its size is a tuple, so the record lacks it
+            module.normalized_shape = tuple(module.weight.shape)
         for name, buffer in list(module.named_buffers(recurse=False)):
             if dot + name in state and state[dot + name].shape != buffer.shape:
                 setattr(module, name, buffer.new_zeros(state[dot + name].shape))
 
 
-def _shape(state: Mapping[str, Tensor], key: str) -> torch.Size:
+def _shape(state: Mapping[str, Tensor], key: str, built: torch.Size) -> torch.Size:
     if key not in state:
         raise ValueError(f"the checkpoint has no tensor {key!r}; it belongs to another detector")
-    return state[key].shape
+    shape = state[key].shape  # pruning takes channels from the first two dimensions only
+    if shape[2:] != built[2:] or any(new > old for new, old in zip(shape, built, strict=False)):
+        raise ValueError(
+            f"the checkpoint holds {key!r} with shape {tuple(shape)}, which pruning cannot make of "
+            f"{tuple(built)}; it belongs to another detector"
+        )
+    return shape
 
 
 def channels(structure: Structure) -> dict[str, int]:

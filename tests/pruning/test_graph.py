@@ -1,31 +1,30 @@
 """Laws of tracing and cutting, on small networks and on real detectors."""
 
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from small import REAL, SCOPE, SMALL, Case, Shared, SmallDetector, Stages, block, case
+from small import (
+    REAL,
+    SCOPE,
+    SMALL,
+    Case,
+    LayerNorm2d,
+    Shared,
+    SmallDetector,
+    Stages,
+    block,
+    case,
+    random_channels,
+)
 from torch import Tensor, nn
-from torch.nn.functional import group_norm
+from torch.nn.functional import group_norm, layer_norm
 
 from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph, positions
 from ldt.pruning.structure import channels, record
 
 ALL = [*SMALL, *REAL]
-
-
-def random_channels(graph: PruningGraph, seed: int, share: float = 0.5) -> dict[str, list[int]]:
-    """Channels of every group, the same number from each of its parts; one stays in each."""
-    rng = np.random.default_rng(seed)
-    chosen = {}
-    for name, group in graph.groups.items():
-        size = group.size // group.parts
-        count = rng.integers(0, max(1, round(share * size)), endpoint=True) if size > 1 else 0
-        count = min(count, size - 1)
-        parts = [first + rng.permutation(size)[:count] for first in range(0, group.size, size)]
-        chosen[name] = sorted(np.concatenate(parts).tolist())
-    return chosen
 
 
 def gone(group: CoupledGroup, removed: list[int]) -> dict[nn.Module, set[int]]:
@@ -55,6 +54,11 @@ def masked_outputs(
                 kept = [c for c in range(layer.num_channels) if c not in dead[layer]]
                 weight, bias = layer.weight[kept], layer.bias[kept]
                 left = group_norm(inputs[0][:, kept], layer.num_groups, weight, bias, layer.eps)
+                output = output.index_copy(1, torch.tensor(kept), left)
+            if isinstance(layer, LayerNorm2d):
+                kept = [c for c in range(output.shape[1]) if c not in dead[layer]]
+                x, weight, bias = inputs[0][:, kept].mT, layer.weight[kept], layer.bias[kept]
+                left = layer_norm(x.transpose(1, 3), weight.shape, weight, bias).transpose(1, 3).mT
                 output = output.index_copy(1, torch.tensor(kept), left)
             return output.index_fill(1, torch.tensor(sorted(dead[layer]), dtype=torch.long), 0.0)
 
@@ -113,7 +117,7 @@ def test_depthwise_layers_of_the_head_follow() -> None:
     graph = subject.graph()
     (group,) = [g for g in graph.groups.values() if any(m.name == "head.0" for m in g.members)]
     graph.remove({group.name: [0, 3]})
-    head = subject.model.head[0]
+    head: Any = subject.model.get_submodule("head.0")
     assert (head.in_channels, head.out_channels, head.groups) == (8, 8, 8)
 
 
@@ -193,9 +197,9 @@ def test_layers_that_share_channels_with_the_outside_stay() -> None:
 
 def test_a_layer_that_tracing_does_not_reach_is_reported() -> None:
     subject = case("chain")
-    subject.model.neck.append(nn.Identity())
-    subject.model.neck.spare = nn.Conv2d(4, 4, 1)
-    subject.model.neck.forward = lambda maps: [subject.model.neck[0](x) for x in maps]
+    neck: Any = subject.model.neck
+    neck.spare = nn.Conv2d(4, 4, 1)
+    neck.forward = lambda maps: [neck[0](x) for x in maps]
     assert subject.graph().left_whole == {"neck.spare": "not reached by tracing"}
 
 

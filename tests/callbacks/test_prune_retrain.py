@@ -1,0 +1,258 @@
+"""Laws of the plan, and of the loop on real runs: rounds, checkpoints, optimizer, resuming."""
+
+import itertools
+from shutil import copytree
+
+import numpy as np
+import pytest
+import torch
+from runs import python, rows, summary, tiny
+
+import ldt
+from ldt import experiment
+from ldt.callbacks.prune_retrain import Plan
+from ldt.detectors import raw_forward
+from ldt.module import DetectorModule
+from ldt.profiling import count_parameters
+from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
+
+# The plan -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.5, 0.9])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_every_round_keeps_the_same_share_of_what_is_left(rate, rounds):
+    plan = Plan(rate=rate, rounds=rounds, base_epochs=1, retrain_epochs=1)
+    kept = [1 - plan.gone(t) for t in range(rounds + 1)]
+    assert kept[0] == 1.0
+    assert kept[-1] == pytest.approx(1 - rate)
+    shares = [after / before for before, after in itertools.pairwise(kept)]
+    assert shares == pytest.approx([shares[0]] * rounds)
+
+
+@pytest.mark.parametrize(("base", "retrain", "rounds"), [(3, 2, 2), (0, 2, 3), (1, 1, 1), (4, 1, 0)])
+def test_phases_tile_the_run(base, retrain, rounds):
+    plan = Plan(rate=0.5, rounds=rounds, base_epochs=base, retrain_epochs=retrain)
+    ends = [epoch for epoch in range(plan.total_epochs) if plan.is_last_epoch(epoch)]
+    phases = [base] * (base > 0) + [retrain] * rounds
+    assert ends == [end - 1 for end in itertools.accumulate(phases)]
+    assert plan.total_epochs == sum(phases)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rate": 0.0}, r"prune.rate=0.0 must lie between 0 and 1, e.g. prune.rate=0.5"),
+        ({"rate": 1.0}, r"prune.rate=1.0"),
+        ({"rate": 25}, r"prune.rate=25"),
+        ({"rate": float("nan")}, r"prune.rate=nan"),
+        ({"budget": "param"}, r"prune.budget='param'; choose params or flops"),
+        ({"rounds": -1}, r"prune.rounds"),
+        ({"base_epochs": -1}, r"recipe.epochs"),
+        ({"retrain_epochs": 0}, r"recipe.retrain_epochs=0; at least 1"),
+        ({"rounds": 0, "base_epochs": 0}, r"nothing to do"),
+        ({"ranking": "local"}, r"method.ranking='local'; choose one of global,"),
+        ({"images": 0}, r"prune.images=0"),
+        ({"batch_size": 0}, r"prune.batch_size=0"),
+        ({"limits": Limits(max_layer_rate=1.5)}, r"prune.max_layer_rate=1.5"),
+        ({"limits": Limits(min_channels=0)}, r"prune.min_channels=0"),
+    ],
+)
+def test_a_value_out_of_range_names_its_key(wrong, message):
+    right = {"rate": 0.5, "rounds": 2, "base_epochs": 1, "retrain_epochs": 1}
+    with pytest.raises(ValueError, match=message):
+        Plan(**right | wrong)
+
+
+# Runs -----------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at the optimizer before each training step, and keeps the module.
+
+    Attributes:
+        lrs: the learning rate of each step.
+        strays: how many parameters the optimizer holds too much or too little, at each step.
+    """
+
+    def __init__(self, monkeypatch, at=None, then=None):
+        self.lrs, self.strays, self.module = [], [], None
+        plain = DetectorModule.training_step
+
+        def step(module, batch, index):
+            if module.global_step == at:
+                then()
+            (group,) = module.trainer.optimizers[0].param_groups
+            self.module = module
+            self.lrs.append(group["lr"])
+            self.strays.append(len(set(group["params"]) ^ set(module.parameters())))
+            return plain(module, batch, index)
+
+        monkeypatch.setattr(DetectorModule, "training_step", step)
+
+
+def weights(file):
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def equal(one, two):
+    return list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    """A finished run of two rounds whose phases have two steps each, and what was watched."""
+    folder = tmp_path_factory.mktemp("two_rounds")
+    lr = ["recipe.schedule=cosine", "recipe.optimizer.lr=0.004", "recipe.warmup=0"]
+    lr += ["recipe.min_lr=0", "recipe.retrain_lr=0.25"]
+    more = ["ldt.memory=2", "ldt.warmup_epochs=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        experiment.run(tiny(folder, *lr, *more), folder / "run")
+    return folder / "run", watch
+
+
+@pytest.mark.slow
+def test_each_round_reaches_its_rate(two_rounds):
+    folder, _ = two_rounds
+    found = rows(folder)
+    plan = Plan(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=1)
+    assert [row["round"] for row in found] == [0, 1, 2]
+    for row in found:
+        assert row["rate"] == row["params_rate"]
+        assert row["rate"] == pytest.approx(plan.gone(row["round"]), abs=TOLERANCE)
+        assert row["rate"] == pytest.approx(1 - row["params"] / found[0]["params"])
+        assert {"AP", "mAP", "multiply_adds"} <= set(row)
+
+
+@pytest.mark.slow
+def test_a_rounds_checkpoint_is_the_detector_of_its_row(two_rounds):
+    folder, _ = two_rounds
+    for row in summary(folder)["rounds"]:
+        file = folder / f"round-{row['round']}.ckpt"
+        detector = ldt.load_pruned(file)
+        assert count_parameters(detector) == row["params"]
+        assert file.stat().st_size == row["file_bytes"]
+        assert detector.dataset_meta["classes"] == ("Car", "Pedestrian", "Cyclist")
+
+
+@pytest.mark.slow
+def test_the_pruned_detector_predicts_the_same_in_a_new_process(two_rounds, tmp_path):
+    folder, watch = two_rounds
+    image = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    torch.save(image, tmp_path / "image.pt")
+    detector, threads = watch.module.detector.eval(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        before = raw_forward(detector, image)
+    torch.set_num_threads(threads)
+    code = f"""if True:
+        import ldt, torch
+        torch.set_num_threads(1)
+        detector = ldt.load_pruned({str(folder / "round-2.ckpt")!r})
+        with torch.no_grad():
+            found = detector(torch.load("image.pt"), mode="tensor")
+        torch.save([[m for m in maps] for maps in found], "maps.pt")
+    """
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = [m for maps in torch.load(tmp_path / "maps.pt") for m in maps]
+    assert [m.shape for m in after] == [m.shape for m in before]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_each_phase_has_its_parameters_and_its_own_schedule(two_rounds):
+    _, watch = two_rounds
+    assert watch.strays == [0] * 6
+    fall = [1, 0.5]  # a cosine at 0 and 90 degrees, anew in each phase
+    assert watch.lrs == pytest.approx([0.004 * f for f in fall] + [0.001 * f for f in fall * 2])
+
+
+@pytest.mark.slow
+def test_scores_and_removed_channels_are_kept(two_rounds):
+    folder, _ = two_rounds
+    for round_ in (1, 2):
+        arrays = dict(np.load(folder / f"scores-{round_}.npz"))
+        removed = {key: value for key, value in arrays.items() if key.startswith("removed/")}
+        assert removed
+        for key, channels in removed.items():
+            scores = arrays[key.replace("removed/", "score/")]
+            gone = set(channels.tolist())
+            stays = [score for index, score in enumerate(scores) if index not in gone]
+            assert max(scores[channels]) <= min(stays)  # the lowest of a group go
+
+
+def run_and_kill(config, folder, monkeypatch):
+    """Run into `<folder>/whole`; `<folder>/killed` is what a kill in the pruned phase leaves."""
+    with monkeypatch.context() as patch:
+        Watch(patch, at=5, then=lambda: copytree(folder / "whole", folder / "killed"))
+        experiment.run(config, folder / "whole")
+    assert not (folder / "killed/summary.json").exists()
+
+
+def resume(config, folder, monkeypatch):
+    """Go on in `<folder>/killed`; nothing may tell it from the run that was not killed."""
+    watch = Watch(monkeypatch)
+    experiment.run(config, folder / "killed")
+    assert set(watch.strays) == {0}
+    assert rows(folder / "killed") == rows(folder / "whole")
+    one, two = (weights(folder / run / "round-1.ckpt") for run in ("whole", "killed"))
+    assert equal(one, two)
+    return watch
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_pruned_phase_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    phases = ["prune=oneshot", "recipe.retrain_epochs=3", "recipe.retrain_lr=0.5"]
+    config = tiny(tmp_path, *phases)
+    run_and_kill(config, tmp_path, monkeypatch)
+    watch = resume(config, tmp_path, monkeypatch)
+    assert len(watch.lrs) == 4  # of eight steps in all: the epoch of the kill and the last one
+    assert (tmp_path / "killed/logs-2/metrics.csv").is_file()
+
+
+@pytest.mark.slow
+def test_the_average_follows_the_cut_and_survives_a_kill(tmp_path, monkeypatch):
+    average = ["recipe.ema=0.05", "recipe.augment=mosaic", "recipe.plain_epochs=1"]
+    config = tiny(tmp_path, "prune=oneshot", "recipe.retrain_epochs=2", *average)
+    run_and_kill(config, tmp_path, monkeypatch)
+    watch = resume(config, tmp_path, monkeypatch)
+    last = torch.load(tmp_path / "killed/last.ckpt", weights_only=True)
+    final = ldt.load_pruned(tmp_path / "killed/round-1.ckpt")
+    assert int(last["averaging_state"]["n_averaged"]) == 4  # steps since the cut
+    assert {k: v.shape for k, v in last["state_dict"].items()} == {
+        k: v.shape for k, v in last["current_model_state"].items()
+    }
+    averaged = {k.removeprefix("detector."): v for k, v in last["state_dict"].items()}
+    assert equal(averaged, dict(final.state_dict()))
+    assert equal(averaged, dict(watch.module.detector.state_dict()))
+
+
+@pytest.mark.slow
+def test_without_base_training_the_first_cut_comes_at_once(two_rounds, tmp_path, monkeypatch):
+    base = two_rounds[0] / "round-0.ckpt"
+    watch = Watch(monkeypatch)
+    options = ["recipe.epochs=0", f"detector.checkpoint={base}", "prune.budget=flops"]
+    experiment.run(tiny(tmp_path, *options, "prune.rate=0.3"), tmp_path / "run")
+    assert len(watch.lrs) == 4  # two phases of two steps
+    assert equal(weights(base), weights(tmp_path / "run/round-0.ckpt"))
+    found, known = rows(tmp_path / "run"), rows(two_rounds[0])[0]
+    assert {key: found[0][key] for key in known} == pytest.approx(known, nan_ok=True)
+    assert found[2]["multiply_adds_rate"] == pytest.approx(0.3, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_unreachable_rate_says_what_is_possible_and_keeps_the_base(tmp_path):
+    with pytest.raises(UnreachableRateError, match=r"must go, .* can: .*smaller prune.rate"):
+        experiment.run(tiny(tmp_path, "prune=oneshot", "prune.rate=0.99"), tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "failed"
+    assert "UnreachableRateError" in summary(tmp_path / "run")["error"]
+    ldt.load_pruned(tmp_path / "run/round-0.ckpt")
+
+
+def test_a_misspelt_scope_is_told_before_any_training(tmp_path, monkeypatch):
+    watch = Watch(monkeypatch)
+    with pytest.raises(ValueError, match=r"prune.scope=\['backbone', 'nekc'\].*no part 'nekc'.*neck"):
+        experiment.run(tiny(tmp_path, "prune.scope=[backbone,nekc]"), tmp_path / "run")
+    assert watch.lrs == []

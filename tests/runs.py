@@ -1,0 +1,67 @@
+"""Real runs of seconds: twelve small scenes, one epoch a phase."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from small import composed
+
+ROOT = Path(__file__).parents[1]
+RUN_NAME = "run_name=tiny"
+SCENES = (
+    "dataset.train=8",
+    "dataset.val=4",
+    "dataset.height=64",
+    "dataset.width=128",
+    "dataset.scale=[128,64]",
+    "dataset.workers=0",
+)
+TINY = (
+    *SCENES,
+    "recipe.epochs=1",
+    "recipe.retrain_epochs=1",
+    "recipe.batch_size=4",
+    "prune.images=8",
+    "prune.rate=0.5",
+    "trainer=cpu",
+    "report.latency_runs=0",
+    "report.pictures=1",
+)
+
+
+def tiny(folder: Path, *overrides: str) -> Any:
+    """The configuration of a tiny run whose scenes are written below `folder`."""
+    return composed(*TINY, RUN_NAME, f"dataset.cache={folder / 'cache'}", *overrides)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Rounds of a finished run without what differs between two equal runs."""
+    clock = ("seconds", "file_bytes")
+    return [
+        {key: value for key, value in row.items() if key not in clock}
+        for row in summary(folder)["rounds"]
+    ]
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python run.py <arguments>` in a process of its own."""
+    return python(str(ROOT / "run.py"), *arguments, cwd=cwd)
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )

@@ -1,0 +1,149 @@
+"""Laws of the configuration: every option composes, mistakes are named, runs have an identity."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from runs import tiny
+from small import CONF, composed
+
+from ldt import config, experiment
+
+GROUPS = sorted(folder.name for folder in Path(CONF).iterdir() if folder.is_dir())
+OPTIONS = [
+    f"{group}={file.stem}"
+    for group in GROUPS
+    if group != "hydra"
+    for file in sorted(Path(CONF, group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_what_it_names_exists(option):
+    needed = ["detector.config=mmdet::gfl/gfl_r50_fpn_1x_coco.py"] * (option == "detector=mmdet")
+    found = composed(option, *needed, "run_name=x")
+    plain = OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
+    get_object(plain["dataset"]["_target_"])
+    instantiate(found.method.criterion)
+    assert len(plain["dataset"]["scale"]) == 2
+
+
+def test_options_bring_their_typed_schema():
+    kinds = {
+        "roadscenes": config.RoadScenesConfig,
+        "kitti": config.KittiConfig,
+        "coco": config.CocoConfig,
+    }
+    for name, kind in kinds.items():
+        assert OmegaConf.get_type(composed(f"dataset={name}").dataset) is kind
+    assert OmegaConf.get_type(composed().prune) is config.PruneConfig
+
+
+def test_a_detector_brings_its_recipe_which_can_be_replaced():
+    assert composed("detector=yolox_s").recipe == composed("recipe=paper_yolox").recipe
+    assert composed("detector=gfl", "recipe=short").recipe == composed("recipe=short").recipe
+    assert composed("detector=gfl").ldt.alpha == 5e-4  # the paper's
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "prune.rates=0.5",
+        "prune.rate=abc",
+        "dataset.trian=3",
+        "dataset.train=abc",
+        "dataset.scale=big",
+        "method.criterion.sorce=x",
+        "recipe.epochs=1.5",
+        "recipe.epoch=3",
+        "detector.option=3",
+        "detector.pretrained=maybe",
+        "ldt.alfa=1",
+        "trainer.max_epochs=3",
+        "report.pictures=all",
+        "seed=abc",
+        "sead=1",
+        "dataset=coco dataset.grouping=merged",
+        "dataset=kitti dataset.train_fraction=most",
+    ],
+)
+def test_a_mistake_is_named(mistake):
+    with pytest.raises(ConfigCompositionException) as raised:
+        composed(*mistake.split())
+    key = mistake.split()[-1].partition("=")[0]
+    assert key in f"{raised.value} {raised.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("prune.rate=1.5", r"prune.rate=1.5"),
+        ("prune.budget=param", r"prune.budget='param'; choose params or flops"),
+        ("method.ranking=best", r"method.ranking='best'"),
+        ("method.criterion.source=nek", r"method.criterion.source='nek'; choose one of neck,"),
+        ("recipe.augment=mosaics", r"augment='mosaics' is not known; allowed: none, flip, mosaic"),
+        ("recipe.batch_size=0", r"batch_size=0"),
+        ("dataset.grouping=mixed", r"grouping"),
+        ("dataset.root=/tmp", r"dataset.cache=/tmp"),
+        ("recipe.epochs=0", r"detector.checkpoint=<file>"),
+    ],
+)
+def test_a_wrong_choice_is_told_before_a_model_is_built(mistake, message, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(experiment, "DetectorModule", lambda *_, **__: built.append(1))
+    with pytest.raises(Exception, match=message):
+        experiment.run(tiny(tmp_path, mistake), tmp_path / "run")
+    assert built == []
+
+
+# Identity -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def name():
+    """The name of the run that a command line gives."""
+
+    def named(*overrides):
+        config.register()
+        with initialize_config_dir(CONF, version_base="1.3"):
+            found = compose("config", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(found)
+        return found.run_name
+
+    before = HydraConfig.instance().cfg
+    yield named
+    HydraConfig.instance().cfg = before
+
+
+def test_a_name_spells_out_what_runs_are_compared_by(name):
+    assert name() == name("seed=0") == "roadscenes-gfl_tiny-ldt-params0.7-s0"
+    assert name("detector=yolox_nano", "method=l1", "prune.rate=0.25", "seed=3") == (
+        "roadscenes-yolox_nano-l1-params0.25-s3"
+    )
+
+
+def test_order_does_not_matter_and_any_other_override_does(name):
+    one, two = "recipe.epochs=3", "ldt.alpha=0.1"
+    assert name(one, two) == name(two, one)
+    others = [(), (one,), (two,), (one, two), ("recipe.epochs=4",), ("recipe=paper",)]
+    assert len({name(*overrides) for overrides in others}) == len(others)
+
+
+@pytest.mark.parametrize(
+    "detail",
+    ["dataset.root=/data", "dataset.cache=/tmp/x", "dataset.workers=7", "logger=wandb",
+     "trainer.devices=2", "study=another"],
+)  # fmt: skip
+def test_where_things_are_does_not_change_the_name(name, detail):
+    assert name(detail, "recipe.epochs=3") == name("recipe.epochs=3")
+
+
+def test_the_suffix_is_short_and_empty_for_nothing():
+    assert config.identity_suffix("") == ""
+    suffix = config.identity_suffix("recipe.epochs=3")
+    assert len(suffix) == 9
+    assert int(suffix[1:], 16) >= 0

@@ -1,0 +1,328 @@
+"""Laws of building mmdet detectors, of finding where to tap them, and of their weights."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.structures import InstanceData
+from omegaconf import OmegaConf
+from small import composed
+from torch import nn
+
+from ldt.detectors import (
+    as_maps,
+    build,
+    evaluating,
+    find_neck,
+    find_predictors,
+    load_weights,
+    model_config,
+    objects_of,
+    raw_forward,
+)
+from ldt.profiling import count_parameters, multiply_adds
+
+DATA = Path(os.environ.get("LDT_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
+YOLOX_NANO = DATA / "weights/yolox_nano_coco_mmdet.pth"
+GFL = ("gfl_cls", "gfl_reg")
+ATSS = ("atss_centerness", "atss_cls", "atss_reg")
+YOLOF = ("bbox_pred", "cls_score", "object_pred")
+YOLOX = tuple(f"multi_level_conv_{kind}.{i}" for kind in ("cls", "obj", "reg") for i in range(3))
+
+
+def config_of(name, n_classes=3, **options):
+    chosen = OmegaConf.to_container(composed(f"detector={name}").detector, resolve=True)
+    return model_config(chosen["config"], chosen["options"] | options, n_classes, pretrained=False)
+
+
+def on_meta(name, n_classes=3):
+    """The detector without memory or computation."""
+    with torch.device("meta"):
+        return build(config_of(name, n_classes), initialise=False)
+
+
+def fresh(name, n_classes=3, seed=0):
+    torch.manual_seed(seed)
+    return build(config_of(name, n_classes))
+
+
+def predictors_of(detector):
+    return find_predictors(detector, torch.zeros(1, 3, 64, 128))
+
+
+# Costs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "n_classes", "millions"),
+    [
+        ("atss", 3, 32.12),
+        ("gfl", 3, 32.26),
+        ("yolox_s", 3, 8.94),
+        ("atss", 80, 32.295),
+        ("gfl", 80, 32.441),
+        ("yolox_s", 80, 8.968),
+        ("yolof", 80, 44.16),
+    ],
+)
+def test_full_size_detectors_have_the_papers_parameters(name, n_classes, millions):
+    assert count_parameters(on_meta(name, n_classes)) / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "giga"),
+    [("atss", (832, 1344), 219.7), ("gfl", (832, 1344), 223.1), ("yolox_s", (640, 640), 13.32)],
+)
+def test_full_size_detectors_have_the_papers_multiply_adds(name, size, giga):
+    detector = on_meta(name)
+    found = multiply_adds(detector, lambda x: raw_forward(detector, x), (1, 3, *size))
+    assert found / 1e9 == pytest.approx(giga, rel=5e-4)
+
+
+# Configs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["no/such/file.py", "mmdet::gfl/no_such.py", "nopackage::a/b.py", "notes.txt", "broken.py"],
+)
+def test_an_unknown_config_is_named_with_an_example(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("model = 1")
+    Path("broken.py").write_text("model = (")
+    with pytest.raises(ValueError, match=rf"detector.config='{config}' cannot be read.*mmdet::gfl"):
+        model_config(config, {}, 3, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = 1", "defines no `model`"),
+        ("model = dict(type='GFL', coder=int)", "a checkpoint cannot carry"),
+    ],
+)
+def test_a_config_without_a_plain_model_is_refused(text, message, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        model_config(str(file), {}, 3, pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["gfl", "atss", "yolox_s", "yolof"])
+def test_the_config_survives_a_checkpoint(name, tmp_path):
+    config = config_of(name)
+    torch.save(config, tmp_path / "config.pt")
+    assert torch.load(tmp_path / "config.pt", weights_only=True) == config
+
+
+def test_options_change_the_model_and_classes_every_head():
+    config = config_of("gfl", 7, neck={"out_channels": 64}, bbox_head={"in_channels": 64})
+    assert (config["neck"]["out_channels"], config["neck"]["type"]) == (64, "FPN")
+    assert config["bbox_head"]["num_classes"] == 7
+
+
+def test_without_a_network_a_pretrained_backbone_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    away = {"type": "Pretrained", "checkpoint": "http://127.0.0.1:9/resnet.pth"}
+    options = {"backbone": {"depth": 18, "base_channels": 8, "init_cfg": away}}
+    options["neck"] = {"in_channels": [8, 16, 32, 64]}
+    config = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", options, 3, pretrained=True)
+    with pytest.raises(RuntimeError, match=r"init_cfg.checkpoint=<file>.*detector.pretrained=false"):
+        build(config)
+    assert model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", options, 3, pretrained=False)[
+        "backbone"
+    ]["init_cfg"] is None
+
+
+# Where to tap ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gfl", GFL),
+        ("gfl_tiny", GFL),
+        ("atss", ATSS),
+        ("atss_tiny", ATSS),
+        ("yolof", YOLOF),
+        ("yolof_tiny", YOLOF),
+        ("yolox_s", YOLOX),
+        ("yolox_nano", YOLOX),
+    ],
+)
+def test_predictors_are_what_one_finds_by_hand(name, expected):
+    found = find_predictors(on_meta(name), torch.zeros(1, 3, 128, 256, device="meta"))
+    assert found == [f"bbox_head.{layer}" for layer in expected]
+
+
+def test_finding_predictors_leaves_no_trace():
+    detector = fresh("gfl_tiny")
+    detector.backbone.requires_grad_(False)
+    detector.neck.eval()
+    wanted = [parameter.requires_grad for parameter in detector.parameters()]
+    modes = [module.training for module in detector.modules()]
+    predictors_of(detector)
+    assert [parameter.requires_grad for parameter in detector.parameters()] == wanted
+    assert [module.training for module in detector.modules()] == modes
+    assert not any(module._forward_hooks for module in detector.modules())
+
+
+def test_evaluating_is_undone_after_an_error():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1).eval())
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(KeyError), evaluating(model), torch.no_grad():
+        assert not model.training
+        assert model[0].weight.requires_grad
+        raise KeyError
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert not model[0].weight.requires_grad
+
+
+class Bare(nn.Module):
+    """A detector by another layout."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def test_the_neck_is_the_neck_else_the_backbone_else_what_is_named():
+    backbone, neck = nn.Sequential(nn.Identity()), nn.Identity()
+    assert find_neck(Bare(backbone=backbone, neck=neck)) is neck
+    assert find_neck(Bare(backbone=backbone, head=neck)) is backbone
+    assert find_neck(Bare(backbone=backbone, neck=neck), "backbone.0") is backbone[0]
+
+
+@pytest.mark.parametrize(("name", "parts"), [("auto", ("body", "top")), ("bottle", ("neck",))])
+def test_a_missing_neck_is_told_with_the_parts_there_are(name, parts):
+    detector = Bare(**{part: nn.Identity() for part in parts})
+    listed = ", ".join(parts)
+    with pytest.raises(
+        ValueError, match=rf"detector.neck='{name}': Bare .*parts are: {listed}\..*detector.neck="
+    ):
+        find_neck(detector, name)
+
+
+@pytest.mark.parametrize("output", [{"p3": torch.zeros(1, 1, 2, 2)}, torch.zeros(3, 4), [None]])
+def test_only_maps_come_out_of_a_neck(output):
+    with pytest.raises(ValueError, match=rf"gives {type(output).__name__}, not maps.*detector.neck"):
+        as_maps(output)
+
+
+def test_maps_come_out_as_they_went_in():
+    maps = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 2, 2)]
+    assert all(a is b for a, b in zip(as_maps(maps), maps, strict=True))
+    assert as_maps(maps[0])[0] is maps[0]
+
+
+# Objects --------------------------------------------------------------------------------------
+
+
+def sample(boxes, labels, ignored=(), wrap=torch.Tensor):
+    found = DetDataSample()
+    found.gt_instances = InstanceData(
+        bboxes=wrap(torch.tensor(boxes).reshape(-1, 4)), labels=torch.tensor(labels).long()
+    )
+    found.ignored_instances = InstanceData(
+        bboxes=torch.tensor(ignored).reshape(-1, 4), labels=torch.zeros(len(ignored)).long()
+    )
+    return found
+
+
+@pytest.mark.parametrize("wrap", [torch.Tensor, HorizontalBoxes])
+def test_objects_know_their_image_and_ignored_boxes_are_none(wrap):
+    one, two, three = [1.0, 2.0, 8.0, 9.0], [3.0, 3.0, 6.0, 6.0], [0.0, 0.0, 5.0, 5.0]
+    batch = [
+        sample([one, two], [2, 0], ignored=[three], wrap=wrap),
+        sample([], [], ignored=[one], wrap=wrap),
+        sample([three], [1], wrap=wrap),
+    ]
+    found = objects_of(batch, (16, 32))
+    assert found.boxes.tolist() == [one, two, three]
+    assert found.labels.tolist() == [2, 0, 1]
+    assert found.image.tolist() == [0, 0, 2]
+    assert found.shape == (16, 32)
+
+
+def test_a_batch_without_objects_has_empty_tensors():
+    found = objects_of([sample([], [], ignored=[[0.0, 0.0, 5.0, 5.0]]), sample([], [])], (16, 32))
+    assert found.boxes.shape == (0, 4)
+    assert found.labels.shape == found.image.shape == (0,)
+
+
+# Weights --------------------------------------------------------------------------------------
+
+
+def same(one, two, skip=()):
+    return all(
+        torch.equal(value, two[key])
+        for key, value in one.items()
+        if not key.startswith(tuple(skip)) or not skip
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "detector."])
+@pytest.mark.parametrize("bare", [True, False])
+def test_own_and_mmdets_files_load_whole(prefix, bare, tmp_path):
+    source, target = fresh("gfl_tiny"), fresh("gfl_tiny", seed=1)
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save(state if bare else {"state_dict": state, "meta": {}}, tmp_path / "w.pth")
+    assert not same(source.state_dict(), target.state_dict())
+    load_weights(target, tmp_path / "w.pth", predictors_of(target))
+    assert same(source.state_dict(), target.state_dict())
+
+
+def test_another_number_of_classes_gets_new_predictors_and_a_warning(tmp_path, caplog):
+    source, target = fresh("atss_tiny", 80), fresh("atss_tiny", 3, seed=1)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth", predictors_of(target))
+    after, new = target.state_dict(), ["bbox_head.atss_cls.weight", "bbox_head.atss_cls.bias"]
+    assert all(torch.equal(after[key], before[key]) for key in new)
+    rest = {key: value for key, value in source.state_dict().items() if key not in new}
+    assert same(rest, after)
+    assert all(key in caplog.text for key in new)
+
+
+def test_another_detectors_file_is_refused_with_counts_and_keys(tmp_path):
+    source, target = fresh("atss_tiny"), fresh("gfl_tiny")
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    own, other = target.state_dict(), source.state_dict()
+    missing, unknown = sorted(set(own) - set(other)), sorted(set(other) - set(own))
+    with pytest.raises(
+        ValueError,
+        match=rf"{len(missing)} of {len(own)} tensors.*{missing[0]}.*"
+        rf"{len(unknown)} are unknown.*{unknown[0]}.*Choose the `detector`",
+    ):
+        load_weights(target, tmp_path / "w.pth", predictors_of(target))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"detector.checkpoint='.*gone.pth'"):
+        load_weights(nn.Identity(), tmp_path / "gone.pth", [])
+
+
+@pytest.mark.parametrize("content", ["cut", "objects"])
+def test_a_damaged_or_unsafe_file_is_refused(content, tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save({"state_dict": {}, "hub": DATA}, file)  # a path is more than plain data
+    if content == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"detector.checkpoint='.*' is damaged or holds more"):
+        load_weights(nn.Identity(), file, [])
+
+
+@pytest.mark.skipif(not YOLOX_NANO.is_file(), reason="no weights in LDT_TEST_DATA")
+@pytest.mark.parametrize("n_classes", [80, 3])
+def test_a_published_file_loads(n_classes):
+    detector = fresh("yolox_nano", n_classes)
+    load_weights(detector, YOLOX_NANO, predictors_of(detector))
+    published = torch.load(YOLOX_NANO, weights_only=True)["state_dict"]
+    skip = ["bbox_head.multi_level_conv_cls"] if n_classes == 3 else []
+    assert set(published) == set(detector.state_dict())
+    assert same(published, detector.state_dict(), skip)

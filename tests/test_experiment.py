@@ -1,0 +1,202 @@
+"""Real, very short runs end to end: what they leave behind, repeating them, and their failures."""
+
+import csv
+import json
+
+import pytest
+import torch
+from runs import SCENES, command, rows, summary, tiny
+from small import composed
+
+import ldt
+from ldt import experiment, report
+from ldt.callbacks.ldt_loss import LDTLoss
+
+ROUNDS = 2
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its configuration, folder and result."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny(folder, "report.latency_runs=30")
+    return config, folder / "run", experiment.run(config, folder / "run")
+
+
+@pytest.fixture
+def nothing_is_trained(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(experiment, "DetectorModule", refuse)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_behind(finished):
+    config, folder, result = finished
+    found = summary(folder)
+    assert found["status"] == "finished"
+    assert found["input_size"] == [64, 128]
+    assert result == found["rounds"][-1]["AP"]
+    assert found["environment"]["torch"] == torch.__version__
+    assert json.loads((folder / "environment.json").read_text())["git"] == found["git"]
+    split = json.loads((folder / "split.json").read_text())
+    assert (len(split["train"]), len(split["val"])) == (8, 4)
+    assert not set(split["train"]) & set(split["val"])
+    with (folder / "rounds.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["params"]) for row in table] == [row["params"] for row in found["rounds"]]
+    assert all(float(row["latency_ms"]) > 0 for row in table)
+    for round_ in range(ROUNDS + 1):
+        ldt.load_pruned(folder / f"round-{round_}.ckpt")
+    pictures = {file.name for file in (folder / "pictures").iterdir()}
+    assert pictures == {"detections.png", "map_vs_params.png", "channels.png"}
+    assert (folder / "logs/metrics.csv").is_file()
+
+
+@pytest.mark.slow
+def test_a_finished_run_returns_at_once(finished, nothing_is_trained, monkeypatch):
+    config, folder, result = finished
+    monkeypatch.setattr(experiment, "build_data", lambda *_: pytest.fail("data were read"))
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    assert experiment.run(config, folder) == result
+    unchanged = {file for file, time in before.items() if file.stat().st_mtime_ns == time}
+    assert set(before) - unchanged <= {folder / "config.yaml"}  # which is written again, as it was
+
+
+@pytest.mark.slow
+def test_a_folder_belongs_to_one_configuration(finished, nothing_is_trained):
+    config, folder, _ = finished
+    other = config.copy()
+    other.prune.images, other.recipe.optimizer.lr = 4, 0.5
+    lr = config.recipe.optimizer.lr
+    with pytest.raises(ValueError) as raised:
+        experiment.run(other, folder)
+    assert "prune.images: 8 there, 4 now" in str(raised.value)
+    assert f"recipe.optimizer.lr: {lr} there, 0.5 now" in str(raised.value)
+    assert "study=<name>" in str(raised.value)
+    with pytest.raises(ValueError, match="another configuration"):  # not hidden by a sweep
+        experiment.run(other, folder, in_sweep=True)
+    assert summary(folder)["status"] == "finished"
+    detail = config.copy()
+    detail.dataset.workers, detail.report.pictures = 1, 3
+    experiment.run(detail, folder)
+
+
+@pytest.mark.slow
+def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch):
+    config = tiny(tmp_path, "method=none")
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "draw_run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            experiment.run(config, tmp_path / "run")
+    before = summary(tmp_path / "run")
+    assert before["status"] == "finished"
+    assert not (tmp_path / "run/pictures").exists()
+    monkeypatch.setattr(experiment, "DetectorModule", lambda *_, **__: pytest.fail("trained again"))
+    experiment.run(config, tmp_path / "run")
+    assert (tmp_path / "run/pictures/detections.png").is_file()
+    assert summary(tmp_path / "run") == before | {"drawn": True}
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    plain = LDTLoss._rise
+    monkeypatch.setattr(
+        LDTLoss, "_rise", lambda terms: float("nan") if terms._module.global_step > 2 else plain(terms)
+    )
+    config = tiny(tmp_path, "method=none", "ldt.enabled=true", "recipe.epochs=3")
+    assert torch.isnan(torch.tensor(experiment.run(config, tmp_path / "run", in_sweep=True)))
+    found = summary(tmp_path / "run")
+    assert found["status"] == "failed"
+    assert found["error"].startswith("NonFiniteLossError: loss_ld, loss_cov is not finite at step 3")
+    last = ldt.load_pruned(tmp_path / "run/last.ckpt")
+    assert all(parameter.isfinite().all() for parameter in last.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["detector=yolox_nano", "method=l1"],
+        ["detector=atss_tiny", "trainer.precision=bf16-mixed", "method.criterion.source=detection"],
+        [
+            "detector=mmdet",
+            "detector.config=mmdet::retinanet/retinanet_r18_fpn_1x_coco.py",
+            "+detector.options.backbone.frozen_stages=1",
+            "recipe=short",
+            "method=random",
+            "prune.rate=0.3",
+        ],
+    ],
+    ids=["yolox", "atss in bf16", "retinanet"],
+)
+def test_other_detectors_run_as_they_are(options, tmp_path):
+    short = ["recipe.epochs=1", "recipe.retrain_epochs=1", "prune=oneshot"]
+    config = tiny(tmp_path, "prune.rate=0.5", *options, *short, "report.pictures=0")
+    experiment.run(config, tmp_path / "run")
+    base, last = rows(tmp_path / "run")
+    assert last["rate"] == pytest.approx(config.prune.rate, abs=0.005)
+    assert last["multiply_adds"] < base["multiply_adds"]
+
+
+def test_a_missing_data_set_says_what_to_type(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset.root is not set; type dataset.root="):
+        experiment.run(composed("dataset=kitti", "run_name=x"), tmp_path / "a")
+    gone = tmp_path / "gone"
+    with pytest.raises(FileNotFoundError, match=rf"no folder {gone}.*dataset.root="):
+        experiment.run(
+            composed("dataset=coco", f"dataset.root={gone}", "run_name=x"), tmp_path / "b"
+        )
+    assert summary(tmp_path / "b")["status"] == "failed"
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"status": "fini')
+    with pytest.raises(ValueError, match=r"summary.json is damaged .*remove it to run again"):
+        experiment.run(tiny(tmp_path), tmp_path)
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+def test_help_lists_groups_and_examples(tmp_path):
+    done = command("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for group in ("dataset:", "detector:", "method:", "prune:", "recipe:", "trainer:"):
+        assert group in done.stdout
+    assert len([line for line in done.stdout.splitlines() if "python run.py " in line]) >= 3
+
+
+def test_a_typo_on_the_command_line_stops_at_once(tmp_path):
+    done = command("dataset.trian=3", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "dataset.trian" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_failed_job_of_a_sweep_is_shown_and_the_others_run(tmp_path):
+    done = command(
+        "-m",
+        *SCENES,
+        f"dataset.cache={tmp_path / 'cache'}",
+        "method=none",
+        "trainer=cpu",
+        "recipe.epochs=0,1",
+        "recipe.batch_size=4",
+        "report.latency_runs=0",
+        "report.pictures=0",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    (study,) = (tmp_path / "runs").iterdir()
+    runs = {folder.name: summary(folder) for folder in study.iterdir() if folder.is_dir()}
+    states = {found["status"]: name for name, found in runs.items()}
+    assert set(states) == {"failed", "finished"}
+    (line,) = [line for line in done.stdout.splitlines() if "  failed  " in line]
+    assert states["failed"] in line
+    assert "nothing to do" in line
+    assert "1 finished, 1 failed" in done.stdout
+    assert (study / states["finished"] / "run.log").is_file()

@@ -1,0 +1,95 @@
+"""Imports run one way, and heavy libraries stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
+LEVELS = (  # a module imports from its own level and from those below it
+    ("run",),
+    ("ldt.experiment",),
+    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.report", "ldt.analysis", "ldt.export"),
+    ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
+    ("ldt.detectors", "ldt.profiling", "ldt.records", "ldt.config"),
+    ("ldt.discriminant", "ldt.mmcv_ops", "ldt.mmcv_ext"),
+)
+ALLOWED = {
+    "mmdet": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
+    "mmengine": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
+    "hydra": ("run", "ldt.experiment", "ldt.config"),
+    "lightning": ("ldt.experiment", "ldt.callbacks", "ldt.module", "ldt.data"),
+    "wandb": (),  # by its name in conf/logger only
+}
+
+
+def name(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def below(module, packages):
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def level(module):
+    found = [index for index, packages in enumerate(LEVELS) if below(module, packages)]
+    assert len(found) == 1, f"{module} has no place in LEVELS"
+    return found[0]
+
+
+def statements(node):
+    """Every import statement below a node, except those for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+            yield from statements(child)
+
+
+def imported(file):
+    """Dotted names that a file imports, wherever it does so."""
+    for statement in statements(ast.parse(file.read_text())):
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+            continue
+        assert statement.level == 0, f"{file}: relative import"
+        for alias in statement.names:
+            inner = f"{statement.module}.{alias.name}"
+            is_module = (ROOT / Path(*inner.split("."))).with_suffix(".py").is_file()
+            yield inner if is_module else statement.module
+
+
+def edges(file):
+    return {found for found in imported(file) if found.startswith("ldt.")}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name != "__init__.py"], ids=name)
+def test_a_module_imports_nothing_from_above(file):
+    up = [found for found in edges(file) if level(found) < level(name(file))]
+    assert up == []
+
+
+@pytest.mark.parametrize("library", ALLOWED)
+def test_a_library_is_imported_where_it_belongs(library):
+    strangers = {
+        name(file)
+        for file in FILES
+        if not below(name(file), ALLOWED[library])
+        and any(below(found, [library]) for found in imported(file))
+    }
+    assert strangers == set()
+
+
+def test_the_reader_of_imports_sees_them():
+    assert {"ldt.module", "ldt.pruning.graph"} <= edges(ROOT / "ldt/callbacks/prune_retrain.py")
+    assert edges(ROOT / "run.py") == {"ldt.config", "ldt.experiment"}  # one of them in a function
+
+
+def test_no_cycles():
+    graph = {name(file): edges(file) for file in FILES}
+    done = set()
+    while ready := {node for node, needs in graph.items() if node not in done and needs <= done}:
+        done |= ready
+    assert set(graph) - done == set()
