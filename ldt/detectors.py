@@ -1,6 +1,7 @@
 """Build any mmdet detector from its config, and find where to tap it."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -328,8 +329,16 @@ def objects_of(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Obje
 
 def quiet() -> None:
     """Silence what the libraries say that a user can do nothing about."""
-    warnings.filterwarnings("ignore", message=".*torch.meshgrid.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    for told in (
+        "torch.meshgrid",
+        "does not have many workers",
+        "Trying to infer the `batch_size`",
+        "`num_anchors` is deprecated",
+        "torch.cuda.amp.autocast",
+        "LeafSpec",
+        "exists and is not empty",  # a run's folder, which is meant to be gone on with
+        "smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{re.escape(told)}")
     for name in ("faster_coco_eval", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)

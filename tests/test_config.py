@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
-from runs import tiny
+from short_runs import tiny
 from small import CONF, composed
 
 from ldt import config, experiment

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from runs import SCENES, command, rows, summary, tiny
+from short_runs import SCENES, command, rows, summary, tiny
 from small import composed
 
 import ldt
@@ -33,12 +33,12 @@ def nothing_is_trained(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_leaves_everything_behind(finished):
-    config, folder, result = finished
+    _, folder, result = finished
     found = summary(folder)
     assert found["status"] == "finished"
     assert found["input_size"] == [64, 128]
     assert result == found["rounds"][-1]["AP"]
-    assert found["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["environment"]["torch"])
     assert json.loads((folder / "environment.json").read_text())["git"] == found["git"]
     split = json.loads((folder / "split.json").read_text())
     assert (len(split["train"]), len(split["val"])) == (8, 4)
@@ -70,11 +70,9 @@ def test_a_folder_belongs_to_one_configuration(finished, nothing_is_trained):
     other = config.copy()
     other.prune.images, other.recipe.optimizer.lr = 4, 0.5
     lr = config.recipe.optimizer.lr
-    with pytest.raises(ValueError) as raised:
+    difference = f"prune.images: 8 there, 4 now; recipe.optimizer.lr: {lr} there, 0.5 now"
+    with pytest.raises(ValueError, match=rf"{difference}.*study=<name>"):
         experiment.run(other, folder)
-    assert "prune.images: 8 there, 4 now" in str(raised.value)
-    assert f"recipe.optimizer.lr: {lr} there, 0.5 now" in str(raised.value)
-    assert "study=<name>" in str(raised.value)
     with pytest.raises(ValueError, match="another configuration"):  # not hidden by a sweep
         experiment.run(other, folder, in_sweep=True)
     assert summary(folder)["status"] == "finished"
@@ -103,15 +101,30 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     plain = LDTLoss._rise
     monkeypatch.setattr(
-        LDTLoss, "_rise", lambda terms: float("nan") if terms._module.global_step > 2 else plain(terms)
+        LDTLoss,
+        "_rise",
+        lambda terms: float("nan") if terms._module.global_step > 2 else plain(terms),
     )
     config = tiny(tmp_path, "method=none", "ldt.enabled=true", "recipe.epochs=3")
     assert torch.isnan(torch.tensor(experiment.run(config, tmp_path / "run", in_sweep=True)))
     found = summary(tmp_path / "run")
     assert found["status"] == "failed"
-    assert found["error"].startswith("NonFiniteLossError: loss_ld, loss_cov is not finite at step 3")
+    assert found["error"].startswith(
+        "NonFiniteLossError: loss_ld, loss_cov is not finite at step 3"
+    )
     last = ldt.load_pruned(tmp_path / "run/last.ckpt")
     assert all(parameter.isfinite().all() for parameter in last.parameters())
+
+
+@pytest.mark.slow
+def test_loading_processes_change_nothing(tmp_path):
+    """Also not the first epoch, whose loading begins before any epoch starts."""
+    plain = ["recipe.augment=mosaic", "recipe.plain_epochs=1", "method=none", "report.pictures=0"]
+    for workers in ("0", "1"):
+        config = tiny(tmp_path, *plain, f"dataset.workers={workers}")
+        experiment.run(config, tmp_path / workers)
+    one, two = (ldt.load_pruned(tmp_path / run / "last.ckpt").state_dict() for run in ("0", "1"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 @pytest.mark.slow

@@ -107,7 +107,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(source):
     else:
         nn.init.constant_(module.detector.bbox_head.gfl_cls.bias, torch.nan)
     culprit = r"loss_x" if source == "term" else r"loss_cls\b.*"
-    with pytest.raises(NonFiniteLossError, match=rf"^{culprit} is not finite at step 0 .*clip_grad"):
+    with pytest.raises(
+        NonFiniteLossError, match=rf"^{culprit} is not finite at step 0 .*clip_grad"
+    ):
         module.training_step(many(), 0)
 
 

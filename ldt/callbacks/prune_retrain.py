@@ -1,5 +1,6 @@
 """The loop of the paper: train, then score, cut and retrain, round after round."""
 
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
@@ -186,11 +188,10 @@ class PruneRetrain(L.Callback):
             _check_scope(self.plan.scope, pl_module.detector)
         if not self._unpruned:
             self._unpruned = self._count(pl_module)
-            self._channels = {
-                name: layer.out_channels
-                for name, layer in pl_module.detector.named_modules()
-                if isinstance(getattr(layer, "out_channels", None), int)
-            }
+            for name, layer in pl_module.detector.named_modules():
+                width = getattr(layer, "out_channels", None)
+                if isinstance(width, int):
+                    self._channels[name] = width
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Without base training, the first cut comes before the first step."""
@@ -241,7 +242,9 @@ class PruneRetrain(L.Callback):
         if trainer.is_global_zero:
             write_rows(self.folder / "rounds.csv", self.rows)
         if trainer.logger is not None:
-            numbers = {f"round/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))}
+            numbers = {
+                f"round/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
         log.info(
@@ -265,12 +268,15 @@ class PruneRetrain(L.Callback):
             self._report_whole(graph)
             loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
             scores = score_groups(self.criterion, module, graph, Calibration(module, loader))
+            # batch statistics differ between processes, what is cut must not
+            scores = trainer.strategy.broadcast(scores)
             channels = self._choose(module, graph, scores)
             graph.remove(channels)
         if trainer.is_global_zero:
             self._save_scores(scores, channels)
         self._check_rate(module)
         self._enter_phase(module)
+        _wrap_anew(trainer)
         trainer.strategy.setup_optimizers(trainer)
         for callback in _averages(trainer):
             callback.restart(trainer, module)
@@ -346,6 +352,15 @@ class PruneRetrain(L.Callback):
             "threads": found.threads,
             "device": found.device,
         }
+
+
+def _wrap_anew(trainer: L.Trainer) -> None:
+    """Let DDP forget the parameters it was made with: its buckets hold on to their shapes."""
+    strategy: Any = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = trainer.lightning_module
+        gc.collect()  # the old wrapper's hooks fire until it is gone, and it is part of cycles
+        strategy.configure_ddp()
 
 
 def _check_scope(scope: tuple[str, ...], detector: nn.Module) -> None:

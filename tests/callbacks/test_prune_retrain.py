@@ -6,7 +6,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from runs import python, rows, summary, tiny
+from short_runs import python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
@@ -30,7 +30,9 @@ def test_every_round_keeps_the_same_share_of_what_is_left(rate, rounds):
     assert shares == pytest.approx([shares[0]] * rounds)
 
 
-@pytest.mark.parametrize(("base", "retrain", "rounds"), [(3, 2, 2), (0, 2, 3), (1, 1, 1), (4, 1, 0)])
+@pytest.mark.parametrize(
+    ("base", "retrain", "rounds"), [(3, 2, 2), (0, 2, 3), (1, 1, 1), (4, 1, 0)]
+)
 def test_phases_tile_the_run(base, retrain, rounds):
     plan = Plan(rate=0.5, rounds=rounds, base_epochs=base, retrain_epochs=retrain)
     ends = [epoch for epoch in range(plan.total_epochs) if plan.is_last_epoch(epoch)]
@@ -253,6 +255,8 @@ def test_an_unreachable_rate_says_what_is_possible_and_keeps_the_base(tmp_path):
 
 def test_a_misspelt_scope_is_told_before_any_training(tmp_path, monkeypatch):
     watch = Watch(monkeypatch)
-    with pytest.raises(ValueError, match=r"prune.scope=\['backbone', 'nekc'\].*no part 'nekc'.*neck"):
+    with pytest.raises(
+        ValueError, match=r"prune.scope=\['backbone', 'nekc'\].*no part 'nekc'.*neck"
+    ):
         experiment.run(tiny(tmp_path, "prune.scope=[backbone,nekc]"), tmp_path / "run")
     assert watch.lrs == []
