@@ -118,7 +118,7 @@ class RoadScenesConfig(DatasetConfig):
     height: int = 128
     width: int = 256
     scene_seed: int = 0
-    difficulty: float = 0.25
+    difficulty: float = 0.1
 
 
 @dataclass

@@ -338,6 +338,7 @@ def quiet() -> None:
         "LeafSpec",
         "exists and is not empty",  # a run's folder, which is meant to be gone on with
         "smaller than the logging interval",
+        "sync_dist=True",  # the metrics join the tables of all processes themselves
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(told)}")
     for name in ("faster_coco_eval", "lightning.pytorch"):

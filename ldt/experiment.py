@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from ldt import profiling, report
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.callbacks.plan import Plan
 from ldt.callbacks.progress import PlainEpochs, PlainProgress
-from ldt.callbacks.prune_retrain import Plan, PruneRetrain
+from ldt.callbacks.prune_retrain import PruneRetrain
 from ldt.config import DETAILS
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import model_config, quiet
@@ -55,14 +56,13 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
             summary = _execute(config, plain, folder)
         else:
             log.info("%s is finished already", folder)
-        _draw(config, summary, folder)
+        _show(config, summary, folder)
     except Exception as error:
         _record_failure(folder, error)
         if in_sweep:
             log.exception("%s failed", folder.name)
             return float("nan")  # the other jobs of the sweep go on
         raise
-    report.print_run(summary, folder)
     return float(summary["rounds"][-1].get(config.dataset.metric, float("nan")))
 
 
@@ -152,15 +152,15 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
 
 
 @rank_zero_only
-def _draw(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
-    """Draw a finished run once; where that failed, the same command draws again."""
-    if summary.get("drawn"):
-        return
-    data = build_data(config)
-    data.prepare_data()
-    data.setup("validate")
-    report.draw_run(summary, folder, data, config.report.pictures)
-    write_json(folder / "summary.json", summary | {"drawn": True})
+def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
+    """Draw a finished run once (where that fails, the same command draws again) and print it."""
+    if not summary.get("drawn"):
+        data = build_data(config)
+        data.prepare_data()
+        data.setup("validate")
+        report.draw_run(summary, folder, data, config.report.pictures)
+        write_json(folder / "summary.json", summary | {"drawn": True})
+    report.print_run(summary, folder)
 
 
 def _plan(config: DictConfig) -> Plan:

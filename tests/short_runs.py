@@ -10,7 +10,7 @@ from typing import Any
 from small import composed
 
 ROOT = Path(__file__).parents[1]
-RUN_NAME = "run_name=tiny"
+
 SCENES = (
     "dataset.train=8",
     "dataset.val=4",
@@ -26,7 +26,6 @@ TINY = (
     "recipe.batch_size=4",
     "prune.images=8",
     "prune.rate=0.5",
-    "trainer=cpu",
     "report.latency_runs=0",
     "report.pictures=1",
 )
@@ -34,7 +33,9 @@ TINY = (
 
 def tiny(folder: Path, *overrides: str) -> Any:
     """The configuration of a tiny run whose scenes are written below `folder`."""
-    return composed(*TINY, RUN_NAME, f"dataset.cache={folder / 'cache'}", *overrides)
+    return composed(
+        *TINY, "trainer=cpu", "run_name=tiny", f"dataset.cache={folder / 'cache'}", *overrides
+    )
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from short_runs import SCENES, command, rows, summary, tiny
+from short_runs import SCENES, TINY, command, rows, summary, tiny
 from small import composed
 
 import ldt
@@ -213,3 +213,25 @@ def test_a_failed_job_of_a_sweep_is_shown_and_the_others_run(tmp_path):
     assert "nothing to do" in line
     assert "1 finished, 1 failed" in done.stdout
     assert (study / states["finished"] / "run.log").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(tmp_path):
+    done = command(
+        *TINY,
+        f"dataset.cache={tmp_path / 'cache'}",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "prune=oneshot",
+        "prune.rate=0.5",
+        "recipe.batch_size=2",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    base, last = rows(tmp_path / "run")
+    assert last["params"] == pytest.approx(0.5 * base["params"], rel=0.01)
+    assert (tmp_path / "run/train_ddp_process_1.log").is_file()
+    assert done.stdout.count("pruned detector:") == 1  # one process speaks for both
+    ldt.load_pruned(tmp_path / "run/round-1.ckpt")

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
-from ldt.callbacks.prune_retrain import Plan
+from ldt.callbacks.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,9 @@ class PlainProgress(ProgressBar):
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Say the epoch, its loss and time."""
+        """Say the epoch, its loss and time; one process speaks for all."""
+        if not trainer.is_global_zero:
+            return
         loss = float(trainer.callback_metrics.get("loss", float("nan")))
         log.info(
             "epoch %d/%s  loss %.4f  %.1f s",

@@ -289,7 +289,7 @@ class RoadScenesDataModule(KittiDataModule):
     height: int = 128
     width: int = 256
     scene_seed: int = 0
-    difficulty: float = 0.25
+    difficulty: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

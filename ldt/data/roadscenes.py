@@ -64,7 +64,7 @@ class RoadScenes:
     height: int = 128
     width: int = 256
     seed: int = 0
-    difficulty: float = 0.25
+    difficulty: float = 0.1
 
     def __post_init__(self) -> None:
         bounds = {

@@ -10,7 +10,7 @@ from short_runs import python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
-from ldt.callbacks.prune_retrain import Plan
+from ldt.callbacks.plan import Plan
 from ldt.detectors import raw_forward
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters
