@@ -1,6 +1,5 @@
 """Train, prune and retrain a detector: ``python run.py --help``."""
 
-import os
 from pathlib import Path
 
 import hydra
@@ -11,7 +10,6 @@ from omegaconf import DictConfig
 from ldt.config import register
 
 register()
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the data workers
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -1,8 +1,11 @@
 """ldt: compress visual detectors by location-aware discriminant analysis."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldt.mmcv_ops import install
+
+if TYPE_CHECKING:
+    from ldt.checkpoints import load_pruned
 
 install()
 

@@ -141,7 +141,9 @@ class DetectorModule(L.LightningModule):
 
     # Training and validation --------------------------------------------------------------
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Nothing: mmdet's preprocessor moves the batch; a walk through its samples is slow."""
         return batch
 
