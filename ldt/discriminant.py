@@ -371,7 +371,7 @@ def _append(vectors: Vectors, labels: Tensor, memory: Memory) -> tuple[Vectors, 
             "memory when the neck changes"
         )
     both = [torch.cat([v, m.detach().to(v)]) for v, m in zip(vectors, old_vectors, strict=True)]
-    return both, torch.cat([labels, old_labels])
+    return both, torch.cat([labels, old_labels.to(labels)])
 
 
 def _check_phi(phi: float) -> None:

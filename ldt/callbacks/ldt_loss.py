@@ -74,6 +74,14 @@ class LDTLoss(L.Callback):
         pl_module.loss_terms.pop(self.NAME, None)
         self._module = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered object vectors, so that a resumed run goes on as it would have."""
+        return {"memory": [(vectors, labels) for vectors, labels in self._memory]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the saved memory up again."""
+        self._memory.extend(state_dict["memory"])
+
     def __call__(self, features: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
         """The weighted terms and what is logged beside them.
 

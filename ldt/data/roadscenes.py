@@ -32,7 +32,7 @@ from ldt.data.roadscenes_scenery import (
     throw_shadows,
 )
 
-VERSION = 3  # raise it with every change of the pictures: it is part of the folder's name
+VERSION = 4  # raise it with every change of the pictures: it is part of the folder's name
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 SHARES = (0.48, 0.28, 0.24)
@@ -209,7 +209,7 @@ def _populate(scenes: RoadScenes, stage: _Stage, verge: float) -> list[Body]:
     """Choose road users and props and find each a place; returned from far to near."""
     rng, unit = stage.rng, SUPERSAMPLING * scenes.height / 128
     crowd = 0.12 + 0.38 * scenes.difficulty
-    users = min(2 + int(rng.poisson(3.9)), 11)
+    users = min(2 + int(rng.poisson(4.4)), 11)
     bounds = np.log(SIZES)[rng.choice(len(SIZES), users, p=SIZE_SHARES)]
     aims = unit * np.exp(rng.uniform(bounds[:, 0], bounds[:, 1]))
     kinds = rng.choice(CLASSES, users, p=SHARES).tolist()
