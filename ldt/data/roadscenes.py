@@ -208,7 +208,7 @@ def _area(box: Box) -> float:
 def _populate(scenes: RoadScenes, stage: _Stage, verge: float) -> list[Body]:
     """Choose road users and props and find each a place; returned from far to near."""
     rng, unit = stage.rng, SUPERSAMPLING * scenes.height / 128
-    crowd = 0.12 + 0.38 * scenes.difficulty
+    crowd = 0.35 + 0.25 * scenes.difficulty
     users = min(2 + int(rng.poisson(4.4)), 11)
     bounds = np.log(SIZES)[rng.choice(len(SIZES), users, p=SIZE_SHARES)]
     aims = unit * np.exp(rng.uniform(bounds[:, 0], bounds[:, 1]))
