@@ -336,6 +336,7 @@ def quiet() -> None:
         "`num_anchors` is deprecated",
         "torch.cuda.amp.autocast",
         "LeafSpec",
+        "have overridden `transfer_batch_to_device`",
         "exists and is not empty",  # a run's folder, which is meant to be gone on with
         "smaller than the logging interval",
         "sync_dist=True",  # the metrics join the tables of all processes themselves
