@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldt.detectors import build
 from ldt.pruning import structure
@@ -26,11 +26,7 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     """
     checkpoint = read(path)
     about = checkpoint["ldt"]
-    state = {
-        key.removeprefix("detector."): value
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith("detector.")
-    }
+    state = detector_state(checkpoint)
     detector = build(about["model"], initialise=False)
     structure.rebuild(detector, about["structure"], state)
     detector.load_state_dict(state, strict=True)
@@ -49,3 +45,12 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "ldt" not in checkpoint:
         raise ValueError(f"{str(path)!r} was not written by ldt: it has no structure record")
     return checkpoint
+
+
+def detector_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The detector's own state dict out of a checkpoint of its LightningModule."""
+    return {
+        key.removeprefix("detector."): value
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith("detector.")
+    }

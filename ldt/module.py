@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldt.checkpoints import detector_state
 from ldt.detectors import (
     build,
     find_neck,
@@ -242,11 +243,7 @@ class DetectorModule(L.LightningModule):
             raise ValueError("the checkpoint was not written by ldt: it has no structure record")
         if checkpoint["ldt"]["model"] != self.model_config:
             raise ValueError("the checkpoint belongs to another detector: its model config differs")
-        state = {
-            key.removeprefix("detector."): value
-            for key, value in checkpoint["state_dict"].items()
-            if key.startswith("detector.")
-        }
+        state = detector_state(checkpoint)
         structure.rebuild(self.detector, checkpoint["ldt"]["structure"], state)
         phase = checkpoint["ldt"]["phase"]  # the schedule is made before any `on_fit_start`
         self.phase_epochs, self.lr_scale = phase["epochs"], phase["lr_scale"]
