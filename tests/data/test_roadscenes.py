@@ -13,7 +13,7 @@ from ldt.data import roadscenes
 from ldt.data.roadscenes import CLASSES, RoadScenes, folder_name, outline, render, write
 from ldt.data.roadscenes_cast import CAR_SHAPES, Body, cast, draw_actor
 from ldt.data.roadscenes_draw import Camera, Canvas, Pose
-from ldt.data.roadscenes_scenery import LIGHTS, PROPS
+from ldt.data.roadscenes_scenery import LIGHTS, PROPS, develop
 
 SMALL = RoadScenes(train=5, val=3)
 
@@ -164,19 +164,36 @@ def test_classes_are_balanced_and_scenes_filled(sample, objects):
     assert 0.05 < np.mean([label.truncated > 0 for label in objects]) < 0.5
 
 
-def test_difficulty_hides_more_and_adds_noise():
-    def hidden_and_rough(difficulty: float) -> tuple[float, float]:
-        scenes = [render(RoadScenes(difficulty=difficulty), index) for index in range(40)]
-        occluded = [o.occluded > 0 for _, labels in scenes for o in labels if o.occluded >= 0]
-        rough = [np.median(np.abs(cv2.Laplacian(image, cv2.CV_32F))) for image, _ in scenes]
-        return float(np.mean(occluded)), float(np.mean(rough))
+def test_difficulty_hides_more():
+    def hidden(difficulty: float) -> float:
+        scenes = [render(RoadScenes(difficulty=difficulty), index)[1] for index in range(40)]
+        return float(np.mean([o.occluded > 0 for s in scenes for o in s if o.occluded >= 0]))
 
-    clean, default, hard = (hidden_and_rough(d) for d in (0.0, 1.0, 2.0))
-    assert clean[0] < default[0] < hard[0]
-    assert clean[1] < default[1] < hard[1]
+    clean, ordinary, hard = (hidden(difficulty) for difficulty in (0.0, 1.0, 2.0))
+    assert clean < ordinary < hard
+
+
+def test_difficulty_adds_noise():
+    camera = Camera(focal=100, column=64, horizon=64, height=1.5)
+    canvas = Canvas(np.full((128, 128, 4), 100, np.uint8), camera, LIGHTS["day"])
+
+    def noise(difficulty: float) -> float:
+        rngs = (np.random.default_rng(seed) for seed in range(20))
+        return float(np.mean([develop(canvas, difficulty, rng).std() for rng in rngs]))
+
+    clean, ordinary, hard = (noise(difficulty) for difficulty in (0.0, 1.0, 2.0))
+    assert clean == 0 < ordinary < hard
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+
+def test_several_processes_draw_what_one_draws(tmp_path):
+    scenes = RoadScenes(train=100, val=30, height=64, width=64)
+    root = write(scenes, tmp_path)
+    for index in (0, 64, 129):
+        written = cv2.imread(str(root / f"training/image_2/{index:06d}.png"))
+        np.testing.assert_array_equal(written, render(scenes, index)[0])
 
 
 def test_layout_is_kittis_and_holds_what_render_gives(tmp_path):
