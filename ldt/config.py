@@ -73,7 +73,8 @@ class MethodConfig:
 
     name: str = MISSING
     ldt: bool = False
-    ranking: str = "global"  # global | global_normalised | uniform
+    ranking: str = "global"  # global | global_per_cost | global_normalised | uniform
+    inner_rounds: int = 1  # times that a round scores anew and cuts, without training in between
     criterion: dict[str, Any] | None = None
 
 

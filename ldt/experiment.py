@@ -172,6 +172,7 @@ def _plan(config: DictConfig) -> Plan:
         retrain_epochs=recipe.retrain_epochs,
         budget=prune.budget,
         ranking=config.method.ranking,
+        inner_rounds=config.method.inner_rounds,
         scope=tuple(prune.scope),
         limits=Limits(prune.max_layer_rate, prune.min_channels),
         images=prune.images,

@@ -29,6 +29,14 @@ from ldt.pruning.graph import CONVOLUTIONS, NORMS, Forward, PruningGraph
 CONF = str(Path(__file__).parents[1] / "conf")
 REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")
 SCOPE = ("backbone", "neck")
+# one's own mmdet config, made small
+RETINANET = (
+    "detector=mmdet",
+    "detector.config=mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
+    "+detector.options.backbone={depth:18,base_channels:8,frozen_stages:-1}",
+    "+detector.options.neck={in_channels:[8,16,32,64],out_channels:16}",
+    "+detector.options.bbox_head={in_channels:16,feat_channels:16,stacked_convs:1}",
+)
 
 
 def block(
@@ -258,7 +266,7 @@ def scenes(
 
 def case(name: str, seed: int = 1) -> Case:
     """A fresh copy of a small network or of one of mmdet's."""
-    return deepcopy(_real(name, seed) if name in REAL else _small(name, seed))
+    return deepcopy(_small(name, seed) if name in SMALL else _real(name, seed))
 
 
 @cache
@@ -288,7 +296,7 @@ def composed(*overrides: str) -> Any:
 
 @cache
 def _real(name: str, seed: int) -> Case:
-    config = composed(f"detector={name}")
+    config = composed(*(RETINANET if name == "retinanet" else [f"detector={name}"]))
     chosen: Any = OmegaConf.to_container(config.detector, resolve=True)
     recipe: Any = OmegaConf.to_container(config.recipe, resolve=True)
     model = model_config(chosen["config"], chosen["options"], n_classes=3, pretrained=False)

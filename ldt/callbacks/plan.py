@@ -16,6 +16,7 @@ class Plan:
         base_epochs: epochs before the first cut; 0 cuts at once.
         retrain_epochs: epochs after each cut.
         ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
+        inner_rounds: times that a round scores anew and cuts, without training in between.
         scope: module name prefixes that lose filters.
         limits: how far a layer may shrink.
         images: training images that the criterion sees.
@@ -32,6 +33,7 @@ class Plan:
     retrain_epochs: int
     budget: Budget = "params"
     ranking: str = "global"
+    inner_rounds: int = 1
     scope: tuple[str, ...] = ("backbone", "neck")
     limits: Limits = field(default_factory=Limits)
     images: int = 128
@@ -57,6 +59,8 @@ class Plan:
             raise ValueError(
                 f"method.ranking={self.ranking!r}; choose one of {', '.join(RANKINGS)}"
             )
+        if self.inner_rounds < 1:
+            raise ValueError(f"method.inner_rounds={self.inner_rounds} must be at least 1")
         if self.images < 1 or self.batch_size < 1:
             raise ValueError(
                 f"prune.images={self.images}, prune.batch_size={self.batch_size}; both must be at "
@@ -78,6 +82,9 @@ class Plan:
         after = epoch + 1 - self.base_epochs
         return after == 0 or (after > 0 and after % self.retrain_epochs == 0)
 
-    def gone(self, round_: int) -> float:
-        """Share of the unpruned budget that is gone after a round: 1 - (1 - rate)^(t/T)."""
+    def gone(self, round_: float) -> float:
+        """Share of the unpruned budget that is gone after a round: 1 - (1 - rate)^(t/T).
+
+        Inner rounds divide a round evenly, which gives them an exponential schedule of their own.
+        """
         return 1 - (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 0.0

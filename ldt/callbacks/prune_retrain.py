@@ -27,7 +27,7 @@ from ldt.pruning.budget import (
     UnreachableRateError,
     choose,
 )
-from ldt.pruning.graph import PruningGraph, positions
+from ldt.pruning.graph import PruningGraph
 from ldt.records import write_rows
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,30 @@ class Calibration:
     def __iter__(self) -> Iterator[PreparedBatch]:
         for batch in self.loader:
             yield self.module.prepare(batch)
+
+
+class Removed:
+    """The scores of a round and the channels that it removed, for inspection."""
+
+    def __init__(self) -> None:
+        self.scores: dict[str, np.ndarray] = {}  # as the round began
+        self.left: dict[str, np.ndarray] = {}  # channels, numbered as the round began
+
+    def add(self, scores: dict[str, Tensor], channels: dict[str, list[int]]) -> None:
+        """Note what an inner round scored and removed, in its own numbering."""
+        if not self.scores:
+            self.scores = {name: values.numpy() for name, values in scores.items()}
+            self.left = {name: np.arange(len(values)) for name, values in scores.items()}
+        for name, gone in channels.items():
+            self.left[name] = np.delete(self.left[name], gone)
+
+    def save(self, file: Path) -> None:
+        """Write ``score/<group>`` and ``removed/<group>`` arrays."""
+        arrays: dict[str, Any] = {f"score/{name}": values for name, values in self.scores.items()}
+        for name, left in self.left.items():
+            whole = np.arange(len(self.scores[name]))
+            arrays[f"removed/{name}"] = np.setdiff1d(whole, left, assume_unique=True)
+        np.savez_compressed(file, **arrays)
 
 
 class PruneRetrain(L.Callback):
@@ -80,6 +104,7 @@ class PruneRetrain(L.Callback):
         self._channels: dict[str, int] = {}  # layer -> channels in the unpruned model
         self._started = time.perf_counter()
         self._metrics: dict[str, float] = {}
+        self._notes: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as plain data."""
@@ -87,6 +112,7 @@ class PruneRetrain(L.Callback):
             "round": self.round,
             "rows": self.rows,
             "left_whole": self.left_whole,
+            "notes": self._notes,
             "unpruned": self._unpruned,
             "channels": self._channels,
             "seconds": time.perf_counter() - self._started,
@@ -95,7 +121,7 @@ class PruneRetrain(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the saved round."""
         self.round, self.rows = state_dict["round"], state_dict["rows"]
-        self.left_whole = state_dict["left_whole"]
+        self.left_whole, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._unpruned, self._channels = state_dict["unpruned"], state_dict["channels"]
         self._started = time.perf_counter() - state_dict["seconds"]
 
@@ -157,6 +183,7 @@ class PruneRetrain(L.Callback):
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
             row.update(self._latency(module))
+        row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
         if trainer.is_global_zero:
@@ -187,17 +214,19 @@ class PruneRetrain(L.Callback):
         self.round += 1
         assert self.criterion is not None
         self._started = time.perf_counter()
+        removed = Removed()
         with evaluating(module.detector):
-            graph = module.trace(self.plan.scope)
-            self._report_whole(graph)
-            loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
-            scores = score_groups(self.criterion, module, graph, Calibration(module, loader))
-            # batch statistics differ between processes, what is cut must not
-            scores = trainer.strategy.broadcast(scores)
-            channels = self._choose(module, graph, scores)
-            graph.remove(channels)
+            for inner in range(1, self.plan.inner_rounds + 1):
+                graph = module.trace(self.plan.scope)
+                if inner == 1:
+                    self._report_whole(graph)
+                scores = self._score(trainer, module, graph)
+                channels = self._choose(module, graph, scores, inner)
+                graph.remove(channels)
+                removed.add(scores, channels)
+        self._notes = dict(getattr(self.criterion, "notes", {}))
         if trainer.is_global_zero:
-            self._save_scores(scores, channels)
+            removed.save(self.folder / f"scores-{self.round}.npz")
         self._check_rate(module)
         self._enter_phase(module)
         _wrap_anew(trainer)
@@ -205,18 +234,26 @@ class PruneRetrain(L.Callback):
         for callback in _averages(trainer):
             callback.restart(trainer, module)
 
+    def _score(self, trainer: L.Trainer, module: Any, graph: PruningGraph) -> dict[str, Tensor]:
+        assert self.criterion is not None
+        loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
+        scores = score_groups(self.criterion, module, graph, Calibration(module, loader))
+        # batch statistics differ between processes, what is cut must not
+        return trainer.strategy.broadcast(scores)
+
     def _choose(
-        self, module: Any, graph: PruningGraph, scores: dict[str, Tensor]
+        self, module: Any, graph: PruningGraph, scores: dict[str, Tensor], inner: int
     ) -> dict[str, list[int]]:
         plan, whole = self.plan, self._unpruned[self.plan.budget]
-        places = positions(module.detector, raw_forward, module.example())
         now = self._count(module)[plan.budget]
+        gone = plan.gone(self.round - 1 + inner / plan.inner_rounds)
         return choose(
             graph,
             scores,
-            CostModel(graph, plan.budget, places),
-            save=plan.gone(self.round) * whole - (whole - now),
-            tolerance=TOLERANCE * whole,
+            CostModel(graph, plan.budget),
+            save=gone * whole - (whole - now),
+            # only what the round ends with must be exact
+            tolerance=TOLERANCE * whole if inner == plan.inner_rounds else whole,
             ranking=plan.ranking,
             limits=plan.limits,
             original=self._channels,
@@ -243,12 +280,6 @@ class PruneRetrain(L.Callback):
                 f"only {cut:,} of the {all_:,} parameters in prune.scope="
                 f"{list(self.plan.scope)} can be cut. Left whole: {listed}"
             )
-
-    def _save_scores(self, scores: dict[str, Tensor], channels: dict[str, list[int]]) -> None:
-        """The scores of a round and the channels it removed, for inspection."""
-        arrays: dict[str, Any] = {f"score/{name}": s.numpy() for name, s in scores.items()}
-        arrays |= {f"removed/{name}": np.asarray(gone) for name, gone in channels.items()}
-        np.savez_compressed(self.folder / f"scores-{self.round}.npz", **arrays)
 
     def _enter_phase(self, module: Any) -> None:
         module.phase_epochs = self.plan.retrain_epochs if self.round else self.plan.base_epochs

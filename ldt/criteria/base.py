@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
 from ldt.discriminant import Objects
-from ldt.pruning.graph import PruningGraph
+from ldt.pruning.graph import ACTIVATIONS, PruningGraph
 
 
 class Batch(Protocol):
@@ -44,9 +44,11 @@ class Criterion(Importance):
 
     Attributes:
         layers: the convolutions that are scored, by name; set before :meth:`collect`.
+        notes: numbers about the scores, set by :meth:`collect`, that belong in a round's record.
     """
 
     layers: Mapping[str, nn.Module] = {}
+    notes: Mapping[str, float] = {}
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Gather statistics; called in eval mode with gradients on for all parameters.
@@ -91,16 +93,8 @@ def score_groups(
     return scores
 
 
-def scored_points(graph: PruningGraph) -> dict[nn.Module, nn.Module]:
-    """For every convolution that may lose filters, the module whose output is its F^(l).
-
-    That is the normalisation that follows it, where there is one (METHOD: row 18).
-    """
-    modules = dict(graph.model.named_modules())
-    return {layer: modules[graph.norm_of.get(name, name)] for name, layer in graph.scored.items()}
-
-
 Receive = Callable[[nn.Module, Tensor, Tensor], None]
+ReceiveMap = Callable[[nn.Module, Tensor], None]
 
 
 @contextmanager
@@ -108,7 +102,7 @@ def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> I
     """Within it, every backward calls ``receive(layer, F, dz/dF)``, once per call of the layer.
 
     Args:
-        points: from :func:`scored_points`.
+        points: :attr:`ldt.pruning.graph.PruningGraph.points`, or some of them.
         receive: gets the convolution, its feature map and the gradient, both [N, C, h, w].
     """
 
@@ -121,6 +115,42 @@ def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> I
         return hook
 
     hooks = [point.register_forward_hook(tap(layer)) for layer, point in points.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def feature_maps(graph: PruningGraph, receive: ReceiveMap) -> Iterator[None]:
+    """Within it, every forward calls ``receive(layer, X)``, once per call of each scored layer.
+
+    X, [N, C, h, w], is the map behind the activation module that directly follows the layer and its
+    normalisation; where none does (the last convolution of a residual branch), before any.
+    """
+    in_two_steps = graph.activated
+    waiting: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the maps, so that ids stay theirs
+
+    def tap(layer: nn.Module) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if layer in in_two_steps:
+                waiting[id(output)] = (layer, output)
+            else:
+                receive(layer, output)
+
+        return hook
+
+    def activated(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if id(inputs[0]) in waiting:
+            receive(waiting.pop(id(inputs[0]))[0], output)
+
+    hooks = [point.register_forward_hook(tap(layer)) for layer, point in graph.points.items()]
+    hooks += [
+        module.register_forward_hook(activated)
+        for module in graph.model.modules()
+        if isinstance(module, ACTIVATIONS)
+    ]
     try:
         yield
     finally:

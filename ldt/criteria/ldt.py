@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ldt.criteria.base import Criterion, Target, feature_gradients, scored_points
+from ldt.criteria.base import Criterion, Target, feature_gradients
 from ldt.discriminant import (
     Objects,
     attention,
@@ -74,7 +74,7 @@ class LDTCriterion(Criterion):
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Score every layer of the graph's groups (eq. 16)."""
-        points = scored_points(graph)
+        points = graph.points
         self._scores = {layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points}
         weights = self._channel_weights(target, batches)
         head = points

@@ -54,11 +54,11 @@ class CostModel:
     Args:
         graph: the groups.
         budget: ``params`` or ``flops`` (multiply-adds).
-        positions: output positions per layer (:func:`ldt.pruning.graph.positions`).
     """
 
-    def __init__(self, graph: PruningGraph, budget: Budget, positions: Mapping[str, int]) -> None:
+    def __init__(self, graph: PruningGraph, budget: Budget) -> None:
         self.groups = graph.groups
+        positions = graph.positions if budget == "flops" else {}
         self._costs = {
             m.name: _cost(m.layer, budget, positions.get(m.name, 0))
             for group in graph.groups.values()

@@ -3,15 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch_pruning as tp
+from mmcv.cnn.bricks import HSwish, Swish
 from torch import Tensor, nn
+from torch.nn.modules import activation
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+ACTIVATIONS = (
+    activation.ReLU, activation.ReLU6, activation.LeakyReLU, activation.PReLU, activation.ELU,
+    activation.SiLU, activation.Mish, activation.GELU, activation.Hardswish, Swish, HSwish,
+)  # fmt: skip
 
 Forward = Callable[..., Any]  # (model, images) -> the raw output maps
 
@@ -25,12 +32,14 @@ class Member:
         layer: the layer.
         side: ``out`` (its filters), ``in`` (what it reads), or ``both`` (norms, depthwise
             convolutions and other layers that keep channels apart).
-        roots: for every touched channel of this side, the group's channel it belongs to.
+        channels: the touched channels of this side.
+        roots: for each of them, the group's channel it belongs to.
     """
 
     name: str
     layer: nn.Module
     side: Literal["out", "in", "both"]
+    channels: np.ndarray
     roots: np.ndarray
 
 
@@ -71,6 +80,7 @@ class PruningGraph:
         never: layers whose outputs must stay (predictors).
 
     Attributes:
+        model, forward, never: as given.
         groups: what can be cut, by name of the root layer.
         scored: the convolutions of the scope that the groups' channels come from.
         left_whole: layers of the scope that cannot be cut, with the reason.
@@ -85,7 +95,8 @@ class PruningGraph:
         scope: Sequence[str],
         never: Sequence[str] = (),
     ) -> None:
-        self.model = model
+        self.model, self.forward, self.never = model, forward, tuple(never)
+        self._example = images
         self._names = {module: name for name, module in model.named_modules()}
         self._graph = tp.DependencyGraph().build_dependency(
             model, images, forward_fn=forward, verbose=False
@@ -128,6 +139,7 @@ class PruningGraph:
                 self._names[item.dep.target.module],
                 item.dep.target.module,
                 self._side(item.dep),
+                np.asarray(item.idxs),
                 np.asarray(item.root_idxs),
             )
             for item in raw.items
@@ -149,6 +161,69 @@ class PruningGraph:
         out = self._graph.is_out_channel_pruning_fn(dep.handler)
         inn = self._graph.is_in_channel_pruning_fn(dep.handler)
         return "both" if out and inn else "out" if out else "in"
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Output positions of every layer over all its calls, for one image of the example's size.
+
+        A convolution costs ``weight.numel()`` multiply-adds per position (a transposed one per
+        position of its input, which is what is counted then); a head shared by five levels is
+        called five times.
+        """
+        counted: dict[str, int] = {}
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            name = self._names[module]
+            counted_map = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            channels = counted_map.shape[-1 if isinstance(module, nn.Linear) else 1]
+            if isinstance(module, nn.LayerNorm):  # channels first or last, it depends on the model
+                channels = module.normalized_shape[-1]
+            counted[name] = counted.get(name, 0) + counted_map.numel() // channels
+
+        layers = [m for m in self._names if isinstance(m, CONVOLUTIONS + NORMS)]
+        self._run([layer.register_forward_hook(count) for layer in layers])
+        return counted
+
+    @cached_property
+    def points(self) -> dict[nn.Module, nn.Module]:
+        """For every convolution that may lose filters, the module whose output is its F^(l).
+
+        That is the normalisation that follows it, where there is one.
+        """
+        modules = dict(self.model.named_modules())
+        return {layer: modules[self.norm_of.get(name, name)] for name, layer in self.scored.items()}
+
+    @cached_property
+    def activated(self) -> frozenset[nn.Module]:
+        """The convolutions of :attr:`points` whose map goes straight into an activation module."""
+        makers = {point: layer for layer, point in self.points.items()}
+        made: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the maps, so that ids stay theirs
+        found = set()
+
+        def produced(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            made[id(output)] = (makers[module], output)
+
+        def entered(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if id(inputs[0]) in made:
+                found.add(made[id(inputs[0])][0])
+
+        hooks = [point.register_forward_hook(produced) for point in makers]
+        hooks += [
+            module.register_forward_pre_hook(entered)
+            for module in self._names
+            if isinstance(module, ACTIVATIONS)
+        ]
+        self._run(hooks)
+        return frozenset(found)
+
+    def _run(self, hooks: Sequence[Any]) -> None:
+        """One forward of the example, after which the hooks are removed."""
+        try:
+            with torch.no_grad():
+                self.forward(self.model, self._example)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def prunable_share(self) -> tuple[int, int]:
         """Parameters of the scope's layers that can lose filters, and of all of them."""
@@ -204,40 +279,3 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
         if isinstance(layer, nn.GroupNorm) and len(member.roots) != layer.num_channels:
             return f"{member.name} normalises it together with other channels"
     return None
-
-
-def positions(model: nn.Module, forward: Forward, images: Tensor) -> dict[str, int]:
-    """Output positions of every layer over all its calls, for one image.
-
-    A convolution costs ``weight.numel()`` multiply-adds per position (a transposed one per position
-    of its input, which is what is counted then); a head shared by five levels is called five times.
-
-    Args:
-        model: the model.
-        forward: as for :class:`PruningGraph`.
-        images: [1, 3, H, W].
-    """
-    counted: dict[str, int] = {}
-
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            counted_map = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-            channels = counted_map.shape[-1 if isinstance(module, nn.Linear) else 1]
-            if isinstance(module, nn.LayerNorm):  # channels first or last, it depends on the model
-                channels = module.normalized_shape[-1]
-            counted[name] = counted.get(name, 0) + counted_map.numel() // channels
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(count(name))
-        for name, module in model.named_modules()
-        if isinstance(module, CONVOLUTIONS + NORMS)
-    ]
-    try:
-        with torch.no_grad():
-            forward(model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counted

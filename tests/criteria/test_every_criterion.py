@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldt.criteria.base import score_groups
 from ldt.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
-from ldt.pruning.graph import CoupledGroup, PruningGraph, positions
+from ldt.pruning.graph import CoupledGroup, PruningGraph
 from ldt.pruning.structure import rebuild, record
 
 METHODS = sorted(
@@ -139,11 +139,10 @@ def test_permuting_channels_permutes_scores(name: str, network: str) -> None:
 def test_a_detector_is_cut_to_the_asked_rate_and_goes_on(name: str) -> None:
     subject, rate = case("gfl_tiny"), 0.5
     whole, graph = count_parameters(subject.model), subject.graph()
-    places = positions(subject.model, subject.forward, subject.example)
     channels = choose(
         graph,
         scores_of(subject, name, graph),
-        CostModel(graph, "params", places),
+        CostModel(graph, "params"),
         save=rate * whole,
         tolerance=TOLERANCE * whole,
         ranking=method(name).ranking,

@@ -18,7 +18,7 @@ from ldt.pruning.budget import (
     UnreachableRateError,
     choose,
 )
-from ldt.pruning.graph import PruningGraph, positions
+from ldt.pruning.graph import PruningGraph
 
 BUDGETS: tuple[Budget, ...] = ("params", "flops")
 WITH_HEAD = (*SCOPE, "head", "bbox_head")
@@ -30,10 +30,6 @@ def count(subject: Case, budget: Budget) -> int:
         return count_parameters(subject.model)
     n, c, h, w = subject.example.shape
     return multiply_adds(subject.model, lambda x: subject.forward(subject.model, x), (n, c, h, w))
-
-
-def cost_model(subject: Case, graph: PruningGraph, budget: Budget) -> CostModel:
-    return CostModel(graph, budget, positions(subject.model, subject.forward, subject.example))
 
 
 def random_scores(graph: PruningGraph, seed: int = 0) -> dict[str, Tensor]:
@@ -60,7 +56,7 @@ def cut(
     chosen = choose(
         graph,
         scores or random_scores(graph),
-        cost_model(subject, graph, budget),
+        CostModel(graph, budget),
         save=save,
         tolerance=tolerance,
         ranking=ranking,
@@ -83,7 +79,7 @@ def test_the_cost_model_is_exact(name: str) -> None:
     for group, g in graph.groups.items():
         if g.parts > 1:
             removed[group] = np.arange(0, g.size, g.size // g.parts)
-    costs = {budget: cost_model(subject, graph, budget) for budget in BUDGETS}
+    costs = {budget: CostModel(graph, budget) for budget in BUDGETS}
     predicted = {budget: costs[budget].saved(removed) for budget in BUDGETS}
     before = {budget: count(subject, budget) for budget in BUDGETS}
     graph.remove({group: indices.tolist() for group, indices in removed.items()})
@@ -208,7 +204,7 @@ def test_ranking_per_cost_takes_the_expensive_channels_first() -> None:
     subject = case("pyramid")
     graph = subject.graph()
     equal = {name: torch.ones(group.size) for name, group in graph.groups.items()}
-    costs = cost_model(subject, graph, "flops")
+    costs = CostModel(graph, "flops")
     worth = {name: costs.saved({name: np.array([0])}) for name in graph.groups}
     dearest = max(worth, key=worth.__getitem__)
     chosen = cut(subject, worth[dearest], 1, "flops", "global_per_cost", scores=equal)

@@ -21,7 +21,7 @@ from small import (
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph, positions
+from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
 from ldt.pruning.structure import channels, record
 
 ALL = [*SMALL, *REAL]
@@ -267,6 +267,6 @@ def test_convolutions_without_a_norm_of_their_own_have_none() -> None:
 
 def test_a_shared_layer_is_counted_once_per_call() -> None:
     subject = case("shared")
-    found = positions(subject.model, subject.forward, subject.example)
+    found = subject.graph().positions
     assert found["backbone.1.0"] == 4 * 6
     assert found["neck.1.0"] == found["head.3"] == 8 * 12 + 4 * 6
