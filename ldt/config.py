@@ -76,6 +76,7 @@ class MethodConfig:
     ranking: str = "global"  # global | global_per_cost | global_normalised | uniform
     inner_rounds: int = 1  # times that a round scores anew and cuts, without training in between
     criterion: dict[str, Any] | None = None
+    gradual: dict[str, Any] | None = None  # mask channels while training (GradualPruning's keys)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldt import profiling, report
 from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.plan import Plan
 from ldt.callbacks.progress import PlainEpochs, PlainProgress
@@ -115,6 +116,7 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
         plan,
         criterion,
         folder,
+        gradual=GradualPruning(**config.method.gradual) if config.method.gradual else None,
         latency_runs=config.report.latency_runs,
         validate_every=config.trainer.validate_every,
     )
@@ -130,6 +132,11 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
     if plan.base_epochs == 0 and resume is None:
         trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if len(loop.rows) <= plan.rounds:
+        raise RuntimeError(
+            f"training stopped after {len(loop.rows)} of {plan.rounds + 1} phases; the same "
+            "command goes on from the last checkpoint"
+        )
     summary = {
         "status": "finished",
         "run": folder.name,
@@ -224,9 +231,9 @@ def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -
         callbacks.append(LDTLoss(**terms))
     if config.recipe.ema is not None:
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
-    if config.recipe.plain_epochs:
-        callbacks.append(PlainEpochs(plan, config.recipe.plain_epochs))
     callbacks.append(loop)
+    if config.recipe.plain_epochs:
+        callbacks.append(PlainEpochs(loop.is_last_epoch, config.recipe.plain_epochs))
     callbacks.append(  # last, so that it saves what the loop has made of the model
         ModelCheckpoint(
             folder,

@@ -72,6 +72,7 @@ class DetectorModule(L.LightningModule):
             logged as shares of them too (``share_<name>``).
         phase_epochs: epochs of the present training phase, for the learning-rate schedule.
         lr_scale: factor on the learning rate of the present phase.
+        schedule: the present phase's schedule, the recipe's or ``constant``.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DetectorModule(L.LightningModule):
         self.detector = build(model, initialise=initialise and checkpoint is None)
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
+        self.schedule: str = recipe["schedule"]
         self.metrics = DetectionMetrics(self.classes)
         find_neck(self.detector, neck)
         self.predictors = list(predictors or find_predictors(self.detector, self.example()))
@@ -213,7 +215,8 @@ class DetectorModule(L.LightningModule):
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
         whole, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
         steps = max(1, round(whole / epochs * self.phase_epochs))
-        schedule = LambdaLR(optimizer, _schedule(self.recipe, steps, self.lr_scale))
+        recipe = self.recipe | {"schedule": self.schedule}
+        schedule = LambdaLR(optimizer, _schedule(recipe, steps, self.lr_scale))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
@@ -230,7 +233,11 @@ class DetectorModule(L.LightningModule):
             "predictors": self.predictors,
             "neck": self.neck_name,
             "input_size": list(self.input_size),
-            "phase": {"epochs": self.phase_epochs, "lr_scale": self.lr_scale},
+            "phase": {
+                "phase_epochs": self.phase_epochs,
+                "lr_scale": self.lr_scale,
+                "schedule": self.schedule,
+            },
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -245,8 +252,9 @@ class DetectorModule(L.LightningModule):
             raise ValueError("the checkpoint belongs to another detector: its model config differs")
         state = detector_state(checkpoint)
         structure.rebuild(self.detector, checkpoint["ldt"]["structure"], state)
-        phase = checkpoint["ldt"]["phase"]  # the schedule is made before any `on_fit_start`
-        self.phase_epochs, self.lr_scale = phase["epochs"], phase["lr_scale"]
+        # the optimizer's schedule is made before any `on_fit_start`
+        for key, value in checkpoint["ldt"]["phase"].items():
+            setattr(self, key, value)
 
 
 def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,12 +2,11 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-
-from ldt.callbacks.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +39,12 @@ class PlainEpochs(L.Callback):
     """YOLOX's mode switch: the last epochs of a phase run without mosaic and with an L1 loss.
 
     Args:
-        plan: tells where phases end.
+        is_last_epoch: tells where phases end.
         epochs: how many.
     """
 
-    def __init__(self, plan: Plan, epochs: int) -> None:
-        self.plan, self.epochs = plan, epochs
+    def __init__(self, is_last_epoch: Callable[[int], bool], epochs: int) -> None:
+        self.is_last_epoch, self.epochs = is_last_epoch, epochs
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Switch for the first epoch: its loader starts before `on_train_epoch_start`."""
@@ -62,7 +61,7 @@ class PlainEpochs(L.Callback):
         self._switch(trainer, pl_module, trainer.current_epoch)
 
     def _switch(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
-        plain = any(self.plan.is_last_epoch(epoch + ahead) for ahead in range(self.epochs))
+        plain = any(self.is_last_epoch(epoch + ahead) for ahead in range(self.epochs))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         (data.augment_off if plain else data.augment_on)()
         head: Any = getattr(pl_module.detector, "bbox_head", None)

@@ -16,6 +16,7 @@ from torch_pruning.pruner.importance import Importance
 
 from ldt import profiling
 from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.plan import Plan
 from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
@@ -82,6 +83,8 @@ class PruneRetrain(L.Callback):
         folder: the run's directory.
         latency_runs: forward passes that are timed, at least 30; 0 does not measure.
         validate_every: epochs between validations within a phase; 0 validates at its end only.
+        gradual: masks channels while training, in epochs of its own before each round's retraining,
+            instead of cutting at once; the criterion is not asked then.
 
     Attributes:
         rows: one dict per finished round, the base first.
@@ -94,9 +97,13 @@ class PruneRetrain(L.Callback):
         folder: Path,
         latency_runs: int = 30,
         validate_every: int = 0,
+        gradual: GradualPruning | None = None,
     ) -> None:
         self.plan, self.criterion, self.folder = plan, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
+        self.gradual = gradual
+        self._masking_epochs = 0  # of all rounds; they come on top of the plan's
+        self._masks: dict[str, Any] = {}  # a loaded state, until there is a graph for it
         self.round = 0
         self.rows: list[dict[str, Any]] = []
         self.left_whole: dict[str, str] = {}
@@ -113,6 +120,8 @@ class PruneRetrain(L.Callback):
             "rows": self.rows,
             "left_whole": self.left_whole,
             "notes": self._notes,
+            "masking_epochs": self._masking_epochs,
+            "masks": self.gradual.state_dict() if self.gradual else {},
             "unpruned": self._unpruned,
             "channels": self._channels,
             "seconds": time.perf_counter() - self._started,
@@ -122,6 +131,7 @@ class PruneRetrain(L.Callback):
         """Go on in the saved round."""
         self.round, self.rows = state_dict["round"], state_dict["rows"]
         self.left_whole, self._notes = state_dict["left_whole"], state_dict["notes"]
+        self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
         self._unpruned, self._channels = state_dict["unpruned"], state_dict["channels"]
         self._started = time.perf_counter() - state_dict["seconds"]
 
@@ -139,17 +149,48 @@ class PruneRetrain(L.Callback):
                 if isinstance(width, int):
                     self._channels[name] = width
 
+    def is_last_epoch(self, epoch: int) -> bool:
+        """Whether a phase ends with this epoch (counted from 0)."""
+        return not self._masking and self.plan.is_last_epoch(epoch - self._masking_epochs)
+
+    @property
+    def _masking(self) -> bool:
+        return self.gradual is not None and (self.gradual.active or bool(self._masks))
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state before anything asks where phases and the run end."""
+        self.load_state_dict(checkpoint["callbacks"][self.state_key])
+        self._set_end(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Without base training, the first cut comes before the first step."""
+        if self._masks:
+            state, self._masks = self._masks, {}
+            self._begin_masking(pl_module).restore(state)
         if self.plan.base_epochs == 0 and self.round == 0:
             self._finish_round(trainer, pl_module)
-            self._cut(trainer, pl_module)
+            self._begin_round(trainer, pl_module)
+
+    def _set_end(self, trainer: L.Trainer) -> None:
+        trainer.fit_loop.max_epochs = self.plan.total_epochs + self._masking_epochs
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate at the end of each phase, and as often as was asked in between."""
+        if self._masking:
+            self._masking_epochs += 1
+            self._set_end(trainer)
         epoch, every = trainer.current_epoch, self.validate_every
-        due = self.plan.is_last_epoch(epoch) or (every and (epoch + 1) % every == 0)
+        due = self.is_last_epoch(epoch) or (every and (epoch + 1) % every == 0)
         trainer.check_val_every_n_epoch = 1 if due else trainer.current_epoch + 2
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Mask channels where that is done while training."""
+        if self.gradual is not None:
+            self.gradual.after_step()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last validation for the round's record."""
@@ -161,13 +202,14 @@ class PruneRetrain(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At the end of a phase: record the round, and begin the next one."""
-        if not self.plan.is_last_epoch(trainer.current_epoch):
-            return
-        for callback in _averages(trainer):
-            callback.finish(pl_module)
-        self._finish_round(trainer, pl_module)
-        if self.round < self.plan.rounds:
-            self._cut(trainer, pl_module)
+        if self._masking:
+            self._cut_masked(trainer, pl_module)
+        elif self.is_last_epoch(trainer.current_epoch):
+            for callback in _averages(trainer):
+                callback.finish(pl_module)
+            self._finish_round(trainer, pl_module)
+            if self.round < self.plan.rounds:
+                self._begin_round(trainer, pl_module)
 
     # What ---------------------------------------------------------------------------------
 
@@ -209,11 +251,18 @@ class PruneRetrain(L.Callback):
             100 * row["multiply_adds_rate"],
         )
 
-    def _cut(self, trainer: L.Trainer, module: Any) -> None:
-        """Score, choose and remove channels; then rebuild what holds on to parameters."""
+    def _begin_round(self, trainer: L.Trainer, module: Any) -> None:
         self.round += 1
-        assert self.criterion is not None
         self._started = time.perf_counter()
+        if self.gradual is None:
+            self._cut(trainer, module)
+            return
+        self._begin_masking(module)
+        module.phase_epochs, module.lr_scale, module.schedule = 1, self.gradual.lr, "constant"
+        self._rebuild(trainer, module)
+
+    def _cut(self, trainer: L.Trainer, module: Any) -> None:
+        """Score, choose and remove channels, as often as the plan says."""
         removed = Removed()
         with evaluating(module.detector):
             for inner in range(1, self.plan.inner_rounds + 1):
@@ -225,10 +274,48 @@ class PruneRetrain(L.Callback):
                 graph.remove(channels)
                 removed.add(scores, channels)
         self._notes = dict(getattr(self.criterion, "notes", {}))
+        self._retrain(trainer, module, removed)
+
+    def _begin_masking(self, module: Any) -> GradualPruning:
+        assert self.gradual is not None
+        plan, whole = self.plan, self._unpruned[self.plan.budget]
+        with evaluating(module.detector):
+            graph = module.trace(plan.scope)
+        self._report_whole(graph)
+        self.gradual.begin(
+            graph,
+            CostModel(graph, plan.budget),
+            save=plan.gone(self.round) * whole - (whole - self._count(module)[plan.budget]),
+            tolerance=TOLERANCE * whole,
+            ranking=plan.ranking,
+            limits=plan.limits,
+            original=self._channels,
+        )
+        return self.gradual
+
+    def _cut_masked(self, trainer: L.Trainer, module: Any) -> None:
+        """Remove the channels that were masked while training, once their budget is met."""
+        gradual = self.gradual
+        if gradual is None or not gradual.done:
+            return
+        graph, removed = gradual.graph, Removed()
+        channels = gradual.end()
+        with evaluating(module.detector):
+            graph.remove(channels)
+        removed.add(gradual.scores, channels)
+        self._notes = {"events": gradual.events, "channels_per_event": gradual.channels}
+        self._retrain(trainer, module, removed)
+
+    def _retrain(self, trainer: L.Trainer, module: Any, removed: Removed) -> None:
         if trainer.is_global_zero:
             removed.save(self.folder / f"scores-{self.round}.npz")
         self._check_rate(module)
-        self._enter_phase(module)
+        module.phase_epochs, module.lr_scale = self.plan.retrain_epochs, self.plan.retrain_lr
+        module.schedule = module.recipe["schedule"]
+        self._rebuild(trainer, module)
+
+    def _rebuild(self, trainer: L.Trainer, module: Any) -> None:
+        """Make everything anew that holds on to parameters."""
         _wrap_anew(trainer)
         trainer.strategy.setup_optimizers(trainer)
         for callback in _averages(trainer):
@@ -280,10 +367,6 @@ class PruneRetrain(L.Callback):
                 f"only {cut:,} of the {all_:,} parameters in prune.scope="
                 f"{list(self.plan.scope)} can be cut. Left whole: {listed}"
             )
-
-    def _enter_phase(self, module: Any) -> None:
-        module.phase_epochs = self.plan.retrain_epochs if self.round else self.plan.base_epochs
-        module.lr_scale = self.plan.retrain_lr if self.round else 1.0
 
     def _count(self, module: DetectorModule) -> dict[str, int]:
         shape = (1, 3, module.input_size[0], module.input_size[1])

@@ -161,14 +161,29 @@ def _readers(graph: PruningGraph) -> dict[str, list[Reader]]:
     }
 
 
-def channel_costs(graph: PruningGraph, cost: Cost) -> dict[str, float]:
-    """What one channel of each group takes, in activations or multiply-adds of one image."""
+def channel_costs(
+    graph: PruningGraph, cost: Cost, removed: Mapping[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """What one more channel of each group takes, in activations or multiply-adds of one image.
+
+    Args:
+        graph: the coupled groups.
+        cost: as for :class:`GroupFisherCriterion`.
+        removed: per group, channels that are masked already.
+    """
     if cost == "none":
         return dict.fromkeys(graph.groups, 1.0)
     if cost == "memory":
         return {name: _activations(group, graph) for name, group in graph.groups.items()}
-    model = CostModel(graph, "flops")
-    return {name: max(model.saved({name: np.array([0])}), 1.0) for name in graph.groups}
+    model, removed = CostModel(graph, "flops"), removed or {}
+    already = model.saved(removed)
+    found = {}
+    for name, group in graph.groups.items():
+        gone = removed.get(name, np.array([], int))
+        left = np.setdiff1d(np.arange(group.size), gone)[:1]
+        more = model.saved({**removed, name: np.append(gone, left)})
+        found[name] = max(more - already, 1.0)
+    return found
 
 
 def _activations(group: CoupledGroup, graph: PruningGraph) -> float:

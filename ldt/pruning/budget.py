@@ -154,18 +154,8 @@ def choose(
         ValueError: unknown ranking, or scores that are not finite or of the wrong length.
         UnreachableRateError: the limits do not allow it; says what is possible.
     """
-    if ranking not in RANKINGS:
-        raise ValueError(f"method.ranking={ranking!r}; choose one of {', '.join(RANKINGS)}")
-    limits, original = limits or Limits(), original or {}
-    steps: list[tuple[float, str, int]] = []
-    units: dict[str, np.ndarray] = {}
-    for name, group in graph.groups.items():
-        _check_scores(name, group, scores[name])
-        units[name], ranked = _units(group, scores[name])
-        keys = _keys(ranking, group, ranked, units[name], costs)
-        allowed = limits.removable(group, original.get(name, group.size)) // group.parts
-        steps += [(float(keys[step]), name, step) for step in range(allowed)]
-    order = [name for _, name, _ in sorted(steps)]
+    limits = limits or Limits()
+    order, units = _order(graph, scores, costs, ranking, limits, original or {})
 
     def channels(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
         return {name: units[name][:count].reshape(-1) for name, count in counts.items()}
@@ -185,6 +175,43 @@ def choose(
             f"worth more than the tolerance of {tolerance:,.0f}. Choose another prune.rate"
         )
     return {name: sorted(map(int, gone)) for name, gone in channels(best).items()}
+
+
+def weakest(
+    graph: PruningGraph,
+    scores: Mapping[str, Tensor],
+    costs: CostModel,
+    *,
+    steps: int,
+    ranking: str = "global",
+    limits: Limits | None = None,
+    original: Mapping[str, int] | None = None,
+) -> dict[str, np.ndarray]:
+    """The channels that go in the first ``steps`` steps of :func:`choose`'s order."""
+    order, units = _order(graph, scores, costs, ranking, limits or Limits(), original or {})
+    return {name: units[name][:n].reshape(-1) for name, n in Counter(order[:steps]).items()}
+
+
+def _order(
+    graph: PruningGraph,
+    scores: Mapping[str, Tensor],
+    costs: CostModel,
+    ranking: str,
+    limits: Limits,
+    original: Mapping[str, int],
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The groups in which steps are taken one after another, and each group's own steps."""
+    if ranking not in RANKINGS:
+        raise ValueError(f"method.ranking={ranking!r}; choose one of {', '.join(RANKINGS)}")
+    steps: list[tuple[float, str, int]] = []
+    units: dict[str, np.ndarray] = {}
+    for name, group in graph.groups.items():
+        _check_scores(name, group, scores[name])
+        units[name], ranked = _units(group, scores[name])
+        keys = _keys(ranking, group, ranked, units[name], costs)
+        allowed = limits.removable(group, original.get(name, group.size)) // group.parts
+        steps += [(float(keys[step]), name, step) for step in range(allowed)]
+    return [name for _, name, _ in sorted(steps)], units
 
 
 def _nearest(

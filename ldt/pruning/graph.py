@@ -217,13 +217,17 @@ class PruningGraph:
         return frozenset(found)
 
     def _run(self, hooks: Sequence[Any]) -> None:
-        """One forward of the example, after which the hooks are removed."""
+        """One forward of the example in eval mode, after which the hooks are removed."""
+        training = [module for module in self._names if module.training]
+        self.model.eval()
         try:
             with torch.no_grad():
                 self.forward(self.model, self._example)
         finally:
             for hook in hooks:
                 hook.remove()
+            for module in training:
+                module.training = True
 
     def prunable_share(self) -> tuple[int, int]:
         """Parameters of the scope's layers that can lose filters, and of all of them."""

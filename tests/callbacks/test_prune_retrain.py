@@ -10,7 +10,9 @@ from short_runs import python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
+from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.plan import Plan
+from ldt.criteria.base import Criterion
 from ldt.detectors import raw_forward
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters
@@ -54,6 +56,7 @@ def test_phases_tile_the_run(base, retrain, rounds):
         ({"retrain_epochs": 0}, r"recipe.retrain_epochs=0; at least 1"),
         ({"rounds": 0, "base_epochs": 0}, r"nothing to do"),
         ({"ranking": "local"}, r"method.ranking='local'; choose one of global,"),
+        ({"inner_rounds": 0}, r"method.inner_rounds=0 must be at least 1"),
         ({"images": 0}, r"prune.images=0"),
         ({"batch_size": 0}, r"prune.batch_size=0"),
         ({"limits": Limits(max_layer_rate=1.5)}, r"prune.max_layer_rate=1.5"),
@@ -182,7 +185,7 @@ def test_scores_and_removed_channels_are_kept(two_rounds):
             scores = arrays[key.replace("removed/", "score/")]
             gone = set(channels.tolist())
             stays = [score for index, score in enumerate(scores) if index not in gone]
-            assert max(scores[channels]) <= min(stays)  # the lowest of a group go
+            assert max(scores[channels], default=0) <= min(stays)  # the lowest of a group go
 
 
 def run_and_kill(config, folder, monkeypatch):
@@ -260,3 +263,81 @@ def test_a_misspelt_scope_is_told_before_any_training(tmp_path, monkeypatch):
     ):
         experiment.run(tiny(tmp_path, "prune.scope=[backbone,nekc]"), tmp_path / "run")
     assert watch.lrs == []
+
+
+# Inner rounds and masking while training ---------------------------------------------------------
+
+
+class KeptScores(Criterion):
+    """Scores that stay with their channels whatever else goes."""
+
+    def collect(self, target, graph, batches):
+        norms = {layer: norm for layer, norm in graph.points.items() if norm is not layer}
+        self.values = {layer: norm.running_var for layer, norm in norms.items()}
+        self.values |= {layer: layer.bias.abs() for layer in graph.points if layer not in norms}
+
+    def channel_scores(self, layer):
+        return self.values[layer]
+
+
+@pytest.mark.slow
+def test_inner_rounds_remove_what_one_round_does_where_scores_stay(tmp_path):
+    options = ["prune=oneshot", "method=random", "method.ranking=global", "prune.rate=0.4"]
+    options += [f"method.criterion={{_target_: {__name__}.KeptScores}}"]
+    found = []
+    for inner in (1, 4):
+        folder = tmp_path / str(inner)
+        experiment.run(tiny(tmp_path, *options, f"method.inner_rounds={inner}"), folder)
+        assert rows(folder)[1]["rate"] == pytest.approx(0.4, abs=TOLERANCE)
+        found.append(dict(np.load(folder / "scores-1.npz")))
+    one, several = found
+    assert list(one) == list(several)
+    differing = total = 0
+    for key, values in one.items():
+        if key.startswith("score/"):
+            assert np.array_equal(values, several[key])
+        else:
+            differing += len(np.setxor1d(values, several[key]))
+            total += len(values)
+    assert differing <= 4 < total / 50  # steps that are passed over to meet the rate exactly
+
+
+GRADUAL = [
+    "method=group_fisher_gradual",
+    "method.gradual.interval=1",
+    "method.gradual.channels=90",
+    "prune=oneshot",
+    "recipe.optimizer.lr=0.004",
+    "recipe.warmup=0",
+    "recipe.schedule=constant",
+]
+
+
+@pytest.mark.slow
+def test_masking_while_training_meets_the_rate_and_survives_a_kill(tmp_path, monkeypatch):
+    config = tiny(tmp_path, *GRADUAL)
+    run_and_kill(config, tmp_path, monkeypatch)
+    resume(config, tmp_path, monkeypatch)
+    base, pruned = rows(tmp_path / "whole")
+    assert pruned["rate"] == pytest.approx(0.5, abs=TOLERANCE)
+    assert pruned["criterion/channels_per_event"] == 90
+    arrays = np.load(tmp_path / "whole/scores-1.npz")
+    gone = sum(len(arrays[key]) for key in arrays if key.startswith("removed/"))
+    assert 90 * (pruned["criterion/events"] - 1) < gone <= 90 * pruned["criterion/events"]
+    assert base["rate"] == 0
+
+
+@pytest.mark.slow
+def test_masking_has_its_own_epochs_and_a_tenth_of_the_learning_rate(tmp_path, monkeypatch):
+    watch = Watch(monkeypatch)
+    experiment.run(tiny(tmp_path, *GRADUAL, "method.gradual.channels=200"), tmp_path / "run")
+    events = int(rows(tmp_path / "run")[1]["criterion/events"])
+    masking = 2 * ((events + 1) // 2)  # whole epochs of two steps
+    assert watch.lrs == pytest.approx([0.004] * 2 + [0.0004] * masking + [0.004] * 2)
+    assert watch.strays == [0] * len(watch.lrs)
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"channels": 0}, {"lr": 0.0}])
+def test_masking_names_a_key_out_of_range(wrong):
+    with pytest.raises(ValueError, match=r"method.gradual: interval="):
+        GradualPruning(**wrong)

@@ -1,0 +1,139 @@
+"""GroupFisher's own schedule: channels are masked one by one while the detector trains."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldt.criteria.group_fisher import Cost, Fisher, channel_costs
+from ldt.pruning.budget import CostModel, Limits, choose, weakest
+from ldt.pruning.graph import PruningGraph
+
+
+class GradualPruning:
+    """Masks the channels of least Fisher information every few training steps (ICML 2021).
+
+    Fisher information is summed over the training steps since the last event, and divided by what a
+    channel costs in the network as it is then. Layers read masked channels as zeros, until the
+    round's budget is saved and :class:`PruneRetrain` cuts them.
+
+    Args:
+        interval: training steps between two events.
+        channels: channels masked in an event (1 in the paper; a larger number takes less time).
+        lr: factor on the learning rate while masking.
+        cost: as in :class:`ldt.criteria.group_fisher.GroupFisherCriterion`.
+
+    Attributes:
+        removed: per group, the channels that are masked.
+        events: how many events there have been.
+        done: whether the budget is saved.
+    """
+
+    def __init__(
+        self, interval: int = 10, channels: int = 1, lr: float = 0.1, cost: Cost = "memory"
+    ) -> None:
+        if interval < 1 or channels < 1 or lr <= 0:
+            raise ValueError(
+                f"method.gradual: interval={interval} and channels={channels} must be at least 1, "
+                f"and lr={lr} positive"
+            )
+        self.interval, self.channels, self.lr = interval, channels, lr
+        self.cost: Cost = cost
+        self.removed: dict[str, np.ndarray] = {}
+        self.scores: dict[str, torch.Tensor] = {}
+        self.events = self._steps = 0
+        self.done = True
+        self._fisher: Fisher | None = None
+        self._watching = ExitStack()
+
+    @property
+    def active(self) -> bool:
+        """Whether channels are being masked and are not yet cut."""
+        return self._fisher is not None
+
+    @property
+    def graph(self) -> PruningGraph:
+        """What :meth:`begin` was given."""
+        assert self._fisher is not None
+        return self._fisher.graph
+
+    def begin(
+        self,
+        graph: PruningGraph,
+        costs: CostModel,
+        save: float,
+        tolerance: float,
+        ranking: str,
+        limits: Limits,
+        original: Mapping[str, int],
+    ) -> None:
+        """Watch the training from now on; arguments as for :func:`ldt.pruning.budget.choose`."""
+        self.removed, self.scores, self.events, self._steps, self.done = {}, {}, 0, 0, False
+        self._costs, self._save, self._tolerance = costs, save, tolerance
+        self._rule: dict[str, Any] = {"ranking": ranking, "limits": limits, "original": original}
+        self._fisher = Fisher(graph)
+        self._watching.enter_context(self._fisher.watched())
+
+    def after_step(self) -> None:
+        """Take in the gradients of a training step; at every ``interval``-th one, mask."""
+        if self._fisher is None or self.done:
+            return
+        self._fisher.add()
+        self._steps += 1
+        if self._steps % self.interval == 0:
+            self._mask(self._fisher)
+
+    def _mask(self, fisher: Fisher) -> None:
+        graph = fisher.graph
+        costs = channel_costs(graph, self.cost, self.removed)
+        scores = {name: values / costs[name] for name, values in fisher.sums.items()}
+        self.scores = self.scores or scores
+        for name, channels in self.removed.items():
+            scores[name][channels] = -1.0  # Fisher information is not negative: they stay first
+        self.events += 1
+        steps = self.events * self.channels
+        self.removed = weakest(graph, scores, self._costs, steps=steps, **self._rule)
+        if self._costs.saved(self.removed) >= self._save or steps > sum(
+            group.size for group in graph.groups.values()
+        ):
+            exact = choose(
+                graph,
+                scores,
+                self._costs,
+                save=self._save,
+                tolerance=self._tolerance,
+                **self._rule,
+            )
+            self.removed = {name: np.array(channels, int) for name, channels in exact.items()}
+            self.done = True
+        fisher.mask(self.removed)
+        fisher.clear()
+
+    def end(self) -> dict[str, list[int]]:
+        """Stop watching and masking; the channels to cut."""
+        self._watching.close()
+        self._fisher = None
+        return {name: sorted(map(int, channels)) for name, channels in self.removed.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain data."""
+        if self._fisher is None:
+            return {}
+        return {
+            "removed": {name: channels.tolist() for name, channels in self.removed.items()},
+            "scores": self.scores,
+            "sums": self._fisher.sums,
+            "events": self.events,
+            "steps": self._steps,
+            "done": self.done,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; after :meth:`begin`."""
+        assert self._fisher is not None
+        self.removed = {name: np.array(gone, int) for name, gone in state["removed"].items()}
+        self.scores, self._fisher.sums = dict(state["scores"]), dict(state["sums"])
+        self.events, self._steps, self.done = state["events"], state["steps"], state["done"]
+        self._fisher.mask(self.removed)
