@@ -81,7 +81,9 @@ def main() -> None:
     quiet()
     torch.manual_seed(0)
     model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {}, 3, pretrained=False)
-    module = DetectorModule(model, ["a", "b", "c"], {"epochs": 1}, (HEIGHT, WIDTH))
+    module = DetectorModule(
+        model, ["a", "b", "c"], {"epochs": 1, "schedule": "constant"}, (HEIGHT, WIDTH)
+    )
     module.train()
     ready = batch(module)
     options = LDTLoss().options

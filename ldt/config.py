@@ -184,6 +184,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     study: str = "default"
+    base: str = "own"  # own | shared: one base training for all of a study's runs that need it
     seed: int = 0
     run_name: str = MISSING
 

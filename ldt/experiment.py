@@ -1,6 +1,8 @@
 """One run, from its configuration to its summary: the only orchestration there is."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import sys
 import warnings
@@ -23,7 +25,7 @@ from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.plan import Plan
 from ldt.callbacks.progress import PlainEpochs, PlainProgress
 from ldt.callbacks.prune_retrain import PruneRetrain
-from ldt.config import DETAILS
+from ldt.config import DETAILS, MethodConfig, PruneConfig
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import model_config, quiet
 from ldt.module import DetectorModule
@@ -102,11 +104,19 @@ def _record_failure(folder: Path, error: Exception) -> None:
 
 
 def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
+    plan = _plan(config)
+    if config.base not in ("own", "shared"):
+        raise ValueError(f"base={config.base!r}; choose own or shared")
+    if config.base == "shared" and plan.rounds and plan.base_epochs:
+        checkpoint = _shared_base(config, plain, folder.parent)
+        config = OmegaConf.merge(  # type: ignore[assignment]
+            config, {"recipe": {"epochs": 0}, "detector": {"checkpoint": str(checkpoint)}}
+        )
+        return _execute(config, OmegaConf.to_container(config, resolve=True), folder)  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    plan = _plan(config)
     criterion = instantiate(config.method.criterion)
     data = build_data(config)
     data.prepare_data()
@@ -156,6 +166,23 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
     if trainer.is_global_zero:
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path:
+    """The trained base of all runs that differ only in what they prune; a run of its own."""
+    base = config.copy()
+    base.ldt.enabled = plain["ldt"]["enabled"]
+    base.method = MethodConfig(name="none")
+    base.prune = PruneConfig(rate=0.5, rounds=0)
+    base.base, base.run_name = "own", ""
+    text = json.dumps(_essential(OmegaConf.to_container(base, resolve=True)), sort_keys=True)  # type: ignore[arg-type]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    kind = "ldt" if base.ldt.enabled else "plain"
+    base.run_name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{digest}"
+    folder = study / base.run_name
+    if read_json(folder / "summary.json").get("status") != "finished":
+        run(base, folder)
+    return folder / "round-0.ckpt"
 
 
 @rank_zero_only

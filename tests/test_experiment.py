@@ -11,6 +11,7 @@ from small import composed
 import ldt
 from ldt import experiment, report
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.module import DetectorModule
 
 ROUNDS = 2
 
@@ -235,3 +236,32 @@ def test_two_processes_share_a_run(tmp_path):
     assert (tmp_path / "run/train_ddp_process_1.log").is_file()
     assert done.stdout.count("pruned detector:") == 1  # one process speaks for both
     ldt.load_pruned(tmp_path / "run/round-1.ckpt")
+
+
+@pytest.mark.slow
+def test_runs_of_a_study_share_their_base_training(tmp_path, monkeypatch):
+    trained = []
+    plain = DetectorModule.training_step
+
+    def step(module, batch, index):
+        trained.append(module.phase_epochs)
+        return plain(module, batch, index)
+
+    monkeypatch.setattr(DetectorModule, "training_step", step)
+    shared = ["base=shared", "prune=oneshot", "method=l1", "ldt.enabled=true", "recipe.epochs=3"]
+    for rate in (0.3, 0.5):
+        experiment.run(tiny(tmp_path, *shared, f"prune.rate={rate}"), tmp_path / f"run{rate}")
+    experiment.run(tiny(tmp_path, *shared, "method=random"), tmp_path / "random")
+    (base,) = tmp_path.glob("base-roadscenes-gfl_tiny-ldt-s0-*")
+    assert trained.count(3) == 6  # steps: once for all
+    assert trained.count(1) == 6
+    expected = rows(base)[0]
+    for name in ("run0.3", "run0.5", "random"):
+        found = rows(tmp_path / name)
+        assert {key: found[0][key] for key in expected} == pytest.approx(expected, nan_ok=True)
+        assert len(found) == 2
+
+
+def test_another_base_is_told(tmp_path, nothing_is_trained):
+    with pytest.raises(ValueError, match=r"base='common'; choose own or shared"):
+        experiment.run(tiny(tmp_path, "base=common"), tmp_path / "run")

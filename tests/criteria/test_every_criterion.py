@@ -23,7 +23,7 @@ from ldt.pruning.structure import rebuild, record
 METHODS = sorted(
     file.stem
     for file in Path(CONF, "method").glob("*.yaml")
-    if yaml.safe_load(file.read_text())["criterion"]
+    if yaml.safe_load(file.read_text()).get("criterion", "inherited")
 )
 NETWORKS = ["residual", "shared", "gfl_tiny"]
 HOOKS = (

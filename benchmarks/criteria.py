@@ -1,0 +1,138 @@
+"""What scoring costs: full-size GFL, 32 images of 416x1344, per method of conf/method.
+
+    python benchmarks/criteria.py [--images 32] [--methods ldt chip]
+
+Seconds and peak memory of one scoring, beside one forward and backward of the detection loss over
+the same images; then CHIP's channel independence from one eigendecomposition beside one SVD per
+channel. Peak memory is the process's (the device's on CUDA), minus what it held before.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from ldt_overhead import BATCH, HEIGHT, WIDTH, batch
+
+from ldt.config import register
+from ldt.criteria.base import score_groups
+from ldt.criteria.chip import channel_independence
+from ldt.detectors import evaluating, model_config, quiet
+from ldt.module import DetectorModule, PreparedBatch
+
+CONF = Path(__file__).parents[1] / "conf"
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Batches:
+    """The same random images at every pass."""
+
+    def __init__(self, module: DetectorModule, images: int) -> None:
+        self.module, self.images = module, images
+
+    def __iter__(self) -> Iterator[PreparedBatch]:
+        torch.manual_seed(0)
+        for _ in range(self.images // BATCH):
+            yield batch(self.module)
+
+
+def resident(key: str) -> float:
+    """VmRSS (now) or VmHWM (peak) in GiB."""
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines[key].split()[0]) / 2**20
+
+
+def measured(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and GiB at the peak above what was held before (nan where that is not known)."""
+    gc.collect()
+    linux = CLEAR.exists()
+    if linux:
+        CLEAR.write_text("5")  # resets the peak
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    before = resident("VmRSS") if linux else 0.0
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    if torch.cuda.is_available():
+        return seconds, torch.cuda.max_memory_allocated() / 2**30
+    return seconds, resident("VmHWM") - before if linux else float("nan")
+
+
+def methods() -> list[str]:
+    """Every method whose criterion scores a detector in one go."""
+    known = {file.stem: yaml.safe_load(file.read_text()) for file in CONF.glob("method/*.yaml")}
+    return sorted(name for name, own in known.items() if own.get("criterion"))
+
+
+def forward_backward(module: DetectorModule, batches: Batches) -> None:
+    for ready in batches:
+        module.detection_loss(ready).backward()
+    module.zero_grad(set_to_none=True)
+
+
+def singular_values_per_channel(x: torch.Tensor) -> torch.Tensor:
+    whole = torch.linalg.svdvals(x).sum()
+    found = []
+    for c in range(len(x)):
+        without = x.clone()
+        without[c] = 0
+        found.append(whole - torch.linalg.svdvals(without).sum())
+    return torch.stack(found)
+
+
+def chip_against_svd() -> None:
+    x = torch.randn(256, 26 * 84, dtype=torch.double).relu()  # GFL's stride 16
+    start = time.perf_counter()
+    slow = singular_values_per_channel(x)
+    middle = time.perf_counter()
+    fast, _ = channel_independence(x)
+    end = time.perf_counter()
+    same = slow.argsort().tolist() == fast.argsort().tolist()
+    print(
+        f"CHIP at C = 256: {middle - start:.2f} s with an SVD per channel, {end - middle:.3f} s "
+        f"with one eigendecomposition: {(middle - start) / (end - middle):.0f} times faster, "
+        f"largest relative difference {float(((fast - slow) / slow).abs().max()):.0e}, "
+        f"{'the same' if same else 'another'} ranking"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--methods", nargs="*", default=methods())
+    options = parser.parse_args()
+    quiet()
+    torch.manual_seed(0)
+    model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {}, 3, pretrained=False)
+    recipe = {"epochs": 1, "schedule": "constant"}
+    module = DetectorModule(model, ["a", "b", "c"], recipe, (HEIGHT, WIDTH))
+    batches = Batches(module, options.images)
+    register()
+    with evaluating(module.detector), initialize_config_dir(str(CONF), version_base="1.3"):
+        graph = module.trace(("backbone", "neck"))
+        forward_backward(module, Batches(module, BATCH))  # warm-up
+        whole, memory = measured(lambda: forward_backward(module, batches))
+        print(f"{options.images} images of {HEIGHT}x{WIDTH}, batches of {BATCH}")
+        print(f"{'forward and backward':22s} {whole:8.1f} s          {memory:6.2f} GiB")
+        for name in options.methods:
+            chosen = compose("config", overrides=[f"method={name}"]).method
+            criterion = instantiate(chosen.criterion)
+
+            def score(criterion: Any = criterion) -> None:
+                score_groups(criterion, module, graph, batches)
+
+            seconds, memory = measured(score)
+            ratio = f"x {seconds / whole:.2f}"
+            print(f"{name:22s} {seconds:8.1f} s {ratio:>8s} {memory:6.2f} GiB", flush=True)
+    chip_against_svd()
+
+
+if __name__ == "__main__":
+    main()
