@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -178,15 +179,39 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     detector.load_state_dict({k: v for k, v in state.items() if k not in new_head}, strict=False)
 
 
+class _Buffer:
+    """Stands for mmengine's HistoryBuffer in a published checkpoint; what it held is not used."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Take nothing."""
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for the lookup of HistoryBuffer's own methods."""
+
+
+def _published() -> list[Any]:
+    """What mmdet's published checkpoints hold beside tensors: logs of their training."""
+    scalars = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")]
+    numpy = [np.ndarray, np.dtype, *scalars]
+    names = ("numpy.core.multiarray", "numpy._core.multiarray")
+    multiarray: Any = import_module(names[hasattr(np, "_core")])
+    for function in (multiarray._reconstruct, multiarray.scalar):
+        numpy += [(function, f"{name}.{function.__name__}") for name in names]
+    buffer = (_Buffer, "mmengine.logging.history_buffer.HistoryBuffer")
+    return [*numpy, buffer, (_nothing, "builtins.getattr")]
+
+
 def _read_state(path: str | Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_published()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
         raise ValueError(
-            f"detector.checkpoint={str(path)!r} is damaged or holds more than tensors and plain "
-            f"data ({type(error).__name__}). A file that you trust and trained with mmdet becomes "
-            "loadable by torch.save({'state_dict': torch.load(path, weights_only=False)"
-            "['state_dict']}, path)"
+            f"detector.checkpoint={str(path)!r} is damaged or holds more than tensors, plain data "
+            f"and mmengine's log buffers ({type(error).__name__}: {str(error)[:200]}). A file that "
+            "you trust becomes loadable by torch.save({'state_dict': torch.load(path, "
+            "weights_only=False)['state_dict']}, path)"
         ) from error
     return content.get("state_dict", content)
 

@@ -4,13 +4,17 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -25,6 +29,8 @@ from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.plan import Plan
 from ldt.callbacks.progress import PlainEpochs, PlainProgress
 from ldt.callbacks.prune_retrain import PruneRetrain
+from ldt.callbacks.seeds import EpochSeeds
+from ldt.checkpoints import WholeCheckpoints, resumable
 from ldt.config import DETAILS, MethodConfig, PruneConfig
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import model_config, quiet
@@ -49,29 +55,58 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
         The headline metric of the last round (nan for a failed job of a sweep).
 
     Raises:
-        ValueError: bad configuration, or the folder holds a run of another one (in a sweep too:
-            a folder that belongs to another run is left as it is).
+        ValueError: bad configuration, or the folder holds a run of another one, which is left as
+            it is.
     """
-    plain = _claim(config, folder)
-    summary = read_json(folder / "summary.json")
-    try:
-        if summary.get("status") != "finished":
-            summary = _execute(config, plain, folder)
-        else:
-            log.info("%s is finished already", folder)
-        _show(config, summary, folder)
-    except Exception as error:
-        _record_failure(folder, error)
-        if in_sweep:
-            log.exception("%s failed", folder.name)
-            return float("nan")  # the other jobs of the sweep go on
-        raise
+    with _alone(folder):
+        try:
+            plain = _claim(config, folder)
+        except ValueError:
+            if in_sweep:
+                log.exception("%s is refused", folder.name)
+                return float("nan")
+            raise
+        summary = read_json(folder / "summary.json")
+        try:
+            if summary.get("status") != "finished":
+                summary = _execute(config, plain, folder)
+            else:
+                log.info("%s is finished already", folder)
+            _show(config, summary, folder)
+        except KeyboardInterrupt:
+            _record(folder, {"status": "interrupted"})
+            log.warning("interrupted; the same command goes on from the last finished epoch")
+            sys.exit(130)
+        except Exception as error:
+            _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+            if in_sweep:
+                log.exception("%s failed", folder.name)
+                return float("nan")  # the other jobs of the sweep go on
+            raise
     return float(summary["rounds"][-1].get(config.dataset.metric, float("nan")))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second command for the same folder waiting until the first has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank:  # a process of the same run
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s is being run by another process: waiting for its end", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
     """The resolved configuration; the folder is this configuration's from now on."""
-    folder.mkdir(parents=True, exist_ok=True)
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     file = folder / "config.yaml"
     if file.is_file():
@@ -96,11 +131,11 @@ def _essential(plain: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _record_failure(folder: Path, error: Exception) -> None:
-    """A failed run says so; one that was trained to its end stays finished."""
+@rank_zero_only
+def _record(folder: Path, state: dict[str, str]) -> None:
+    """A run that ended early says so; one that was trained to its end stays finished."""
     if read_json(folder / "summary.json").get("status") != "finished":
-        text = f"{type(error).__name__}: {error}"
-        write_json(folder / "summary.json", {"status": "failed", "error": text})
+        write_json(folder / "summary.json", state)
 
 
 def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -137,11 +172,15 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
     write_json(folder / "split.json", data.split_ids())
     write_json(folder / "environment.json", about)
     trainer = _trainer(config, plan, loop, folder)
-    last = folder / "last.ckpt"
-    resume = last if last.is_file() else None
+    resume = resumable(folder)
     if plan.base_epochs == 0 and resume is None:
         trainer.validate(module, datamodule=data, verbose=False)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit as error:
+        if trainer.interrupted:  # how Lightning ends after Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
     if len(loop.rows) <= plan.rounds:
         raise RuntimeError(
             f"training stopped after {len(loop.rows)} of {plan.rounds + 1} phases; the same "
@@ -154,6 +193,7 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
         "detector": config.detector.name,
         "dataset": config.dataset.name,
         "method": config.method.name,
+        "ldt": config.ldt.enabled,
         "metric": config.dataset.metric,
         "seed": config.seed,
         "input_size": list(module.input_size),
@@ -253,6 +293,7 @@ def build_module(
 def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -> L.Trainer:
     terminal = sys.stdout.isatty()
     callbacks: list[L.Callback] = [RichProgressBar() if terminal else PlainProgress()]
+    callbacks.append(EpochSeeds(config.seed))
     if config.ldt.enabled:
         terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
         callbacks.append(LDTLoss(**terms))
@@ -293,6 +334,7 @@ def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -
             gradient_clip_val=config.recipe.clip_grad,
             callbacks=callbacks,
             logger=loggers,
+            plugins=[WholeCheckpoints()],
             num_sanity_val_steps=0,
             default_root_dir=folder,
             enable_model_summary=False,
@@ -300,11 +342,19 @@ def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -
 
 
 class StudyTable(Callback):
-    """After a sweep, prints every run of the study; ends with an error if one failed."""
+    """After a sweep, prints every run of the study; ends with an error if a job failed."""
+
+    def __init__(self) -> None:
+        self.refused = 0  # jobs whose folder belongs to another run
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Called by Hydra after each job."""
+        value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
+        self.refused += isinstance(value, float) and math.isnan(value)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the launching process."""
         with contextlib.suppress(FileNotFoundError):
             failed = report.print_study(Path(config.hydra.sweep.dir))
-            if failed:
+            if failed or self.refused:
                 sys.exit(1)

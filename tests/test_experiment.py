@@ -2,9 +2,12 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 from short_runs import SCENES, TINY, command, rows, summary, tiny
 from small import composed
 
@@ -74,8 +77,11 @@ def test_a_folder_belongs_to_one_configuration(finished, nothing_is_trained):
     difference = f"prune.images: 8 there, 4 now; recipe.optimizer.lr: {lr} there, 0.5 now"
     with pytest.raises(ValueError, match=rf"{difference}.*study=<name>"):
         experiment.run(other, folder)
-    with pytest.raises(ValueError, match="another configuration"):  # not hidden by a sweep
-        experiment.run(other, folder, in_sweep=True)
+    with pytest.raises(ValueError, match="another configuration"):
+        experiment.run(other, folder)
+    before = summary(folder)
+    assert math.isnan(experiment.run(other, folder, in_sweep=True))  # the other jobs go on
+    assert summary(folder) == before
     assert summary(folder)["status"] == "finished"
     detail = config.copy()
     detail.dataset.workers, detail.report.pictures = 1, 3
@@ -214,6 +220,16 @@ def test_a_failed_job_of_a_sweep_is_shown_and_the_others_run(tmp_path):
     assert "nothing to do" in line
     assert "1 finished, 1 failed" in done.stdout
     assert (study / states["finished"] / "run.log").is_file()
+
+
+def test_a_refused_job_of_a_sweep_is_an_error_at_its_end(tmp_path, capsys):
+    table = experiment.StudyTable()
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    for value in (0.5, float("nan")):
+        table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
+    with pytest.raises(SystemExit):
+        table.on_multirun_end(config)
+    assert "0 finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ldt.figures.channels import draw_channels, stages
+from ldt.figures.comparison import Point, draw_comparison
 from ldt.figures.curves import draw_curve
 from ldt.figures.detections import Boxes, Scene, draw_detections, short_names
 from ldt.figures.style import PALETTE, save
@@ -211,3 +212,31 @@ def test_two_different_networks_are_refused():
         draw_channels({"neck.a": 8}, {"neck.a": 8, "neck.b": 8})
     with pytest.raises(ValueError, match="at least one layer"):
         draw_channels({}, {})
+
+
+# Comparison of methods ------------------------------------------------------------------------
+
+
+def test_every_method_has_its_line_and_band_and_the_unpruned_are_dashed():
+    methods = {
+        "ldt": [Point(0.5, [0.4, 0.5]), Point(0.2, [0.3, 0.3])],
+        "l1": [Point(0.5, [0.35])],
+    }
+    figure = draw_comparison(methods, {"unpruned": Point(1.0, [0.4, 0.44])}, "mAP")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"ldt", "l1", "unpruned"}
+    assert np.allclose(lines["ldt"].get_xydata(), [(0.2, 0.3), (0.5, 0.45)])  # from small to large
+    assert np.allclose(lines["l1"].get_xydata(), [(0.5, 0.35)])
+    assert lines["unpruned"].get_linestyle() == "--"
+    assert np.allclose(lines["unpruned"].get_ydata(), 0.42)
+    assert len(axes.collections) == 2
+    band = max(float(np.ptp(c.get_paths()[0].vertices[:, 1])) for c in axes.collections)
+    assert band == pytest.approx(0.45 + np.std([0.4, 0.5], ddof=1) - 0.3)
+    assert lines["ldt"].get_linewidth() > lines["l1"].get_linewidth()
+    assert len({line.get_color() for line in lines.values()}) == 3
+
+
+def test_nothing_to_compare_is_told():
+    with pytest.raises(ValueError, match="no methods to compare"):
+        draw_comparison({}, {}, "AP")

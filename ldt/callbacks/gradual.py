@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ldt.criteria.group_fisher import Cost, Fisher, channel_costs
 from ldt.pruning.budget import CostModel, Limits, choose, weakest
@@ -74,6 +75,7 @@ class GradualPruning:
         self._costs, self._save, self._tolerance = costs, save, tolerance
         self._rule: dict[str, Any] = {"ranking": ranking, "limits": limits, "original": original}
         self._fisher = Fisher(graph)
+        self._device = next(graph.model.parameters()).device  # where processes talk to each other
         self._watching.enter_context(self._fisher.watched())
 
     def after_step(self) -> None:
@@ -87,6 +89,11 @@ class GradualPruning:
 
     def _mask(self, fisher: Fisher) -> None:
         graph = fisher.graph
+        if dist.is_initialized():  # every process has seen other images
+            for sums in fisher.sums.values():
+                reduced = sums.to(self._device)
+                dist.all_reduce(reduced)
+                sums.copy_(reduced)
         costs = channel_costs(graph, self.cost, self.removed)
         scores = {name: values / costs[name] for name, values in fisher.sums.items()}
         self.scores = self.scores or scores

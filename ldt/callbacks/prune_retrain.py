@@ -1,6 +1,8 @@
 """The loop of the paper: train, then score, cut and retrain, round after round."""
 
 import gc
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
@@ -211,6 +214,13 @@ class PruneRetrain(L.Callback):
             if self.round < self.plan.rounds:
                 self._begin_round(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """After Ctrl-C keep the detector as it is; the run goes on from its last epoch."""
+        if isinstance(exception, KeyboardInterrupt):
+            trainer.save_checkpoint(self.folder / "interrupted.ckpt", weights_only=True)
+
     # What ---------------------------------------------------------------------------------
 
     def _finish_round(self, trainer: L.Trainer, module: Any) -> None:
@@ -307,6 +317,7 @@ class PruneRetrain(L.Callback):
         self._retrain(trainer, module, removed)
 
     def _retrain(self, trainer: L.Trainer, module: Any, removed: Removed) -> None:
+        _check_equal(trainer, removed)
         if trainer.is_global_zero:
             removed.save(self.folder / f"scores-{self.round}.npz")
         self._check_rate(module)
@@ -390,6 +401,19 @@ class PruneRetrain(L.Callback):
             "threads": found.threads,
             "device": found.device,
         }
+
+
+def _check_equal(trainer: L.Trainer, removed: Removed) -> None:
+    """RuntimeError unless every process has removed the same channels."""
+    text = json.dumps({name: left.tolist() for name, left in sorted(removed.left.items())})
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+    device = trainer.strategy.root_device
+    found: Any = trainer.strategy.all_gather(torch.tensor(digest, device=device))
+    if bool((found != digest).any()):
+        raise RuntimeError(
+            f"process {trainer.global_rank} removed other channels than the others: the processes' "
+            "detectors had drifted apart, and training on would be meaningless"
+        )
 
 
 def _wrap_anew(trainer: L.Trainer) -> None:

@@ -1,10 +1,12 @@
 """COCO (Lin et al., ECCV 2014), and any data set in its annotation format."""
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
@@ -27,14 +29,76 @@ def read_annotations(path: Path) -> dict:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path} is not in COCO's format: expected a list under {key!r}")
     if not content["images"]:
         raise ValueError(f"{path} lists no image; expected at least one under 'images'")
+    for key, fields in FIELDS.items():
+        for number, entry in enumerate(content[key]):
+            _check_entry(entry, fields, f"{path}, {key}[{number}]")
+    ids = [image["id"] for image in content["images"]]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: {len(ids) - len(set(ids))} image ids occur more than once")
     return content
+
+
+def _check_entry(entry: Any, fields: dict[str, str], where: str) -> None:
+    """ValueError unless every field is there and is what it should be."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {str(entry)[:60]!r}; expected an object with {_list(fields)}")
+    for name, kind in fields.items():
+        if name not in entry:
+            raise ValueError(f"{where} has no {name!r}; expected: {_list(fields)}")
+        if not _KINDS[kind](entry[name]):
+            raise ValueError(f"{where}: {name!r} is {str(entry[name])[:60]!r}; expected {kind}")
+    if not isinstance(entry.get("iscrowd", 0), int):
+        raise ValueError(f"{where}: 'iscrowd' is {str(entry['iscrowd'])[:60]!r}; expected 0 or 1")
+
+
+def _list(fields: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in fields.items())
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _number(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _inside(value: Any) -> bool:
+    """Whether a file name stays below its folder."""
+    path = PurePath(value) if isinstance(value, str) and value and "\0" not in value else None
+    return path is not None and not path.is_absolute() and ".." not in path.parts
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a whole number": _whole,
+    "a positive whole number": lambda value: _whole(value) and value > 0,
+    "a number": _number,
+    "a text": lambda value: isinstance(value, str),
+    "a file below the image folder": _inside,
+    "four numbers": lambda v: isinstance(v, list) and len(v) == 4 and all(map(_number, v)),
+}
+FIELDS = {
+    "images": {
+        "id": "a whole number",
+        "file_name": "a file below the image folder",
+        "width": "a positive whole number",
+        "height": "a positive whole number",
+    },
+    "annotations": {
+        "image_id": "a whole number",
+        "category_id": "a whole number",
+        "bbox": "four numbers",
+        "area": "a number",
+    },
+    "categories": {"id": "a whole number", "name": "a text"},
+}
 
 
 def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) -> None:
@@ -75,16 +139,6 @@ class CocoBoxes(CocoDataset):
         """Read and check the annotation file; called by mmengine."""
         path = Path(str(self.ann_file))
         content = read_annotations(path)
-        try:
-            return self._read(content, path)
-        except KeyError as error:
-            raise ValueError(
-                f"{path}: an entry has no {error}; expected: images with id, file_name, width and "
-                "height, annotations with image_id, category_id, bbox and area, categories with "
-                "id and name"
-            ) from error
-
-    def _read(self, content: dict, path: Path) -> list[dict]:
         by_name = {category["name"]: category["id"] for category in content["categories"]}
         classes = self.metainfo["classes"]
         check_classes(classes, list(by_name), path)

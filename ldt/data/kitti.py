@@ -154,7 +154,7 @@ def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:
     files = [root / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
     if not all(file.is_file() for file in files):
         return None
-    train, val = (file.read_text().split() for file in files)
+    train, val = (file.read_text(encoding="utf-8", errors="replace").split() for file in files)
     both = sorted(set(train) & set(val))
     if both:
         raise ValueError(f"{len(both)} images are in {files[0]} and in {files[1]}: {both[0]}, ...")
@@ -169,7 +169,7 @@ def _image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"cannot read the image {path}: it is damaged or no image") from error
 
 
