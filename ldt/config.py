@@ -46,6 +46,7 @@ class RecipeConfig:
     min_lr: float = 0.0  # share of the learning rate that a cosine ends at
     retrain_lr: float = 1.0  # share of the learning rate used after a cut
     clip_grad: float | None = None  # largest gradient norm
+    channels_last: bool = False  # images and feature maps in NHWC order: a fifth faster on CPUs
     ema: float | None = None  # mmdet's ExpMomentumEMA momentum; null = no moving average
     augment: str = "flip"  # none | flip | mosaic
     plain_epochs: int = 0  # last epochs of a phase without mosaic and with YOLOX's L1 loss

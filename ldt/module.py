@@ -118,11 +118,17 @@ class DetectorModule(L.LightningModule):
 
     def prepare(self, batch: dict[str, Any], training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
-        preprocess: Any = self.detector.data_preprocessor
-        data = preprocess(batch, training)
+        data = self._preprocessed(batch, training)
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
         return PreparedBatch(images, samples, objects_of(samples, shape))
+
+    def _preprocessed(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        preprocess: Any = self.detector.data_preprocessor
+        data = preprocess(batch, training)
+        if self.recipe.get("channels_last"):  # every layer keeps its input's order
+            data["inputs"] = data["inputs"].contiguous(memory_format=torch.channels_last)
+        return data
 
     def features(self, batch: PreparedBatch) -> list[Tensor]:
         """The neck's output maps, each [N, C, h, w]."""
@@ -189,8 +195,7 @@ class DetectorModule(L.LightningModule):
 
     def predict_samples(self, batch: dict[str, Any]) -> list[DetDataSample]:
         """Data samples with ``pred_instances`` in the coordinates of the original images."""
-        preprocess: Any = self.detector.data_preprocessor
-        return self.detector(**preprocess(batch, False), mode="predict")
+        return self.detector(**self._preprocessed(batch, False), mode="predict")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collect detections for the metrics."""

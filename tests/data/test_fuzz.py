@@ -1,0 +1,188 @@
+"""Any bytes give data or our own error: parsers under hypothesis."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ldt.data import coco
+from ldt.data.kitti import COLUMNS, TYPES, KittiObject, parse_label, read_image_sets
+
+WIDTH, HEIGHT = 100, 50
+FUZZ = settings(
+    max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+words = st.one_of(
+    st.sampled_from([*TYPES, "nan", "inf", "-1", "1e999", "0x10", "1_0", "", "\x00", "٣"]),
+    st.floats().map(str),
+    st.integers().map(str),
+    st.text(max_size=8),
+)
+lines = st.lists(words, min_size=COLUMNS - 1, max_size=COLUMNS + 1).map(" ".join)
+good_lines = st.tuples(
+    st.sampled_from(TYPES), *[st.floats(-20, 120).map(lambda x: f"{x:.2f}")] * (COLUMNS - 1)
+).map(" ".join)
+labels = st.lists(st.one_of(lines, good_lines, st.text(max_size=60)), max_size=6).map("\n".join)
+
+
+def check_label(read: Any) -> None:
+    try:
+        objects = read()
+    except ValueError as error:
+        assert "line " in str(error)  # ours: it names the line
+        return
+    for item in objects:
+        assert isinstance(item, KittiObject)
+        assert item.name in TYPES
+        x1, y1, x2, y2 = item.box
+        assert 0 <= x1 < x2 <= WIDTH
+        assert 0 <= y1 < y2 <= HEIGHT
+
+
+@FUZZ
+@given(labels)
+def test_a_kitti_label_is_read_or_its_line_is_named(text: str):
+    check_label(lambda: parse_label(text, WIDTH, HEIGHT))
+
+
+@FUZZ
+@given(st.binary(max_size=200))
+def test_a_kitti_label_of_any_bytes(tmp_path: Path, content: bytes):
+    file = tmp_path / "label.txt"
+    file.write_bytes(content)
+    check_label(lambda: parse_label(file, WIDTH, HEIGHT))
+
+
+@FUZZ
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_image_sets_of_any_bytes(tmp_path: Path, train: bytes, val: bytes):
+    folder = tmp_path / "ImageSets"
+    folder.mkdir(exist_ok=True)
+    (folder / "train.txt").write_bytes(train)
+    (folder / "val.txt").write_bytes(val)
+    try:
+        found = read_image_sets(tmp_path)
+    except ValueError as error:
+        assert str(folder) in str(error)
+        return
+    assert found is not None
+    assert not set(found[0]) & set(found[1])
+
+
+# COCO -----------------------------------------------------------------------------------------
+
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def document() -> dict[str, Any]:
+    return {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(2)],
+        "annotations": [
+            {"id": i, "image_id": i % 2, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16}
+            for i in range(3)
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+
+
+@st.composite
+def damaged(draw: Any) -> Any:
+    """A good document with one part anywhere replaced by anything, or taken away."""
+    content = document()
+    place: Any = content
+    while True:
+        key = draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        inner = place[key]
+        if isinstance(inner, (dict, list)) and inner and draw(st.booleans()):
+            place = inner
+            continue
+        if draw(st.booleans()) or isinstance(place, list):
+            place[key] = draw(anything)
+        else:
+            del place[key]
+        return content
+
+
+def check_coco(file: Path, images: Path) -> None:
+    try:
+        dataset = coco.CocoBoxes(
+            ann_file=str(file),
+            data_prefix={"img": str(images)},
+            metainfo={"classes": ("cat", "dog")},
+            test_mode=True,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        assert str(file) in str(error) or str(images) in str(error), repr(error)
+        return
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        assert Path(info["img_path"]).resolve().is_relative_to(images.resolve())
+        for instance in info["instances"]:
+            assert all(map(math.isfinite, instance["bbox"]))
+            assert instance["bbox_label"] in (0, 1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("coco") / "images"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{i}.jpg").touch()
+    return folder
+
+
+@FUZZ
+@given(damaged())
+def test_a_damaged_annotation_file_is_named(tmp_path: Path, images: Path, content: Any):
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(content))
+    check_coco(file, images)
+
+
+@FUZZ
+@given(st.one_of(st.binary(max_size=80), anything.map(lambda x: json.dumps(x).encode())))
+def test_an_annotation_file_of_any_bytes(tmp_path: Path, images: Path, content: bytes):
+    file = tmp_path / "annotations.json"
+    file.write_bytes(content)
+    check_coco(file, images)
+
+
+def test_the_document_that_is_damaged_is_good(tmp_path: Path, images: Path):
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(document()))
+    dataset = coco.CocoBoxes(
+        ann_file=str(file),
+        data_prefix={"img": str(images)},
+        metainfo={"classes": ("cat", "dog")},
+        test_mode=True,
+    )
+    assert [len(dataset.get_data_info(i)["instances"]) for i in range(2)] == [2, 1]
+
+
+@pytest.mark.parametrize("depth", [100_000])
+def test_deep_nesting_is_no_crash(tmp_path: Path, images: Path, depth: int):
+    file = tmp_path / "annotations.json"
+    file.write_text("[" * depth)
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        coco.read_annotations(file)
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "", "a\0b"])
+def test_an_image_cannot_lie_outside_of_its_folder(tmp_path: Path, images: Path, name: str):
+    content = document()
+    content["images"][1]["file_name"] = name
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"images\[1\]: 'file_name' is .*below the image folder"):
+        coco.read_annotations(file)
