@@ -56,13 +56,13 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return python(str(ROOT / "run.py"), *arguments, cwd=cwd)
 
 
-def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, cwd: Path, timeout: float = 170) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=timeout,
         check=False,
     )
