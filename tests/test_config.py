@@ -147,3 +147,47 @@ def test_the_suffix_is_short_and_empty_for_nothing():
     suffix = config.identity_suffix("recipe.epochs=3")
     assert len(suffix) == 9
     assert int(suffix[1:], 16) >= 0
+
+
+# Sweeps -----------------------------------------------------------------------------------------
+
+
+def composed_with_hydra(*overrides):
+    config.register()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def test_slurm_composes_with_its_keys():
+    more = ["hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=4"]
+    launcher = composed_with_hydra("hydra/launcher=slurm", *more).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.partition, launcher.gpus_per_node, launcher.tasks_per_node) == ("gpu", 4, 4)
+    assert launcher.timeout_min > 0
+    assert launcher.max_num_timeout > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("joblib", "JoblibLauncher"), ("submitit_local", "LocalLauncher")],
+)
+def test_other_launchers_compose(name, target):
+    launcher = composed_with_hydra(f"hydra/launcher={name}").hydra.launcher
+    assert launcher._target_.endswith(target)
+
+
+EXPERIMENTS = sorted(file.stem for file in Path(CONF, "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_has_a_study_of_its_own(name):
+    found = composed_with_hydra(f"experiment={name}")
+    assert found.study == name
+    assert found.hydra.sweeper.params
+
+
+def test_the_comparison_names_methods_and_detectors_that_exist():
+    params = composed_with_hydra("experiment=roadscenes").hydra.sweeper.params
+    for group in ("method", "detector"):
+        known = {file.stem for file in Path(CONF, group).glob("*.yaml")}
+        assert set(params[group].split(",")) <= known
