@@ -13,8 +13,8 @@ register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> float:
-    """Run one experiment; gives the headline metric of the last round."""
+def main(config: DictConfig) -> float | tuple[float, ...]:
+    """Run one experiment; gives the headline metric of the last round, or the `objectives`."""
     from ldt.experiment import run
 
     job = HydraConfig.get()

@@ -186,6 +186,7 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
     study: str = "default"
     base: str = "own"  # own | shared: one base training for all of a study's runs that need it
+    objectives: list[str] = field(default_factory=list)  # what a sweeper is given; [] = the metric
     seed: int = 0
     run_name: str = MISSING
 

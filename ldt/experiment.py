@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ from ldt.records import read_json, write_json, write_text
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
+OBJECTIVES = ("AP", "AP50", "AP75", "mAP", "params", "multiply_adds", "latency_ms")
+
+
+def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tuple[float, ...]:
     """Train, prune, retrain, measure and report one configuration in its own folder.
 
     A finished run returns at once; an unfinished one goes on from ``last.ckpt``.
@@ -52,7 +55,8 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
         in_sweep: record a failure and return, so that the other jobs of the sweep go on.
 
     Returns:
-        The headline metric of the last round (nan for a failed job of a sweep).
+        The headline metric of the last round, or the ``objectives`` of the configuration; nan for a
+        failed job of a sweep.
 
     Raises:
         ValueError: bad configuration, or the folder holds a run of another one, which is left as
@@ -64,7 +68,7 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
         except ValueError:
             if in_sweep:
                 log.exception("%s is refused", folder.name)
-                return float("nan")
+                return _result(config, {})
             raise
         summary = read_json(folder / "summary.json")
         try:
@@ -81,9 +85,16 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float:
             _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
             if in_sweep:
                 log.exception("%s failed", folder.name)
-                return float("nan")  # the other jobs of the sweep go on
+                return _result(config, {})  # the other jobs of the sweep go on
             raise
-    return float(summary["rounds"][-1].get(config.dataset.metric, float("nan")))
+    return _result(config, summary["rounds"][-1])
+
+
+def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float, ...]:
+    values = tuple(
+        float(row.get(name, float("nan"))) for name in config.objectives or [config.dataset.metric]
+    )
+    return values if len(values) > 1 else values[0]
 
 
 @contextlib.contextmanager
@@ -140,6 +151,11 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 
 def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
     plan = _plan(config)
+    for name in config.objectives:
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"objectives={name!r} is not known; choose from {', '.join(OBJECTIVES)}"
+            )
     if config.base not in ("own", "shared"):
         raise ValueError(f"base={config.base!r}; choose own or shared")
     if config.base == "shared" and plan.rounds and plan.base_epochs:
@@ -350,7 +366,8 @@ class StudyTable(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Called by Hydra after each job."""
         value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
-        self.refused += isinstance(value, float) and math.isnan(value)
+        values = value if isinstance(value, tuple) else (value,)
+        self.refused += any(isinstance(v, float) and math.isnan(v) for v in values)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the launching process."""

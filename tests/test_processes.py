@@ -1,0 +1,78 @@
+"""Two processes (gloo, on the CPU) do what one does, and their runs survive a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from short_runs import ROOT, TINY, command, rows, summary
+
+import ldt
+from ldt.callbacks.plan import Plan
+from ldt.pruning.budget import TOLERANCE
+
+pytestmark = pytest.mark.slow
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "recipe.batch_size=2"]
+
+
+def options(folder, name, *more):
+    """`run.py`'s arguments for a tiny run in <folder>/<name>."""
+    cache, place = f"dataset.cache={folder / 'cache'}", f"hydra.run.dir={folder / name}"
+    return [*TINY, cache, place, *more]
+
+
+def finished(folder, name, *more):
+    done = command(*options(folder, name, *more), cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained base's folder, with LDT on."""
+    folder = tmp_path_factory.mktemp("base")
+    return finished(folder, "base", "trainer=cpu", "method=none", "ldt.enabled=true")
+
+
+@pytest.mark.parametrize("method", ["ldt", "group_fisher"])
+def test_scores_and_removed_channels_are_those_of_one_process(base, tmp_path, method):
+    start = ["recipe.epochs=0", f"detector.checkpoint={base / 'round-0.ckpt'}", "prune=oneshot"]
+    start += [f"method={method}", "method.inner_rounds=1"]
+    one, two = (
+        dict(np.load(finished(tmp_path, name, *start, *more) / "scores-1.npz"))
+        for name, more in (("one", ["trainer=cpu"]), ("two", TWO))
+    )
+    assert list(one) == list(two)
+    for key, values in one.items():
+        if key.startswith("removed/"):
+            assert np.array_equal(values, two[key])
+        else:
+            np.testing.assert_allclose(values, two[key], rtol=1e-4, atol=1e-6 * values.max())
+
+
+def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
+    more = [*TWO, "recipe.retrain_epochs=2"]
+    whole = finished(tmp_path, "whole", *more)
+    arguments = [sys.executable, str(ROOT / "run.py"), *options(tmp_path, "killed", *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    folder, deadline = tmp_path / "killed", time.monotonic() + 150
+    while not (folder / "scores-1.npz").is_file():  # the first cut
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert summary(folder).get("status") != "finished" if (folder / "summary.json").exists() else 1
+    finished(tmp_path, "killed", *more)
+    found = rows(folder)
+    assert found == rows(whole)
+    plan = Plan(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=2)
+    rates = [row["rate"] for row in found]
+    assert rates == pytest.approx([plan.gone(t) for t in range(3)], abs=TOLERANCE)
+    ldt.load_pruned(folder / "round-2.ckpt")
