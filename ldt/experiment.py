@@ -135,7 +135,8 @@ def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
 
 def _essential(plain: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what does not change the result."""
-    kept = {key: value for key, value in plain.items() if key not in ("logger", "report")}
+    aside = ("logger", "report", "objectives")
+    kept = {key: value for key, value in plain.items() if key not in aside}
     for dotted in DETAILS:
         group, key = dotted.split(".")
         kept[group] = {k: v for k, v in kept.get(group, {}).items() if k != key}
