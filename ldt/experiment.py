@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ldt import profiling, report
+from ldt.callbacks.checkpoints import WholeCheckpoints, resumable
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.ldt_loss import LDTLoss
@@ -30,7 +31,6 @@ from ldt.callbacks.plan import Plan
 from ldt.callbacks.progress import PlainEpochs, PlainProgress
 from ldt.callbacks.prune_retrain import PruneRetrain
 from ldt.callbacks.seeds import EpochSeeds
-from ldt.checkpoints import WholeCheckpoints, resumable
 from ldt.config import DETAILS, MethodConfig, PruneConfig
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import model_config, quiet

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from short_runs import rows, tiny
 
-from ldt import checkpoints, experiment, profiling, report
-from ldt.callbacks import prune_retrain
+from ldt import experiment, profiling, report
+from ldt.callbacks import checkpoints, prune_retrain
 from ldt.module import DetectorModule
 from ldt.pruning.graph import PruningGraph
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 LEVELS = (  # a module imports from its own level and from those below it
-    ("run",),
+    ("run", "ldt.repeat"),
     ("ldt.experiment",),
     ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.report", "ldt.analysis", "ldt.export"),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),

@@ -11,7 +11,7 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 import ldt
-from ldt.checkpoints import LAST, PREVIOUS, WholeCheckpoints, resumable
+from ldt.callbacks.checkpoints import LAST, PREVIOUS, WholeCheckpoints, resumable
 from ldt.detectors import load_weights
 
 
