@@ -91,10 +91,9 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
 
 
 def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float, ...]:
-    values = tuple(
-        float(row.get(name, float("nan"))) for name in config.objectives or [config.dataset.metric]
-    )
-    return values if len(values) > 1 else values[0]
+    names = config.objectives or [config.dataset.metric]
+    values = [float(row.get(name, float("nan"))) for name in names]
+    return tuple(values) if len(values) > 1 else values[0]
 
 
 @contextlib.contextmanager
