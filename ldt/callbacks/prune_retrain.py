@@ -288,19 +288,10 @@ class PruneRetrain(L.Callback):
 
     def _begin_masking(self, module: Any) -> GradualPruning:
         assert self.gradual is not None
-        plan, whole = self.plan, self._unpruned[self.plan.budget]
         with evaluating(module.detector):
-            graph = module.trace(plan.scope)
+            graph = module.trace(self.plan.scope)
         self._report_whole(graph)
-        self.gradual.begin(
-            graph,
-            CostModel(graph, plan.budget),
-            save=plan.gone(self.round) * whole - (whole - self._count(module)[plan.budget]),
-            tolerance=TOLERANCE * whole,
-            ranking=plan.ranking,
-            limits=plan.limits,
-            original=self._channels,
-        )
+        self.gradual.begin(graph, **self._rule(module, graph, self.round))
         return self.gradual
 
     def _cut_masked(self, trainer: L.Trainer, module: Any) -> None:
@@ -342,20 +333,23 @@ class PruneRetrain(L.Callback):
     def _choose(
         self, module: Any, graph: PruningGraph, scores: dict[str, Tensor], inner: int
     ) -> dict[str, list[int]]:
+        rounds = self.plan.inner_rounds
+        rule = self._rule(module, graph, self.round - 1 + inner / rounds)
+        if inner < rounds:  # only what the round ends with must be exact
+            rule["tolerance"] = self._unpruned[self.plan.budget]
+        return choose(graph, scores, **rule)
+
+    def _rule(self, module: Any, graph: PruningGraph, after: float) -> dict[str, Any]:
+        """What :func:`choose` is told, so that a (partial) round ends as planned."""
         plan, whole = self.plan, self._unpruned[self.plan.budget]
-        now = self._count(module)[plan.budget]
-        gone = plan.gone(self.round - 1 + inner / plan.inner_rounds)
-        return choose(
-            graph,
-            scores,
-            CostModel(graph, plan.budget),
-            save=gone * whole - (whole - now),
-            # only what the round ends with must be exact
-            tolerance=TOLERANCE * whole if inner == plan.inner_rounds else whole,
-            ranking=plan.ranking,
-            limits=plan.limits,
-            original=self._channels,
-        )
+        return {
+            "costs": CostModel(graph, plan.budget),
+            "save": plan.gone(after) * whole - (whole - self._count(module)[plan.budget]),
+            "tolerance": TOLERANCE * whole,
+            "ranking": plan.ranking,
+            "limits": plan.limits,
+            "original": self._channels,
+        }
 
     def _check_rate(self, module: Any) -> None:
         budget = self.plan.budget

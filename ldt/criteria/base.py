@@ -122,12 +122,13 @@ def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> I
             hook.remove()
 
 
-@contextmanager
-def feature_maps(graph: PruningGraph, receive: ReceiveMap) -> Iterator[None]:
-    """Within it, every forward calls ``receive(layer, X)``, once per call of each scored layer.
+@torch.no_grad()
+def visit_maps(graph: PruningGraph, batches: Iterable[Any], receive: ReceiveMap) -> int:
+    """Call ``receive(layer, X)`` once per batch and call of each scored layer.
 
     X, [N, C, h, w], is the map behind the activation module that directly follows the layer and its
-    normalisation; where none does (the last convolution of a residual branch), before any.
+    normalisation; where none does (the last convolution of a residual branch), before any. Returns
+    the number of images.
     """
     in_two_steps = graph.activated
     waiting: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the maps, so that ids stay theirs
@@ -151,8 +152,12 @@ def feature_maps(graph: PruningGraph, receive: ReceiveMap) -> Iterator[None]:
         for module in graph.model.modules()
         if isinstance(module, ACTIVATIONS)
     ]
+    images = 0
     try:
-        yield
+        for batch in batches:
+            graph.forward(graph.model, batch.images)
+            images += len(batch.images)
     finally:
         for hook in hooks:
             hook.remove()
+    return images

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldt.criteria.base import Criterion, Target, feature_maps
+from ldt.criteria.base import Criterion, Target, visit_maps
 from ldt.pruning.graph import PruningGraph
 
 STEP, REACH = 0.25, 35.0  # the quadrature's, in log t: errors exp(-pi^2/STEP) and exp(-REACH)
@@ -34,7 +34,6 @@ class CHIPCriterion(Criterion):
         """Mean channel independence of every channel."""
         return self._scores[layer]
 
-    @torch.no_grad()
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Average the channel independence over all images; calls of a shared layer add up."""
         sums: dict[nn.Module, Tensor] = {}
@@ -46,11 +45,7 @@ class CHIPCriterion(Criterion):
                 sums[layer] = sums.get(layer, 0) + found
                 norms[layer] = norms.get(layer, 0) + norm
 
-        images = 0
-        with feature_maps(graph, receive):
-            for batch in batches:
-                graph.forward(target.model, batch.images)
-                images += len(batch.images)
+        images = visit_maps(graph, batches, receive)
         self._scores = {}
         for layer, summed in sums.items():
             tiny = torch.finfo(torch.double).tiny

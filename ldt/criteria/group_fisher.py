@@ -42,7 +42,7 @@ class GroupFisherCriterion(Criterion):
 
     def __call__(self, group: Any) -> Tensor:
         """The scores of a Torch-Pruning group, [channels of its root]."""
-        return self._scores[group[0].dep.target.module]
+        return self.channel_scores(group[0].dep.target.module)
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
         """The scores of the group that has this layer as its root."""

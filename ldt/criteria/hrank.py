@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ldt.criteria.base import Criterion, Target, feature_maps
+from ldt.criteria.base import Criterion, Target, visit_maps
 from ldt.pruning.graph import PruningGraph
 
 
@@ -42,7 +42,6 @@ class HRankCriterion(Criterion):
         """Mean rank, and less than the smallest difference of two for the nuclear norm."""
         return self._scores[layer]
 
-    @torch.no_grad()
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Sum up ranks and nuclear norms over all images and calls."""
         ranks: dict[nn.Module, Tensor] = {}
@@ -57,9 +56,7 @@ class HRankCriterion(Criterion):
             norms[layer] = norms.get(layer, 0) + values.double().sum((0, 2)).cpu()
             maps[layer] = maps.get(layer, 0) + len(x)
 
-        with feature_maps(graph, receive):
-            for batch in batches:
-                graph.forward(target.model, batch.images)
+        visit_maps(graph, batches, receive)
         tied = channels = 0
         for layer, summed in ranks.items():
             share = norms[layer] / norms[layer].max().clamp(min=torch.finfo(torch.double).tiny)
