@@ -1,0 +1,184 @@
+"""Runs that are stopped, started twice, refused a disk, or sent away, in processes of their own."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from short_runs import ROOT, TINY, command, python, rows, summary, tiny
+
+import ldt
+from ldt import experiment
+
+pytestmark = pytest.mark.slow
+ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
+
+
+def options(folder, name, *more):
+    cache, place = f"dataset.cache={folder / 'cache'}", f"hydra.run.dir={folder / name}"
+    return [*TINY, cache, place, *more]
+
+
+def begun(folder, name, *more):
+    """A running `run.py`, with its output kept in <folder>/<name>.out."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, str(ROOT / "run.py"), *options(folder, name, *more)]
+    with (folder / f"{name}.out").open("ab") as out:
+        return subprocess.Popen(arguments, cwd=folder, env=environment, stdout=out, stderr=out)
+
+
+def wait_for(file, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert process.poll() is None, "it ended first"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path):
+    process = begun(tmp_path, "run", *ONE, "recipe.epochs=200")
+    folder = tmp_path / "run"
+    wait_for(folder / "last.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, (tmp_path / "run.out").read_text()
+    assert summary(folder)["status"] == "interrupted"
+    assert experiment.resumable(folder) is not None
+    text = (tmp_path / "run.out").read_text()
+    assert "the same command goes on" in text
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
+    """It comes at the worst moment: channels are cut, nothing is saved yet."""
+    config = tiny(tmp_path, "method=l1", "prune=oneshot")
+    experiment.run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        cut = experiment.PruneRetrain._report_whole
+
+        def interrupted(loop, graph):
+            cut(loop, graph)
+            raise KeyboardInterrupt
+
+        patch.setattr(experiment.PruneRetrain, "_report_whole", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            experiment.run(config, tmp_path / "run")
+    assert stopped.value.code == 130
+    assert summary(tmp_path / "run")["status"] == "interrupted"
+    experiment.run(config, tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
+    first = begun(tmp_path, "run", *ONE)
+    second = begun(tmp_path, "run", *ONE)
+    assert (first.wait(timeout=150), second.wait(timeout=150)) == (0, 0)
+    text = (tmp_path / "run.out").read_text()
+    assert text.count("waiting for its end") == 1
+    assert text.count("epoch 3/3") == 1
+    assert text.count("is finished already") == 1
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_full_disk_stops_a_run_and_loses_nothing(tmp_path, monkeypatch):
+    config = tiny(tmp_path, *ONE)
+    experiment.run(config, tmp_path / "whole")
+    saves, plain = [], torch.save
+
+    def full(content, file):
+        saves.append(file)
+        if len(saves) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(content, file)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"cannot write .*No space left.*make room"):
+            experiment.run(config, folder)
+    assert summary(folder)["status"] == "failed"
+    assert "No space left" in summary(folder)["error"]
+    ldt.load_pruned(folder / "last.ckpt")
+    experiment.run(config, folder)
+    assert rows(folder) == rows(tmp_path / "whole")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = command(*options(tmp_path, "file/run", *ONE), cwd=tmp_path)
+    assert done.returncode == 1
+    assert str(tmp_path / "file/run") in done.stderr
+
+
+def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):
+    config = ["trainer=cpu", "prune=oneshot", "report.pictures=0"]
+    for name in ("one", "two"):
+        done = command(*options(tmp_path, name, *config), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = python("-m", "ldt.repeat", str(tmp_path / "one"), str(tmp_path / "three"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "one") == rows(tmp_path / "two") == rows(tmp_path / "three")
+    one, three = (OmegaConf.load(tmp_path / name / "config.yaml") for name in ("one", "three"))
+    assert one == three
+    done = python("-m", "ldt.repeat", str(tmp_path / "cache"), str(tmp_path / "x"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "give the directory of a run" in done.stderr.splitlines()[-1]
+
+
+# Sweeps elsewhere -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "trainer=cpu"],
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "trainer=cpu"],
+        ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "recipe.batch_size=2"],
+    ],
+    ids=["submitit", "joblib", "ddp"],
+)
+def test_the_same_sweep_runs_elsewhere(tmp_path, elsewhere):
+    done = command(
+        "-m",
+        *TINY,
+        f"dataset.cache={tmp_path / 'cache'}",
+        "report.pictures=0",
+        "prune=oneshot",
+        "method=l1,random",
+        "study=away",
+        *elsewhere,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = sorted(file.parent for file in (tmp_path / "runs/away").glob("*/summary.json"))
+    assert [folder.name.split("-")[2] for folder in folders] == ["l1", "random"]
+    assert all(summary(folder)["status"] == "finished" for folder in folders)
+    assert "2 finished" in done.stdout
+
+
+def test_optuna_searches_towards_two_objectives(tmp_path):
+    done = command(
+        "-m",
+        "experiment=search",
+        *[key for key in TINY if not key.startswith("prune.rate")],
+        f"dataset.cache={tmp_path / 'cache'}",
+        "report.pictures=0",
+        "prune=oneshot",
+        "trainer=cpu",
+        "objectives=[mAP,params]",
+        "hydra.sweeper.direction=[maximize,minimize]",
+        "hydra.sweeper.n_trials=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = OmegaConf.load(tmp_path / "runs/search/optimization_results.yaml")
+    values = [solution["values"] for solution in found["solutions"]]
+    params = {
+        summary(file.parent)["rounds"][-1]["params"]
+        for file in (tmp_path / "runs/search").glob("*/summary.json")
+    }
+    assert {int(value[1]) for value in values} <= params
