@@ -160,9 +160,12 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
         raise ValueError(f"base={config.base!r}; choose own or shared")
     if config.base == "shared" and plan.rounds and plan.base_epochs:
         checkpoint = _shared_base(config, plain, folder.parent)
-        config = OmegaConf.merge(  # type: ignore[assignment]
-            config, {"recipe": {"epochs": 0}, "detector": {"checkpoint": str(checkpoint)}}
-        )
+        continued = {
+            "recipe": {"epochs": 0},
+            "detector": {"checkpoint": str(checkpoint)},
+            "ldt": {"warmup_epochs": 0},  # the base has had it
+        }
+        config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
         return _execute(config, OmegaConf.to_container(config, resolve=True), folder)  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
