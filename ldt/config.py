@@ -12,7 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 # Where things are and how fast they load: keys that do not change a run's result.
-DETAILS = ("dataset.root", "dataset.cache", "dataset.workers", "trainer.devices")
+DETAILS = (
+    "dataset.root", "dataset.cache", "dataset.workers", "trainer.devices", "report.pictures"
+)  # fmt: skip
 
 
 @dataclass

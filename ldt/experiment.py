@@ -134,7 +134,7 @@ def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
 
 def _essential(plain: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what does not change the result."""
-    aside = ("logger", "report", "objectives")
+    aside = ("logger", "objectives")
     kept = {key: value for key, value in plain.items() if key not in aside}
     for dotted in DETAILS:
         group, key = dotted.split(".")

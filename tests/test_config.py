@@ -136,10 +136,15 @@ def test_order_does_not_matter_and_any_other_override_does(name):
 @pytest.mark.parametrize(
     "detail",
     ["dataset.root=/data", "dataset.cache=/tmp/x", "dataset.workers=7", "logger=wandb",
-     "trainer.devices=2", "study=another"],
+     "trainer.devices=2", "study=another", "report.pictures=3", "experiment=roadscenes"],
 )  # fmt: skip
 def test_where_things_are_does_not_change_the_name(name, detail):
     assert name(detail, "recipe.epochs=3") == name("recipe.epochs=3")
+
+
+def test_every_detail_is_left_out_of_the_name():
+    left_out = composed_with_hydra().hydra.job.config.override_dirname.exclude_keys
+    assert set(config.DETAILS) <= set(left_out)
 
 
 def test_the_suffix_is_short_and_empty_for_nothing():
