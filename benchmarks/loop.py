@@ -22,8 +22,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import OmegaConf
 
+from ldt.assembly import build_data, build_module
 from ldt.config import register
-from ldt.experiment import build_data, build_module
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -39,6 +39,7 @@ class RecipeConfig:
     epochs: int = MISSING  # base training; 0 starts from detector.checkpoint
     retrain_epochs: int = MISSING  # after each cut
     batch_size: int = MISSING  # images per process and step
+    base_batch_size: int | None = None  # images that the learning rate is for; null takes it as is
     optimizer: dict[str, Any] = field(default_factory=dict)  # mmengine's keys, `type` first
     paramwise: dict[str, Any] = field(default_factory=dict)
     schedule: str = "step"  # step | cosine | constant
@@ -50,7 +51,7 @@ class RecipeConfig:
     clip_grad: float | None = None  # largest gradient norm
     channels_last: bool = False  # images and feature maps in NHWC order: a fifth faster on CPUs
     ema: float | None = None  # mmdet's ExpMomentumEMA momentum; null = no moving average
-    augment: str = "flip"  # none | flip | mosaic
+    augment: str = "flip"  # none | flip | shift | mosaic
     plain_epochs: int = 0  # last epochs of a phase without mosaic and with YOLOX's L1 loss
 
 

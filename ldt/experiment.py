@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,14 @@ import torch
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ldt import profiling, report
-from ldt.callbacks.checkpoints import WholeCheckpoints, resumable
-from ldt.callbacks.ema import ExponentialMovingAverage
-from ldt.callbacks.gradual import GradualPruning
-from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.callbacks.plan import Plan
-from ldt.callbacks.progress import PlainEpochs, PlainProgress
-from ldt.callbacks.prune_retrain import PruneRetrain
-from ldt.callbacks.seeds import EpochSeeds
+from ldt.assembly import build_data, build_loop, build_module, build_plan, build_trainer
+from ldt.callbacks.checkpoints import resumable
 from ldt.config import DETAILS, MethodConfig, PruneConfig
-from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors import model_config, quiet
-from ldt.module import DetectorModule
-from ldt.pruning.budget import Limits
+from ldt.detectors import quiet
 from ldt.records import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -150,14 +137,8 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 
 
 def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
-    plan = _plan(config)
-    for name in config.objectives:
-        if name not in OBJECTIVES:
-            raise ValueError(
-                f"objectives={name!r} is not known; choose from {', '.join(OBJECTIVES)}"
-            )
-    if config.base not in ("own", "shared"):
-        raise ValueError(f"base={config.base!r}; choose own or shared")
+    plan = build_plan(config)
+    _check_choices(config)
     if config.base == "shared" and plan.rounds and plan.base_epochs:
         checkpoint = _shared_base(config, plain, folder.parent)
         continued = {
@@ -171,26 +152,18 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    criterion = instantiate(config.method.criterion)
+    loop = build_loop(config, plan, folder)
+    trainer = build_trainer(config, plan, loop, folder)
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")
     module = build_module(config, plain, data)
-    loop = PruneRetrain(
-        plan,
-        criterion,
-        folder,
-        gradual=GradualPruning(**config.method.gradual) if config.method.gradual else None,
-        latency_runs=config.report.latency_runs,
-        validate_every=config.trainer.validate_every,
-    )
     about = {
         "environment": profiling.environment(),
         "git": profiling.git_state(Path(__file__).parent),
     }
     write_json(folder / "split.json", data.split_ids())
     write_json(folder / "environment.json", about)
-    trainer = _trainer(config, plan, loop, folder)
     resume = resumable(folder)
     if plan.base_epochs == 0 and resume is None:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -227,6 +200,16 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
     return summary
 
 
+def _check_choices(config: DictConfig) -> None:
+    for name in config.objectives:
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"objectives={name!r} is not known; choose from {', '.join(OBJECTIVES)}"
+            )
+    if config.base not in ("own", "shared"):
+        raise ValueError(f"base={config.base!r}; choose own or shared")
+
+
 def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path:
     """The trained base of all runs that differ only in what they prune; a run of its own."""
     base = config.copy()
@@ -256,112 +239,8 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
     report.print_run(summary, folder)
 
 
-def _plan(config: DictConfig) -> Plan:
-    prune, recipe = config.prune, config.recipe
-    return Plan(
-        rate=prune.rate,
-        rounds=prune.rounds if config.method.criterion else 0,
-        base_epochs=recipe.epochs,
-        retrain_epochs=recipe.retrain_epochs,
-        budget=prune.budget,
-        ranking=config.method.ranking,
-        inner_rounds=config.method.inner_rounds,
-        scope=tuple(prune.scope),
-        limits=Limits(prune.max_layer_rate, prune.min_channels),
-        images=prune.images,
-        batch_size=prune.batch_size,
-        retrain_lr=recipe.retrain_lr,
-    )
-
-
-def build_data(config: DictConfig) -> DetectionDataModule:
-    """The data module of a configuration."""
-    own = {k: v for k, v in config.dataset.items() if k not in ("name", "metric", "scales")}
-    return instantiate(
-        own,
-        _convert_="all",
-        batch_size=config.recipe.batch_size,
-        seed=config.seed,
-        augment=config.recipe.augment,
-        pad=config.detector.pad,
-    )
-
-
-def build_module(
-    config: DictConfig, plain: dict[str, Any], data: DetectionDataModule
-) -> DetectorModule:
-    """The detector of a configuration, for the classes of its data."""
-    detector, (width, height) = plain["detector"], data.scale
-    if plain["recipe"]["epochs"] == 0 and detector["checkpoint"] is None:
-        raise ValueError(
-            "recipe.epochs=0 prunes at once, so weights are needed: detector.checkpoint=<file>"
-        )
-    return DetectorModule(
-        model_config(
-            detector["config"], detector["options"], len(data.classes), detector["pretrained"]
-        ),
-        data.classes,
-        plain["recipe"],
-        (-(-height // 32) * 32, -(-width // 32) * 32),  # as batches are padded
-        neck=detector["neck"],
-        predictors=detector["predictors"],
-        checkpoint=detector["checkpoint"],
-    )
-
-
-def _trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -> L.Trainer:
-    terminal = sys.stdout.isatty()
-    callbacks: list[L.Callback] = [RichProgressBar() if terminal else PlainProgress()]
-    callbacks.append(EpochSeeds(config.seed))
-    if config.ldt.enabled:
-        terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
-        callbacks.append(LDTLoss(**terms))
-    if config.recipe.ema is not None:
-        callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
-    callbacks.append(loop)
-    if config.recipe.plain_epochs:
-        callbacks.append(PlainEpochs(loop.is_last_epoch, config.recipe.plain_epochs))
-    callbacks.append(  # last, so that it saves what the loop has made of the model
-        ModelCheckpoint(
-            folder,
-            filename="last",
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-    )
-    attempts = len(list(folder.glob("logs*")))  # CSVLogger empties a folder that it finds
-    logs = f"logs-{attempts + 1}" if attempts else "logs"
-    loggers: list[Any] = [CSVLogger(folder, name="", version=logs)]
-    if config.logger:
-        loggers.append(instantiate(config.logger, save_dir=str(folder)))
-    own = config.trainer
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return L.Trainer(
-            accelerator=own.accelerator,
-            devices=own.devices,
-            strategy=own.strategy,
-            num_nodes=own.num_nodes,
-            precision=own.precision,
-            deterministic=own.deterministic,
-            sync_batchnorm=own.sync_batchnorm,
-            log_every_n_steps=own.log_every_n_steps,
-            limit_train_batches=own.limit_train_batches,
-            limit_val_batches=own.limit_val_batches,
-            max_epochs=plan.total_epochs,
-            gradient_clip_val=config.recipe.clip_grad,
-            callbacks=callbacks,
-            logger=loggers,
-            plugins=[WholeCheckpoints()],
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-            enable_model_summary=False,
-        )
-
-
 class StudyTable(Callback):
-    """After a sweep, prints every run of the study; ends with an error if a job failed."""
+    """After a sweep, prints its study; ends with an error if a run of the study has failed."""
 
     def __init__(self) -> None:
         self.refused = 0  # jobs whose folder belongs to another run

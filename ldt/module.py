@@ -1,7 +1,7 @@
 """A LightningModule around any mmdet detector."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ class DetectorModule(L.LightningModule):
     Args:
         model: the detector's config as plain data (:func:`ldt.detectors.model_config`).
         classes: class names, in label order.
-        recipe: the keys of ``conf/recipe`` as plain data.
+        recipe: the keys of ``conf/recipe`` (:class:`ldt.config.RecipeConfig`) as plain data.
         input_size: (height, width) of the input that tracing and counting use.
         neck: name of the module whose output LDT acts on, or ``auto``.
         predictors: layers whose outputs are never pruned; None finds them.
@@ -219,13 +219,23 @@ class DetectorModule(L.LightningModule):
             config["paramwise_cfg"] = dict(self.recipe["paramwise"])
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
         whole, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
-        steps = max(1, round(whole / epochs * self.phase_epochs))
-        recipe = self.recipe | {"schedule": self.schedule}
-        schedule = LambdaLR(optimizer, _schedule(recipe, steps, self.lr_scale))
+        plain: int = self.recipe["plain_epochs"]
+        factor = _schedule(
+            self.recipe | {"schedule": self.schedule},
+            max(1, round(whole / epochs * self.phase_epochs)),
+            self.lr_scale * self._batch_scale(),
+            round(whole / epochs * plain) if plain < self.phase_epochs else 0,
+        )
+        schedule = LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
+
+    def _batch_scale(self) -> float:
+        """The linear scaling rule: a learning rate holds for ``recipe.base_batch_size`` images."""
+        base, here = self.recipe["base_batch_size"], self.recipe["batch_size"]
+        return here * self.trainer.world_size / base if base else 1.0
 
     # Checkpoints --------------------------------------------------------------------------
 
@@ -268,29 +278,37 @@ def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Ten
     return total, dict(logs)
 
 
-def _schedule(recipe: dict[str, Any], steps: int, scale: float) -> Callable[[int], float]:
-    """The factor on the learning rate at each step of a phase.
+def check_recipe(recipe: Mapping[str, Any]) -> None:
+    """ValueError for a recipe that cannot be trained with, naming its key."""
+    allowed = {"schedule": ("step", "cosine", "constant"), "warmup_shape": ("linear", "quadratic")}
+    for key, choices in allowed.items():
+        if recipe[key] not in choices:
+            raise ValueError(f"recipe.{key}={recipe[key]!r}; choose from {', '.join(choices)}")
+    lr = recipe["optimizer"].get("lr")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
+        raise ValueError(f"recipe.optimizer.lr={lr!r} must be a positive number")
 
-    Raises:
-        ValueError: unknown schedule or warm-up shape.
+
+def _schedule(
+    recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
+) -> Callable[[int], float]:
+    """The factor on the learning rate at each step t of a phase of T steps.
+
+    Over the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
+    milestone (``step``), or 1 (``constant``), or m + (1 - m) (1 + cos(pi (t-W)/(T-P-W)))/2 with the
+    share m = ``min_lr``, at which the last ``plain`` = P steps stay (``cosine``, as YOLOX has it).
     """
-    kind, shape = recipe["schedule"], recipe["warmup_shape"]
-    if kind not in ("step", "cosine", "constant") or shape not in ("linear", "quadratic"):
-        raise ValueError(
-            f"recipe.schedule={kind!r}, recipe.warmup_shape={shape!r}; choose step, cosine or "
-            "constant, and linear or quadratic"
-        )
+    kind = recipe["schedule"]
     warmup = min(int(recipe["warmup"]), steps // 5)
 
     def factor(step: int) -> float:
         if step < warmup:
-            share = (step + 1) / warmup
-            return scale * (share if shape == "linear" else share**2)
+            return scale * ((step + 1) / warmup) ** (1 + (recipe["warmup_shape"] == "quadratic"))
         if kind == "step":
             return scale * 0.1 ** sum(step >= m * steps for m in recipe["milestones"])
         if kind == "cosine":
             low = recipe["min_lr"]
-            share = min(1.0, (step - warmup) / max(1, steps - warmup))
+            share = min(1.0, (step - warmup) / max(1, steps - plain - warmup))
             return scale * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
         return scale
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from short_runs import tiny
 from small import CONF, composed
 
-from ldt import config, experiment
+from ldt import assembly, config, experiment
 
 GROUPS = sorted(folder.name for folder in Path(CONF).iterdir() if folder.is_dir())
 OPTIONS = [
@@ -84,8 +84,20 @@ def test_a_mistake_is_named(mistake):
         ("prune.rate=1.5", r"prune.rate=1.5"),
         ("prune.budget=param", r"prune.budget='param'; choose params or flops"),
         ("method.ranking=best", r"method.ranking='best'"),
-        ("method.criterion.source=nek", r"method.criterion.source='nek'; choose one of neck,"),
-        ("recipe.augment=mosaics", r"augment='mosaics' is not known; allowed: none, flip, mosaic"),
+        ("method.criterion.source=nek", r"method.criterion.source='nek': .*'neck', 'neck_all'"),
+        ("method.criterion.phi=abc", r"method.criterion.phi='abc'"),
+        ("method.criterion.location=maybe", r"method.criterion.location='maybe'"),
+        ("method.criterion.a=-1", r"method.criterion.a=-1"),
+        ("method=group_fisher_gradual method.gradual.lr=abc", r"method.gradual.lr='abc'"),
+        ("ldt.covariance=max", r"ldt.covariance='max'; choose mean or sum"),
+        ("method=none ldt.enabled=true ldt.phi=3", r"ldt.phi=3.0 must lie between 0 and 1"),
+        ("ldt.memory=-1", r"ldt.memory=-1 cannot be negative"),
+        ("recipe.schedule=poly", r"recipe.schedule='poly'; choose from step, cosine, constant"),
+        ("recipe.optimizer.lr=abc", r"recipe.optimizer.lr='abc'"),
+        ("report.latency_runs=5", r"report.latency_runs=5; at least 30"),
+        ("trainer.devices=abc", r"`devices` .* should be an int"),
+        ("trainer.precision=half", r"half"),
+        ("recipe.augment=mosaics", r"augment='mosaics' is not known; allowed: none, flip, shift,"),
         ("recipe.batch_size=0", r"batch_size=0"),
         ("dataset.grouping=mixed", r"grouping"),
         ("dataset.root=/tmp", r"dataset.cache=/tmp"),
@@ -94,9 +106,9 @@ def test_a_mistake_is_named(mistake):
 )
 def test_a_wrong_choice_is_told_before_a_model_is_built(mistake, message, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(experiment, "DetectorModule", lambda *_, **__: built.append(1))
+    monkeypatch.setattr(assembly, "DetectorModule", lambda *_, **__: built.append(1))
     with pytest.raises(Exception, match=message):
-        experiment.run(tiny(tmp_path, mistake), tmp_path / "run")
+        experiment.run(tiny(tmp_path, *mistake.split()), tmp_path / "run")
     assert built == []
 
 

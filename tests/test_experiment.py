@@ -12,7 +12,7 @@ from short_runs import SCENES, TINY, command, rows, summary, tiny
 from small import composed
 
 import ldt
-from ldt import experiment, report
+from ldt import assembly, experiment, report
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.module import DetectorModule
 
@@ -32,7 +32,7 @@ def nothing_is_trained(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(experiment, "DetectorModule", refuse)
+    monkeypatch.setattr(assembly, "DetectorModule", refuse)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
     before = summary(tmp_path / "run")
     assert before["status"] == "finished"
     assert not (tmp_path / "run/pictures").exists()
-    monkeypatch.setattr(experiment, "DetectorModule", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(assembly, "DetectorModule", lambda *_, **__: pytest.fail("trained again"))
     experiment.run(config, tmp_path / "run")
     assert (tmp_path / "run/pictures/detections.png").is_file()
     assert summary(tmp_path / "run") == before | {"drawn": True}

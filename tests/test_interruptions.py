@@ -14,6 +14,7 @@ from short_runs import ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
+from ldt.callbacks.prune_retrain import PruneRetrain
 
 pytestmark = pytest.mark.slow
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
@@ -58,13 +59,13 @@ def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
     config = tiny(tmp_path, "method=l1", "prune=oneshot")
     experiment.run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        cut = experiment.PruneRetrain._report_whole
+        cut = PruneRetrain._report_whole
 
         def interrupted(loop, graph):
             cut(loop, graph)
             raise KeyboardInterrupt
 
-        patch.setattr(experiment.PruneRetrain, "_report_whole", interrupted)
+        patch.setattr(PruneRetrain, "_report_whole", interrupted)
         with pytest.raises(SystemExit) as stopped:
             experiment.run(config, tmp_path / "run")
     assert stopped.value.code == 130

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
 from small import composed
@@ -11,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.detectors import find_neck, model_config
-from ldt.module import DetectorModule, NonFiniteLossError, _schedule
+from ldt.detectors import _config_file, find_neck, model_config
+from ldt.module import DetectorModule, NonFiniteLossError, _schedule, check_recipe
 
 SIZE = (64, 128)
 MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]
@@ -186,11 +187,27 @@ def test_a_phase_scales_its_whole_schedule():
     assert rates(50, 0.3, **recipe) == pytest.approx([0.3 * r for r in rates(50, **recipe)])
 
 
-@pytest.mark.parametrize("wrong", [{"schedule": "poly"}, {"warmup_shape": "cubic"}])
-def test_an_unknown_schedule_lists_the_known_ones(wrong):
-    ((key, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"recipe.{key}='{value}'.*step, cosine or constant"):
-        rates(10, **wrong)
+def test_a_cosine_stays_at_its_floor_for_the_plain_epochs():
+    known = {"schedule": "cosine", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.05}
+    found = [_schedule(known, 100, 1.0, plain=20)(step) for step in range(100)]
+    assert found[:80] == pytest.approx(rates(80, schedule="cosine", min_lr=0.05))
+    assert found[80:] == [pytest.approx(0.05)] * 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"schedule": "poly"}, r"recipe.schedule='poly'.*step, cosine, constant"),
+        ({"warmup_shape": "cubic"}, r"recipe.warmup_shape='cubic'.*linear, quadratic"),
+        ({"optimizer": {"lr": "abc"}}, r"recipe.optimizer.lr='abc'"),
+        ({"optimizer": {}}, r"recipe.optimizer.lr=None"),
+    ],
+)
+def test_a_wrong_recipe_is_told(wrong, message):
+    known = {"schedule": "step", "warmup_shape": "linear", "optimizer": {"lr": 0.1}}
+    check_recipe(known)
+    with pytest.raises(ValueError, match=message):
+        check_recipe(known | wrong)
 
 
 # Optimizer ------------------------------------------------------------------------------------
@@ -210,6 +227,45 @@ def test_paramwise_keys_reach_their_parameters():
     assert groups[id(detector.bbox_head.gfl_cls.weight)]["weight_decay"] == 1e-4
     norm = detector.bbox_head.cls_convs[0].gn.weight
     assert groups[id(norm)]["weight_decay"] == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("base", "lr"), [(None, 0.01), (16, 0.00125)])
+def test_the_learning_rate_follows_the_batch(base, lr):
+    sgd = {"type": "SGD", "lr": 0.01}
+    more = {"warmup": 0, "schedule": "constant", "batch_size": 2, "base_batch_size": base}
+    (optimizer,) = fit(module_of(optimizer=sgd, **more), [many()]).optimizers
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "packaged"),
+    [
+        ("mmdet_1x", "gfl/gfl_r50_fpn_1x_coco"),
+        ("mmdet_1x", "atss/atss_r50_fpn_1x_coco"),
+        ("mmdet_yolof", "yolof/yolof_r50-c5_8xb8-1x_coco"),
+        ("mmdet_yolox", "yolox/yolox_s_8xb8-300e_coco"),
+    ],
+)
+def test_a_recipe_of_mmdet_is_mmdets(recipe, packaged):
+    ours = OmegaConf.to_container(composed(f"recipe={recipe}").recipe, resolve=True)
+    theirs = Config.fromfile(_config_file(f"mmdet::{packaged}.py"))
+    wrapper, scheduler = theirs.optim_wrapper, theirs.param_scheduler
+    assert ours["optimizer"] == dict(wrapper.optimizer)
+    assert ours["paramwise"] == dict(wrapper.get("paramwise_cfg", {}))
+    assert ours["clip_grad"] == wrapper.get("clip_grad", {}).get("max_norm")
+    assert ours["epochs"] == theirs.train_cfg.max_epochs
+    assert ours["batch_size"] == theirs.train_dataloader.batch_size
+    assert ours["base_batch_size"] == theirs.auto_scale_lr.base_batch_size
+    kinds = {step["type"] for step in theirs.train_pipeline}
+    assert (ours["augment"] == "mosaic") == ("Mosaic" in kinds)
+    assert (ours["augment"] == "shift") == ("RandomShift" in kinds)
+    if ours["schedule"] == "step":
+        assert [m * ours["epochs"] for m in ours["milestones"]] == scheduler[1].milestones
+        assert ours["warmup"] == scheduler[0].end
+    else:
+        assert ours["min_lr"] * ours["optimizer"]["lr"] == pytest.approx(scheduler[1].eta_min)
+        assert ours["epochs"] - ours["plain_epochs"] == scheduler[2].begin
 
 
 # Checkpoints ----------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldt.analysis import neck_statistics
+from ldt.assembly import build_data
 from ldt.checkpoints import load_pruned
-from ldt.experiment import build_data
 from ldt.records import read_json, read_rows, write_rows, write_text
 
 HERE = Path(__file__).parent

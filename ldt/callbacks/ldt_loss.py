@@ -32,7 +32,7 @@ class LDTLoss(L.Callback):
         gather: take the object vectors of all processes, with gradient.
 
     Raises:
-        ValueError: a negative memory.
+        ValueError: a value outside of what is allowed, naming its key.
     """
 
     NAME = "ldt"
@@ -49,8 +49,20 @@ class LDTLoss(L.Callback):
         memory: int = 0,
         gather: bool = True,
     ) -> None:
-        if memory < 0:
-            raise ValueError(f"ldt.memory={memory} is no number of batches; ldt.memory=0 has none")
+        if not 0 < phi < 1:
+            raise ValueError(f"ldt.phi={phi} must lie between 0 and 1, e.g. ldt.phi=0.005")
+        if covariance not in ("mean", "sum"):
+            raise ValueError(f"ldt.covariance={covariance!r}; choose mean or sum")
+        for key, value in {
+            "alpha": alpha,
+            "beta": beta,
+            "ridge": ridge,
+            "ridge_absolute": ridge_absolute,
+            "warmup_epochs": warmup_epochs,
+            "memory": memory,
+        }.items():
+            if value < 0:
+                raise ValueError(f"ldt.{key}={value} cannot be negative")
         self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
         self.gather = gather
         self.options = {

@@ -102,6 +102,11 @@ class PruneRetrain(L.Callback):
         validate_every: int = 0,
         gradual: GradualPruning | None = None,
     ) -> None:
+        if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
+            raise ValueError(
+                f"report.latency_runs={latency_runs}; at least {profiling.MINIMUM_RUNS} are timed, "
+                "or none: report.latency_runs=0"
+            )
         self.plan, self.criterion, self.folder = plan, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
         self.gradual = gradual

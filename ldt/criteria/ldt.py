@@ -64,6 +64,11 @@ class LDTCriterion(Criterion):
     ) -> None:
         _choice("source", source, Source)
         _choice("reduce", reduce, Reduce)
+        if not 0 < phi < 1:
+            raise ValueError(f"method.criterion.phi={phi} must lie between 0 and 1, e.g. 0.005")
+        for key, value in {"a": a, "b": b, "ridge": ridge}.items():
+            if value < 0:
+                raise ValueError(f"method.criterion.{key}={value} cannot be negative")
         self.source, self.location, self.reduce = source, location, reduce
         self.a, self.b, self.phi, self.ridge = a, b, phi, ridge
         self._scores: dict[nn.Module, Tensor] = {}

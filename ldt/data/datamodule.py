@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 Split = Literal["train", "val"]
-AUGMENT = ("none", "flip", "mosaic")
+AUGMENT = ("none", "flip", "shift", "mosaic")
 PAD = ("none", "square")
 MIX = ("Mosaic", "RandomAffine", "MixUp")  # what YOLOX switches off for its last epochs
 PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
@@ -80,11 +80,13 @@ def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dic
     return steps
 
 
-def plain_steps(resize: list[dict], flip: bool) -> list[dict]:
+def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:
     """Pipeline whose boxes are in the coordinates of the network input (loaded *before* Resize)."""
     steps = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}, *resize]
-    if flip:
+    if augment != "none":
         steps.append({"type": "RandomFlip", "prob": 0.5})
+    if augment == "shift":
+        steps.append({"type": "RandomShift", "prob": 0.5, "max_shift_px": 32})
     return [*steps, {"type": "PackDetInputs"}]
 
 
@@ -204,7 +206,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         batch_size, val_batch_size: images in a batch.
         workers: loading processes; 0 loads in the main process. Batches do not depend on it.
         seed: of the order, the augmentation and the calibration subset.
-        augment: "none", "flip" (left-right), "mosaic" (YOLOX's).
+        augment: "none", "flip" (left-right), "shift" (YOLOF's, with flip), "mosaic" (YOLOX's).
         pad: "square" pads every image to `scale` with grey, as YOLOX does; "none" does not.
         keep_ratio: fit the image inside `scale`; False stretches it to `scale`.
         classes: names in the order of the labels; empty for the data set's usual ones.
@@ -324,11 +326,11 @@ class DetectionDataModule(LightningDataModule, ABC):
             self._sampler.mix = mix
 
     def _plain(self, split: Split) -> BaseDataset:
-        return with_pipeline(self.dataset(split), plain_steps(self._resize, flip=False))
+        return with_pipeline(self.dataset(split), plain_steps(self._resize))
 
     def _training_images(self) -> BaseDataset | MultiImageMixDataset:
         if self.augment != "mosaic":
-            steps = plain_steps(self._resize, flip=self.augment == "flip")
+            steps = plain_steps(self._resize, self.augment)
             return with_pipeline(self.dataset("train"), steps)
         load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
         single = with_pipeline(self.dataset("train"), load)

@@ -102,11 +102,6 @@ def test_memory_is_forgotten_when_the_neck_gets_another_width():
     assert len(terms._memory) == 2  # the two batches of the narrow neck
 
 
-def test_a_negative_memory_is_refused():
-    with pytest.raises(ValueError, match=r"ldt.memory=-1.*ldt.memory=0"):
-        LDTLoss(memory=-1)
-
-
 # Several processes ----------------------------------------------------------------------------
 
 SPLITS = ((5, 7), (0, 12), (0, 0))  # objects on each of two processes

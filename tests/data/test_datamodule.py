@@ -370,7 +370,7 @@ def test_augment_off_takes_effect_in_the_epoch_that_starts(root, tmp_path, worke
     [
         ({"scale": (640,)}, r"dataset\.scale=\[640\] is not a size; .*dataset\.scale=\[640,192\]"),
         ({"scale": (640, 0)}, r"two positive whole numbers, width and height"),
-        ({"augment": "mixup"}, r"augment='mixup' is not known; allowed: none, flip, mosaic"),
+        ({"augment": "mixup"}, r"augment='mixup' is not known; allowed: none, flip, shift, mosaic"),
         ({"pad": "grey"}, r"pad='grey' is not known; allowed: none, square"),
         ({"batch_size": 0}, r"batch_size=0 is too small; allowed: 1 or more"),
         ({"val_batch_size": 0}, r"val_batch_size=0"),

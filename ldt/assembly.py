@@ -1,0 +1,162 @@
+"""From a configuration to the objects of a run; what is wrong with it is told before training."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import lightning as L
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+from pydantic import TypeAdapter, ValidationError
+
+from ldt.callbacks.checkpoints import WholeCheckpoints
+from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.callbacks.gradual import GradualPruning
+from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.callbacks.plan import Plan
+from ldt.callbacks.progress import PlainEpochs, PlainProgress
+from ldt.callbacks.prune_retrain import PruneRetrain
+from ldt.callbacks.seeds import EpochSeeds
+from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors import model_config
+from ldt.module import DetectorModule, check_recipe
+from ldt.pruning.budget import Limits
+
+
+def build_plan(config: DictConfig) -> Plan:
+    """What a configuration removes and when."""
+    prune, recipe = config.prune, config.recipe
+    return Plan(
+        rate=prune.rate,
+        rounds=prune.rounds if config.method.criterion else 0,
+        base_epochs=recipe.epochs,
+        retrain_epochs=recipe.retrain_epochs,
+        budget=prune.budget,
+        ranking=config.method.ranking,
+        inner_rounds=config.method.inner_rounds,
+        scope=tuple(prune.scope),
+        limits=Limits(prune.max_layer_rate, prune.min_channels),
+        images=prune.images,
+        batch_size=prune.batch_size,
+        retrain_lr=recipe.retrain_lr,
+    )
+
+
+def build_loop(config: DictConfig, plan: Plan, folder: Path) -> PruneRetrain:
+    """The prune-retrain loop of a configuration, with its criterion."""
+    method = config.method
+    check_recipe(config.recipe)
+    if method.criterion:
+        _check_types("method.criterion", get_class(method.criterion._target_), method.criterion)
+    if method.gradual:
+        _check_types("method.gradual", GradualPruning, method.gradual)
+    return PruneRetrain(
+        plan,
+        instantiate(method.criterion),
+        folder,
+        gradual=GradualPruning(**method.gradual) if method.gradual else None,
+        latency_runs=config.report.latency_runs,
+        validate_every=config.trainer.validate_every,
+    )
+
+
+def _check_types(where: str, kind: Any, given: DictConfig) -> None:
+    """ValueError for a value that is not what the class asks for, naming its key."""
+    hints = get_type_hints(kind.__init__)
+    for key, value in given.items():
+        if key in hints:
+            try:
+                TypeAdapter(hints[str(key)]).validate_python(value, strict=isinstance(value, str))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise ValueError(f"{where}.{key}={value!r}: {reason}") from error
+
+
+def build_data(config: DictConfig) -> DetectionDataModule:
+    """The data module of a configuration."""
+    own = {k: v for k, v in config.dataset.items() if k not in ("name", "metric", "scales")}
+    return instantiate(
+        own,
+        _convert_="all",
+        batch_size=config.recipe.batch_size,
+        seed=config.seed,
+        augment=config.recipe.augment,
+        pad=config.detector.pad,
+    )
+
+
+def build_module(
+    config: DictConfig, plain: dict[str, Any], data: DetectionDataModule
+) -> DetectorModule:
+    """The detector of a configuration, for the classes of its data."""
+    detector, (width, height) = plain["detector"], data.scale
+    if plain["recipe"]["epochs"] == 0 and detector["checkpoint"] is None:
+        raise ValueError(
+            "recipe.epochs=0 prunes at once, so weights are needed: detector.checkpoint=<file>"
+        )
+    return DetectorModule(
+        model_config(
+            detector["config"], detector["options"], len(data.classes), detector["pretrained"]
+        ),
+        data.classes,
+        plain["recipe"],
+        (-(-height // 32) * 32, -(-width // 32) * 32),  # as batches are padded
+        neck=detector["neck"],
+        predictors=detector["predictors"],
+        checkpoint=detector["checkpoint"],
+    )
+
+
+def build_trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -> L.Trainer:
+    """Lightning's trainer with the callbacks and loggers of a run."""
+    terminal = sys.stdout.isatty()
+    callbacks: list[L.Callback] = [RichProgressBar() if terminal else PlainProgress()]
+    callbacks.append(EpochSeeds(config.seed))
+    if config.ldt.enabled:
+        terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
+        callbacks.append(LDTLoss(**terms))
+    if config.recipe.ema is not None:
+        callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
+    callbacks.append(loop)
+    if config.recipe.plain_epochs:
+        callbacks.append(PlainEpochs(loop.is_last_epoch, config.recipe.plain_epochs))
+    callbacks.append(  # last, so that it saves what the loop has made of the model
+        ModelCheckpoint(
+            folder,
+            filename="last",
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+    )
+    attempts = len(list(folder.glob("logs*")))  # CSVLogger empties a folder that it finds
+    logs = f"logs-{attempts + 1}" if attempts else "logs"
+    loggers: list[Any] = [CSVLogger(folder, name="", version=logs)]
+    if config.logger:
+        loggers.append(instantiate(config.logger, save_dir=str(folder)))
+    own = config.trainer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return L.Trainer(
+            accelerator=own.accelerator,
+            devices=own.devices,
+            strategy=own.strategy,
+            num_nodes=own.num_nodes,
+            precision=own.precision,
+            deterministic=own.deterministic,
+            sync_batchnorm=own.sync_batchnorm,
+            log_every_n_steps=own.log_every_n_steps,
+            limit_train_batches=own.limit_train_batches,
+            limit_val_batches=own.limit_val_batches,
+            max_epochs=plan.total_epochs,
+            gradient_clip_val=config.recipe.clip_grad,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[WholeCheckpoints()],
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+            enable_model_summary=False,
+        )
