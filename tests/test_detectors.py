@@ -1,6 +1,5 @@
 """Laws of building mmdet detectors, of finding where to tap them, and of their weights."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
+from real_data import YOLOX_NANO, needs
 from small import composed
 from torch import nn
 
@@ -25,8 +25,6 @@ from ldt.detectors import (
 )
 from ldt.profiling import count_parameters, multiply_adds
 
-DATA = Path(os.environ.get("LDT_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
-YOLOX_NANO = DATA / "weights/yolox_nano_coco_mmdet.pth"
 GFL = ("gfl_cls", "gfl_reg")
 ATSS = ("atss_centerness", "atss_cls", "atss_reg")
 YOLOF = ("bbox_pred", "cls_score", "object_pred")
@@ -315,14 +313,14 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["cut", "objects"])
 def test_a_damaged_or_unsafe_file_is_refused(content, tmp_path):
     file = tmp_path / "w.pth"
-    torch.save({"state_dict": {}, "hub": DATA}, file)  # a path is more than plain data
+    torch.save({"state_dict": {}, "hub": Path("x")}, file)  # a path is more than plain data
     if content == "cut":
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"detector.checkpoint='.*' is damaged or holds more"):
         load_weights(nn.Identity(), file, [])
 
 
-@pytest.mark.skipif(not YOLOX_NANO.is_file(), reason="no weights in LDT_TEST_DATA")
+@needs(YOLOX_NANO)
 @pytest.mark.parametrize("n_classes", [80, 3])
 def test_a_published_file_loads(n_classes):
     detector = fresh("yolox_nano", n_classes)

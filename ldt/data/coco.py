@@ -1,9 +1,10 @@
 """COCO (Lin et al., ECCV 2014), and any data set in its annotation format."""
 
 import json
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,6 +13,8 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
+
+log = logging.getLogger(__name__)
 
 CLASSES: tuple[str, ...] = CocoDataset.METAINFO["classes"]
 LAYOUT = "COCO's folders annotations, train2017 and val2017"
@@ -145,10 +148,11 @@ class CocoBoxes(CocoDataset):
         check_images(Path(self.data_prefix["img"]), [i["file_name"] for i in content["images"]])
         self.cat_ids = [by_name[name] for name in classes]
         self.cat2label = {category: label for label, category in enumerate(self.cat_ids)}
-        annotations = defaultdict(list)
+        annotations: dict[int, list[dict]] = defaultdict(list)
         for annotation in content["annotations"]:
             annotation.pop("segmentation", None)
             annotations[annotation["image_id"]].append(annotation)
+        _tell_unused(path, content["images"], annotations)
         return [self._parse(image, annotations[image["id"]]) for image in content["images"]]
 
     def _parse(self, image: dict, annotations: list[dict]) -> dict:
@@ -156,6 +160,28 @@ class CocoBoxes(CocoDataset):
         info = self.parse_data_info(raw)
         assert isinstance(info, dict)
         return info
+
+
+def _tell_unused(path: Path, images: list[dict], annotations: Mapping[int, list[dict]]) -> None:
+    """Log the annotations that mmdet leaves out: of no image, or with a box outside of theirs."""
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    strangers = [a for image, found in annotations.items() if image not in sizes for a in found]
+    outside = [
+        a for image, size in sizes.items() for a in annotations.get(image, ()) if _beyond(a, size)
+    ]
+    for found, what in (
+        (strangers, "belong to no image of the file"),
+        (outside, "lie outside of their image"),
+    ):
+        if found:
+            first = found[0].get("id", found[0]["bbox"])
+            text = "%s: %d annotations %s and are left out; the first has the id %s"
+            log.warning(text, path, len(found), what, first)
+
+
+def _beyond(annotation: dict, size: tuple[int, int]) -> bool:
+    x, y, width, height = annotation["bbox"]
+    return x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,6 +1,7 @@
 """KITTI's object detection data (Geiger et al., CVPR 2012), and any data set in its layout."""
 
 import hashlib
+import logging
 import math
 import os
 import warnings
@@ -15,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ldt.data import roadscenes
 from ldt.data.datamodule import DetectionDataModule, Split, check_choice, need_folder
+
+log = logging.getLogger(__name__)
 
 TYPES = (  # every name that KITTI's label files use
     *("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram"),
@@ -264,6 +267,8 @@ class KittiDataModule(DetectionDataModule):
                 f"{root}/ImageSets decides the split: dataset.train_fraction is not used",
                 stacklevel=2,
             )
+        if listed and type(self) is KittiDataModule:
+            log.info("%s/ImageSets decides the split; without it: dataset.split_seed", root)
         train, val = listed or split(image_ids(root), self.train_fraction, self.split_seed)
         return {"train": train, "val": val}
 

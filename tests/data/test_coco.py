@@ -3,18 +3,15 @@
 import contextlib
 import io
 import json
-import os
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from real_data import COCO, needs
 
 from ldt.data.coco import CLASSES, CocoDataModule
 
-DATA = Path(os.environ.get("LDT_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
-COCO = DATA / "coco"
 NAMES = ("cat", "dog", "bird")
 
 
@@ -70,6 +67,22 @@ def test_crowds_are_ignored_and_empty_images_are_kept(tmp_path):
         assert bird.ignored_instances.bboxes.tensor.tolist() == [[20, 20, 30, 28]]
     assert sorted(sample.img_id for sample in samples(data.train_dataloader())) == [11, 12, 13]
     assert data.split_ids() == {"train": [11, 12, 13], "val": [11, 12, 13]}
+
+
+def test_annotations_that_are_left_out_are_counted(tmp_path, caplog):
+    broken = content()
+    broken["annotations"] += [
+        {"id": 70, **box(11, 5, (60, 5))},
+        {"id": 71, **box(11, 5, (4, -8))},
+        {"id": 72, **box(99, 5)},
+    ]
+    data = module(write_coco(tmp_path, broken))
+    pair, *_ = samples(data.val_dataloader())
+    assert pair.gt_instances.labels.tolist() == [0, 1]
+    assert "1 annotations belong to no image of the file" in caplog.text
+    assert "2 annotations lie outside of their image and are left out; the first has the id 70" in (
+        caplog.text
+    )
 
 
 @pytest.mark.parametrize("classes", [("dog", "cat"), ("cat", "dog"), ("bird",)])
@@ -145,7 +158,7 @@ def test_absolute_paths_need_no_root(tmp_path):
     assert len(samples(data.val_dataloader())) == 3
 
 
-@pytest.mark.skipif(not COCO.is_dir(), reason="no COCO images in LDT_TEST_DATA")
+@needs(COCO)
 def test_real_coco_reads_as_mmdet_reads_it():
     ours = CocoDataModule(root=str(COCO)).dataset("val")
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

@@ -1,6 +1,5 @@
 """Laws of the loaders: reproducible batches, and boxes where the network sees them."""
 
-import os
 import random
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import pytest
 import torch
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
+from real_data import KITTI, needs
 from torch import nn
 
 from ldt.data.datamodule import Draw, EpochSampler, TrainingImages, mosaic_steps, resize_steps
 from ldt.data.kitti import CLASSES, KittiDataModule
 
-DATA = Path(os.environ.get("LDT_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
-KITTI = DATA / "kitti"
 REST = "1.5 1.6 3.7 1.0 1.5 20.0 -1.5"
 SCALE = (64, 32)
 AUGMENT = ("none", "flip", "mosaic")
@@ -393,7 +391,7 @@ def test_lists_serve_as_well_as_tuples(root):
     assert (data.scale, data.classes) == ((64, 32), ("Car", "Cyclist"))
 
 
-@pytest.mark.skipif(not KITTI.is_dir(), reason="no KITTI images in LDT_TEST_DATA")
+@needs(KITTI)
 def test_real_images_give_equal_mosaics_with_any_number_of_workers():
     options = {"scale": (160, 64), "augment": "mosaic", "batch_size": 4}
     batches = [

@@ -1,6 +1,5 @@
 """Laws of KITTI's labels, splits and files."""
 
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -9,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from mmdet.registry import DATASETS
+from real_data import KITTI, needs
 
 from ldt.data.kitti import (
     CLASSES,
@@ -23,8 +23,6 @@ from ldt.data.kitti import (
     split,
 )
 
-DATA = Path(os.environ.get("LDT_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
-KITTI = DATA / "kitti"
 WIDTH, HEIGHT = 60, 40
 
 
@@ -151,12 +149,14 @@ def write_sets(root, train, val):
     (root / "ImageSets/val.txt").write_text(val)
 
 
-def test_image_sets_win(root):
+def test_image_sets_win(root, caplog):
+    caplog.set_level("INFO")
     write_sets(root, "000003\n000000\n", "000001\n")
     data = KittiDataModule(root=str(root))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert data.split_ids() == {"train": ["000003", "000000"], "val": ["000001"]}
+    assert f"{root}/ImageSets decides the split" in caplog.text
     assert len(data.dataset("train")) == 2
     with pytest.warns(UserWarning, match="train_fraction is not used"):
         KittiDataModule(root=str(root), train_fraction=0.5).split_ids()
@@ -236,7 +236,7 @@ def test_unknown_groupings_and_classes_are_refused():
     assert KittiDataModule(classes=("Van",), grouping="strict").classes == ("Van",)
 
 
-@pytest.mark.skipif(not KITTI.is_dir(), reason="no KITTI images in LDT_TEST_DATA")
+@needs(KITTI)
 def test_real_kitti_keeps_every_object():
     ids = image_ids(KITTI)
     files = [(KITTI / f"training/label_2/{name}.txt").read_text() for name in ids]
