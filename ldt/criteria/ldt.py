@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ldt.criteria.base import Criterion, Target, feature_gradients
@@ -50,6 +52,9 @@ class LDTCriterion(Criterion):
 
     Layers outside of the neck's reach (a head in ``prune.scope``) are scored with ``detection``,
     because the neck's output does not depend on them.
+
+    ``notes["rank_correlation"]`` is Spearman's correlation of a layer's scores between two batches,
+    averaged over layers and pairs of batches (the paper's Fig. 6: batches agree).
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class LDTCriterion(Criterion):
         self.source, self.location, self.reduce = source, location, reduce
         self.a, self.b, self.phi, self.ridge = a, b, phi, ridge
         self._scores: dict[nn.Module, Tensor] = {}
+        self.batch_scores: dict[nn.Module, list[Tensor]] = {}  # of each batch, summed over images
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
         """I_c of eq. 16 for every output channel of a layer."""
@@ -81,6 +87,7 @@ class LDTCriterion(Criterion):
         """Score every layer of the graph's groups (eq. 16)."""
         points = graph.points
         self._scores = {layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points}
+        self.batch_scores = {layer: [] for layer in points}
         weights = self._channel_weights(target, batches)
         head = points
         if self.source != "detection":
@@ -88,6 +95,7 @@ class LDTCriterion(Criterion):
             head = {layer: point for layer, point in points.items() if layer not in self._reached}
         if head:
             self._trace(head, target, batches, None)
+        self.notes = {"rank_correlation": _rank_correlation(self.batch_scores.values())}
 
     def _trace(
         self,
@@ -96,7 +104,7 @@ class LDTCriterion(Criterion):
         batches: Iterable[Any],
         weights: list[Tensor] | None,
     ) -> None:
-        """One pass of eqs. 13-16; ``weights`` None means the detection loss."""
+        """One pass of eqs. 13-16; ``weights`` as of :meth:`_channel_weights`."""
         self._reached: set[nn.Module] = set()
         used = 0
         for batch in batches:
@@ -128,7 +136,9 @@ class LDTCriterion(Criterion):
             used += int(seen.sum())
             for layer, per_image in sums.items():
                 kept = per_image.double().cpu()[seen]
-                self._scores[layer] += (kept if self.reduce == "signed" else kept.abs()).sum(0)
+                summed = (kept if self.reduce == "signed" else kept.abs()).sum(0)
+                self.batch_scores[layer].append(summed)
+                self._scores[layer] += summed
         if not used:
             raise ValueError(
                 "none of the calibration images holds an object, so nothing can be traced; "
@@ -138,12 +148,13 @@ class LDTCriterion(Criterion):
             self._scores[layer] /= used
 
     def _attention(self, objects: Objects, size: tuple[int, int], images: int) -> Tensor:
+        """M of eq. 15 for maps of this size (h, w), [images, 1, h, w]."""
         if not self.location:
             return torch.ones(images, 1, *size, device=objects.boxes.device)
         return attention(objects, size, images, self.a, self.b)[:, None]
 
     def _sum_positions(self, value: Tensor, gradient: Tensor, attended: Tensor) -> Tensor:
-        """The sum over positions inside eq. 16, [N, C]."""
+        """Sums over positions, eq. 16, [N, C], of maps [N, C, h, w]; ``attended`` [N, 1, h, w]."""
         value, gradient = _precise(value), _precise(gradient)
         if self.reduce == "position":
             return (attended * gradient * value).sum((2, 3))
@@ -204,6 +215,16 @@ def _all_vectors(target: Target, batches: Iterable[Any]) -> tuple[list[Tensor], 
         rows.append([object_vectors(f, batch.objects).cpu() for f in features])
         labels.append(batch.objects.labels.cpu())
     return [torch.cat(scale) for scale in zip(*rows, strict=True)], torch.cat(labels)
+
+
+def _rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:
+    """Spearman's correlation between batches, averaged; nan where there is only one batch."""
+    found = []
+    for scores in layers:
+        ranks = [rankdata(s.numpy()) for s in scores if s.unique().numel() > 1]
+        if len(ranks) > 1:
+            found.append(np.corrcoef(ranks)[np.triu_indices(len(ranks), 1)].mean())
+    return float(np.mean(found)) if found else float("nan")
 
 
 def _precise(x: Tensor) -> Tensor:

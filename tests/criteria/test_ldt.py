@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import tracing_reference
+from scipy.stats import spearmanr
 from small import SCOPE, Batch, Case, case
 
 from ldt.criteria.base import score_groups
@@ -183,6 +184,41 @@ def test_layers_of_the_head_are_scored_with_the_detection_loss(name: str) -> Non
     assert_close({layer: found[layer] for layer in neck}, neck)
     assert all(found[layer].any() for layer in head)
     assert any(not np.allclose(neck[layer], detection[layer], rtol=0.1) for layer in neck)
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_the_power_of_a_batch_is_traced_to_each_of_its_images(reduce: Any) -> None:
+    """It is no sum over images, so the reference takes the batch as a whole."""
+    subject = double("shared")
+    batch = joined(subject.batches)
+    options = {"source": "power", "reduce": reduce, "location": False, "phi": 0.3, "ridge": 0.2}
+    found = layer_scores(subject, [batch], **options)
+    images = len(batch.images)
+    expected: dict[str, Any] = {}
+    for d in range(images):
+        traced = tracing_reference.trace(subject.target, batch, "power", (0.3, 0.2), d)
+        for name, calls in traced.items():
+            score = tracing_reference.image_score(calls, np.ones, reduce)
+            expected[name] = expected.get(name, 0) + score / images
+    assert_close(found, expected)
+
+
+def test_the_rank_correlation_is_that_of_the_batches() -> None:
+    subject = case("chain")
+    graph, batches = subject.graph(), subject.batches
+    assert len(batches) == 2
+    alone = []
+    for batch in batches:
+        own = LDTCriterion(source="neck_all")
+        score_groups(own, subject.target, graph, [batch])
+        assert np.isnan(own.notes["rank_correlation"])
+        alone.append([own.channel_scores(layer).numpy() for layer in graph.scored.values()])
+    whole = LDTCriterion(source="neck_all")
+    score_groups(whole, subject.target, graph, batches)
+    pairs = [spearmanr(one, two).statistic for one, two in zip(*alone, strict=True)]
+    assert whole.notes["rank_correlation"] == pytest.approx(np.mean(pairs))
+    score_groups(whole, subject.target, graph, [batches[0]] * 3)
+    assert whole.notes["rank_correlation"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("source", [*PER_IMAGE, "power", "detection"])

@@ -83,8 +83,31 @@ def _vectors(target: SmallTarget, batches: Sequence[Batch]) -> list[tuple[np.nda
     return [(np.concatenate(s)[several], y[several]) for s in zip(*rows, strict=True)]
 
 
-def trace(target: SmallTarget, one: Batch, source: str, chosen: Any) -> dict[str, Traced]:
-    """F and dF'/dF of every layer that F' of a single image depends on."""
+def power(maps: Sequence[Tensor], objects: Objects, phi: float, ridge: float) -> Tensor:
+    """Eqs. 1-10 with autograd: the mean of the top K eigenvalues of every scale, summed."""
+    total = maps[0].new_zeros(())
+    for F in maps:
+        rows = []
+        for box, d in zip(objects.boxes.numpy(), objects.image.tolist(), strict=True):
+            M = torch.as_tensor(reference.mask(box, objects.shape, tuple(F.shape[2:])))
+            rows.append(torch.stack([F[d, c][M].max() for c in range(F.shape[1])]))
+        y = objects.labels
+        several = torch.tensor([int((y == g).sum()) >= 2 for g in y])
+        X, y = torch.stack(rows)[several], y[several]
+        classes = y.unique()
+        S_w = torch.stack([torch.cov(X[y == g].T) for g in classes]).mean(0)
+        S_b = torch.cov(X.T) - S_w
+        r = ridge * S_w.trace() / len(S_w) + 1e-6
+        eigs = torch.linalg.eigvals(torch.linalg.inv(S_w + r * torch.eye(len(S_w))) @ S_b).real
+        top = eigs.sort(descending=True).values[: len(classes) - 1]
+        total = total + top[(top > 0) & (top > phi * eigs.max())].mean()
+    return total
+
+
+def trace(
+    target: SmallTarget, one: Batch, source: str, chosen: Any, image: int = 0
+) -> dict[str, Traced]:
+    """F and dF'/dF of every layer that F' depends on, for one image of a batch."""
     calls: list[tuple[str, Tensor]] = []
 
     def keep(name: str) -> Any:
@@ -100,15 +123,15 @@ def trace(target: SmallTarget, one: Batch, source: str, chosen: Any) -> dict[str
         hook.remove()
     found: dict[str, Traced] = {}
     for name, F in calls:
-        total = np.zeros(F.shape[1:])
+        total = np.zeros(tuple(F.shape[1:]))
         reached = False
         for z_s in zs:  # the sum over scales of eq. 13
             (gradient,) = torch.autograd.grad(z_s, F, retain_graph=True, allow_unused=True)
             if gradient is not None:
                 reached = True
-                total += gradient[0].double().numpy()
+                total += gradient[image].double().numpy()
         if reached:
-            found.setdefault(name, []).append((F[0].detach().double().numpy(), total))
+            found.setdefault(name, []).append((F[image].detach().double().numpy(), total))
     return found
 
 
@@ -117,6 +140,8 @@ def _scalars(target: SmallTarget, one: Batch, source: str, chosen: Any) -> list[
     if source == "detection":
         return [target.detection_loss(one)]
     maps = target.features(one)
+    if source == "power":
+        return [power(maps, one.objects, *chosen)]
     if source == "neck_all":
         return [f.sum() for f in maps]
     if source == "neck_energy":
