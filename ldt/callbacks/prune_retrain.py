@@ -29,6 +29,7 @@ from ldt.pruning.budget import (
     TOLERANCE,
     CostModel,
     UnreachableRateError,
+    check_reachable,
     choose,
 )
 from ldt.pruning.graph import PruningGraph
@@ -146,16 +147,17 @@ class PruneRetrain(L.Callback):
     # When ---------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the scope before any training, and count the unpruned model once."""
+        """Check scope and rate before any training, and count the unpruned model once."""
         assert isinstance(pl_module, DetectorModule)
+        if self._unpruned:
+            return
+        self._unpruned = self._count(pl_module)
+        for name, layer in pl_module.detector.named_modules():
+            width = getattr(layer, "out_channels", None)
+            if isinstance(width, int):
+                self._channels[name] = width
         if self.criterion is not None:
-            _check_scope(self.plan.scope, pl_module.detector)
-        if not self._unpruned:
-            self._unpruned = self._count(pl_module)
-            for name, layer in pl_module.detector.named_modules():
-                width = getattr(layer, "out_channels", None)
-                if isinstance(width, int):
-                    self._channels[name] = width
+            self._check_plan(pl_module)
 
     def is_last_epoch(self, epoch: int) -> bool:
         """Whether a phase ends with this epoch (counted from 0)."""
@@ -355,6 +357,15 @@ class PruneRetrain(L.Callback):
             "limits": plan.limits,
             "original": self._channels,
         }
+
+    def _check_plan(self, module: Any) -> None:
+        plan = self.plan
+        _check_scope(plan.scope, module.detector)
+        with evaluating(module.detector):
+            graph = module.trace(plan.scope)
+        self._report_whole(graph)
+        save = (plan.rate - TOLERANCE) * self._unpruned[plan.budget]
+        check_reachable(graph, CostModel(graph, plan.budget), save, plan.limits, self._channels)
 
     def _check_rate(self, module: Any) -> None:
         budget = self.plan.budget

@@ -165,16 +165,32 @@ def choose(
 
     best = _nearest(order, saved, save, tolerance)
     if abs(saved(best) - save) > tolerance:
-        reachable, nearest = saved(Counter(order)), saved(best)
-        whole = f"{len(graph.left_whole)} layers of the scope are left whole"
+        check_reachable(graph, costs, save, limits, original)
         raise UnreachableRateError(
-            f"{save:,.0f} must go, {reachable:,.0f} can: {limits}, and {whole}. "
-            "Ask for a smaller prune.rate or widen prune.scope"
-            if reachable < save
-            else f"{save:,.0f} must go, {nearest:,.0f} is the nearest to it: single channels are "
+            f"{save:,.0f} must go, {saved(best):,.0f} is the nearest to it: single channels are "
             f"worth more than the tolerance of {tolerance:,.0f}. Choose another prune.rate"
         )
     return {name: sorted(map(int, gone)) for name, gone in channels(best).items()}
+
+
+def check_reachable(
+    graph: PruningGraph,
+    costs: CostModel,
+    save: float,
+    limits: Limits,
+    original: Mapping[str, int] | None = None,
+) -> None:
+    """UnreachableRateError if the limits do not allow to save so much; arguments as above."""
+    counts = {
+        name: limits.removable(group, (original or {}).get(name, group.size))
+        for name, group in graph.groups.items()
+    }
+    most = costs.saved({name: np.arange(count) for name, count in counts.items()})
+    if most < save:
+        raise UnreachableRateError(
+            f"{save:,.0f} must go, {most:,.0f} can: {limits}, and {len(graph.left_whole)} layers "
+            "of the scope are left whole. Ask for a smaller prune.rate or widen prune.scope"
+        )
 
 
 def weakest(

@@ -247,13 +247,14 @@ def test_without_base_training_the_first_cut_comes_at_once(two_rounds, tmp_path,
     assert found[2]["multiply_adds_rate"] == pytest.approx(0.3, abs=TOLERANCE)
 
 
-@pytest.mark.slow
-def test_an_unreachable_rate_says_what_is_possible_and_keeps_the_base(tmp_path):
+@pytest.mark.parametrize("budget", ["params", "flops"])
+def test_an_unreachable_rate_is_told_before_any_training(tmp_path, monkeypatch, budget):
+    watch, asked = Watch(monkeypatch), ["prune.rate=0.99", f"prune.budget={budget}"]
     with pytest.raises(UnreachableRateError, match=r"must go, .* can: .*smaller prune.rate"):
-        experiment.run(tiny(tmp_path, "prune=oneshot", "prune.rate=0.99"), tmp_path / "run")
+        experiment.run(tiny(tmp_path, *asked), tmp_path / "run")
     assert summary(tmp_path / "run")["status"] == "failed"
     assert "UnreachableRateError" in summary(tmp_path / "run")["error"]
-    ldt.load_pruned(tmp_path / "run/round-0.ckpt")
+    assert watch.lrs == []
 
 
 def test_a_misspelt_scope_is_told_before_any_training(tmp_path, monkeypatch):
