@@ -129,8 +129,7 @@ def eigenvalues(S_w: Tensor, S_b: Tensor, ridge: float = 0.1, absolute: float = 
     r = ridge * tr(S_w) / C + absolute; the relative part follows the features' scale. Solved as the
     symmetric L^-1 S_b L^-T, L being the Cholesky factor, and without eigenvectors: gradients stay
     finite under equal eigenvalues. Where no factor exists (features not finite, or S_w singular and
-    r = 0) the result is NaN rather than an exception, so that a mixed-precision gradient scaler can
-    skip the step. ValueError for a negative ridge.
+    r = 0) the result is NaN, which training names and stops at. ValueError for a negative ridge.
     """
     with torch.autocast(S_w.device.type, enabled=False):
         _, whitened, failed = _whiten(S_w.double(), S_b.double(), ridge, absolute)

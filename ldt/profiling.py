@@ -8,7 +8,6 @@ out (3 classes, 832x1344: ATSS 219.7 G, GFL 223.1 G; YOLOX-S at 640x640: 13.32 G
 doubles to 26.64 G). By fvcore's, five per element of a group normalisation, 219.8 and 223.2 G do.
 """
 
-import io
 import os
 import platform
 import statistics
@@ -42,12 +41,11 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock time of one call in milliseconds, and what it was measured on."""
+    """Median, first and last decile of the time of a call, and what they were measured on."""
 
     median_ms: float
     p10_ms: float
     p90_ms: float
-    runs: int
     threads: int
     device: str
 
@@ -122,17 +120,9 @@ def latency(
         median_ms=statistics.median(times),
         p10_ms=deciles[0],
         p90_ms=deciles[-1],
-        runs=runs,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
     )
-
-
-def state_size(model: nn.Module) -> int:
-    """Return the bytes of the state dict (parameters and buffers) as `torch.save` writes it."""
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.getbuffer().nbytes
 
 
 def environment() -> dict[str, str]:

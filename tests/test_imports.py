@@ -10,6 +10,7 @@ FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat"),
     ("ldt.experiment",),
+    ("ldt.assembly",),
     ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.report", "ldt.analysis", "ldt.export"),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
     ("ldt.detectors", "ldt.profiling", "ldt.records", "ldt.config"),
@@ -18,8 +19,8 @@ LEVELS = (  # a module imports from its own level and from those below it
 ALLOWED = {
     "mmdet": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
     "mmengine": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
-    "hydra": ("run", "ldt.experiment", "ldt.config"),
-    "lightning": ("ldt.experiment", "ldt.callbacks", "ldt.module", "ldt.data"),
+    "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config"),
+    "lightning": ("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
     "wandb": (),  # by its name in conf/logger only
 }
 

@@ -3,7 +3,6 @@
 import copy
 import subprocess
 from pathlib import Path
-from typing import Any
 
 # before mmdet, which needs the operators of mmcv
 from ldt.profiling import (
@@ -12,16 +11,12 @@ from ldt.profiling import (
     git_state,
     latency,
     multiply_adds,
-    state_size,
 )
 
 # isort: split
 import mmdet
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
 from torch import Tensor, nn
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
@@ -90,33 +85,6 @@ def test_counting_needs_a_batch_shape():
         multiply_adds(net, net, (3, 6, 8))  # pyright: ignore[reportArgumentType]
 
 
-def published(config: str) -> Any:
-    """Build a detector for 3 classes on no device."""
-    register_all_modules()
-    model = Config.fromfile(CONFIGS / config).model
-    model.bbox_head.num_classes = 3
-    model.backbone.init_cfg = None
-    with torch.device("meta"):
-        return MODELS.build(model)
-
-
-@pytest.mark.parametrize(
-    ("config", "size", "millions", "giga"),
-    [
-        ("atss/atss_r50_fpn_1x_coco.py", (832, 1344), 32.12, 219.7),
-        ("gfl/gfl_r50_fpn_1x_coco.py", (832, 1344), 32.26, 223.1),
-        ("yolox/yolox_s_8xb8-300e_coco.py", (640, 640), 8.94, 26.64 / 2),
-    ],
-)
-def test_published_costs(config, size, millions, giga):
-    """Table 4 of the paper (it doubles the multiply-adds of YOLOX-S)."""
-    detector = published(config)
-    digits = 2 if giga < 100 else 1
-    assert round(count_parameters(detector) / 1e6, 2) == millions
-    counted = multiply_adds(detector, detector._forward, (1, 3, *size)) / 1e9
-    assert round(counted, digits) == round(giga, digits)
-
-
 def test_shared_parameters_count_once():
     layer = nn.Linear(4, 5)
     assert count_parameters(nn.Sequential(layer, layer)) == 25
@@ -131,7 +99,7 @@ def test_latency_runs_as_often_as_it_says():
     measured = latency(forward, runs=31, warmup=2, device="cpu")
     assert calls == [True] * 33
     assert 0 < measured.p10_ms <= measured.median_ms <= measured.p90_ms
-    assert (measured.runs, measured.threads) == (31, torch.get_num_threads())
+    assert measured.threads == torch.get_num_threads()
     assert measured.device
 
 
@@ -145,15 +113,6 @@ def test_latency_tells_slow_from_fast():
 def test_latency_refuses_a_rough_number(runs, warmup):
     with pytest.raises(ValueError, match="at least 30"):
         latency(lambda: None, runs=runs, warmup=warmup, device="cpu")
-
-
-def test_state_size_is_that_of_the_file(tmp_path: Path):
-    net = SharedHead()
-    torch.save(net.state_dict(), tmp_path / "state.pt")
-    assert state_size(net) == pytest.approx((tmp_path / "state.pt").stat().st_size, abs=256)
-    assert state_size(nn.Linear(1000, 100)) - state_size(nn.Linear(1000, 50)) == pytest.approx(
-        4 * 50 * 1001, abs=256
-    )
 
 
 def test_environment_names_what_a_number_depends_on():

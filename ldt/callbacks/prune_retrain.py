@@ -1,8 +1,5 @@
 """The loop of the paper: train, then score, cut and retrain, round after round."""
 
-import gc
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -11,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
@@ -21,6 +15,7 @@ from ldt import profiling
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.plan import Plan
+from ldt.callbacks.processes import check_equal, wrap_anew
 from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import evaluating, raw_forward
@@ -33,6 +28,7 @@ from ldt.pruning.budget import (
     choose,
 )
 from ldt.pruning.graph import PruningGraph
+from ldt.pruning.removed import Removed
 from ldt.records import write_rows
 
 log = logging.getLogger(__name__)
@@ -48,30 +44,6 @@ class Calibration:
     def __iter__(self) -> Iterator[PreparedBatch]:
         for batch in self.loader:
             yield self.module.prepare(batch)
-
-
-class Removed:
-    """The scores of a round and the channels that it removed, for inspection."""
-
-    def __init__(self) -> None:
-        self.scores: dict[str, np.ndarray] = {}  # as the round began
-        self.left: dict[str, np.ndarray] = {}  # channels, numbered as the round began
-
-    def add(self, scores: dict[str, Tensor], channels: dict[str, list[int]]) -> None:
-        """Note what an inner round scored and removed, in its own numbering."""
-        if not self.scores:
-            self.scores = {name: values.numpy() for name, values in scores.items()}
-            self.left = {name: np.arange(len(values)) for name, values in scores.items()}
-        for name, gone in channels.items():
-            self.left[name] = np.delete(self.left[name], gone)
-
-    def save(self, file: Path) -> None:
-        """Write ``score/<group>`` and ``removed/<group>`` arrays."""
-        arrays: dict[str, Any] = {f"score/{name}": values for name, values in self.scores.items()}
-        for name, left in self.left.items():
-            whole = np.arange(len(self.scores[name]))
-            arrays[f"removed/{name}"] = np.setdiff1d(whole, left, assume_unique=True)
-        np.savez_compressed(file, **arrays)
 
 
 class PruneRetrain(L.Callback):
@@ -254,17 +226,19 @@ class PruneRetrain(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
         if trainer.is_global_zero:
-            self._say(row)
+            self._say(row, module.input_size)
 
-    def _say(self, row: dict[str, Any]) -> None:
+    def _say(self, row: dict[str, Any], size: tuple[int, int]) -> None:
         log.info(
-            "round %d: AP %.3f, mAP %.3f, %.2f M parameters (-%.1f %%), %.2f GMACs (-%.1f %%)",
+            "round %d: AP %.3f, mAP %.3f, %.2f M parameters (-%.1f %%), "
+            "%.2f GMACs at %dx%d (-%.1f %%)",
             self.round,
             self._metrics.get("AP", float("nan")),
             self._metrics.get("mAP", float("nan")),
             row["params"] / 1e6,
             100 * row["params_rate"],
             row["multiply_adds"] / 1e9,
+            *size,
             100 * row["multiply_adds_rate"],
         )
 
@@ -315,7 +289,7 @@ class PruneRetrain(L.Callback):
         self._retrain(trainer, module, removed)
 
     def _retrain(self, trainer: L.Trainer, module: Any, removed: Removed) -> None:
-        _check_equal(trainer, removed)
+        check_equal(trainer, removed)
         if trainer.is_global_zero:
             removed.save(self.folder / f"scores-{self.round}.npz")
         self._check_rate(module)
@@ -325,7 +299,7 @@ class PruneRetrain(L.Callback):
 
     def _rebuild(self, trainer: L.Trainer, module: Any) -> None:
         """Make everything anew that holds on to parameters."""
-        _wrap_anew(trainer)
+        wrap_anew(trainer)
         trainer.strategy.setup_optimizers(trainer)
         for callback in _averages(trainer):
             callback.restart(trainer, module)
@@ -408,31 +382,11 @@ class PruneRetrain(L.Callback):
             )
         return {
             "latency_ms": round(found.median_ms, 3),
+            "latency_p10_ms": round(found.p10_ms, 3),
+            "latency_p90_ms": round(found.p90_ms, 3),
             "threads": found.threads,
             "device": found.device,
         }
-
-
-def _check_equal(trainer: L.Trainer, removed: Removed) -> None:
-    """RuntimeError unless every process has removed the same channels."""
-    text = json.dumps({name: left.tolist() for name, left in sorted(removed.left.items())})
-    digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
-    device = trainer.strategy.root_device
-    found: Any = trainer.strategy.all_gather(torch.tensor(digest, device=device))
-    if bool((found != digest).any()):
-        raise RuntimeError(
-            f"process {trainer.global_rank} removed other channels than the others: the processes' "
-            "detectors had drifted apart, and training on would be meaningless"
-        )
-
-
-def _wrap_anew(trainer: L.Trainer) -> None:
-    """Let DDP forget the parameters it was made with: its buckets hold on to their shapes."""
-    strategy: Any = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
-        strategy.model = trainer.lightning_module
-        gc.collect()  # the old wrapper's hooks fire until it is gone, and it is part of cycles
-        strategy.configure_ddp()
 
 
 def _check_scope(scope: tuple[str, ...], detector: nn.Module) -> None:
