@@ -39,7 +39,7 @@ class Batches:
     def __iter__(self) -> Iterator[PreparedBatch]:
         torch.manual_seed(0)
         for _ in range(self.images // BATCH):
-            yield batch(self.module)
+            yield self.module.prepare(batch(), training=True)
 
 
 def resident(key: str) -> float:
