@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ WIDTH, HEIGHT = 100, 50
 FUZZ = settings(
     max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_gibibyte_is_enough() -> Iterator[None]:
+    """No input makes a parser take 1 GiB (the peak of the process tells)."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
 
 words = st.one_of(
     st.sampled_from([*TYPES, "nan", "inf", "-1", "1e999", "0x10", "1_0", "", "\x00", "٣"]),
