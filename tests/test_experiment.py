@@ -8,6 +8,7 @@ import pytest
 import torch
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
+from real_data import COCO, KITTI, needs
 from short_runs import SCENES, TINY, command, rows, summary, tiny
 from small import composed
 
@@ -159,6 +160,25 @@ def test_other_detectors_run_as_they_are(options, tmp_path):
     base, last = rows(tmp_path / "run")
     assert last["rate"] == pytest.approx(config.prune.rate, abs=0.005)
     assert last["multiply_adds"] < base["multiply_adds"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("dataset", "root"),
+    [pytest.param(p.name, p, marks=needs(p)) for p in (KITTI, COCO)],
+)
+def test_real_images_run_as_they_are(dataset, root, tmp_path):
+    few = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "prune.images=4"]
+    phases = ["recipe.epochs=1", "recipe.retrain_epochs=1", "recipe.batch_size=2", "prune=oneshot"]
+    overrides = [f"dataset={dataset}", f"dataset.root={root}", "detector=yolox_nano", *few, *phases]
+    more = ["prune.rate=0.3", "report.latency_runs=0", "report.pictures=1", "dataset.workers=0"]
+    config = composed(*overrides, *more, "trainer=cpu", "run_name=real")
+    experiment.run(config, tmp_path / "run")
+    base, last = rows(tmp_path / "run")
+    assert last["params_rate"] == pytest.approx(0.3, abs=0.005)
+    assert set(base) == set(last) - {"criterion/rank_correlation"}
+    assert (tmp_path / "run/pictures/detections.png").is_file()
 
 
 def test_a_missing_data_set_says_what_to_type(tmp_path):
