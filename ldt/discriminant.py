@@ -13,7 +13,7 @@ c channels, g classes, k boxes, h rows, w columns.
 Scatter matrices and eigenvalues are float64 with autocast off, whatever the detector computes in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,21 @@ def drop_singletons(labels: Tensor) -> Tensor:
     """
     _, which, counts = labels.unique(return_inverse=True, return_counts=True)
     return counts[which] >= 2
+
+
+def stacked_vectors(
+    batches: Iterable[tuple[Sequence[Tensor], Objects]],
+) -> tuple[list[Tensor], Tensor]:
+    """Object vectors of several batches of (maps NCHW per scale, objects), on the CPU.
+
+    Returns [N, C_s] per scale, and the labels [N].
+    """
+    rows: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    for maps, objects in batches:
+        rows.append([object_vectors(feat_nchw, objects).cpu() for feat_nchw in maps])
+        labels.append(objects.labels.cpu())
+    return [torch.cat(scale) for scale in zip(*rows, strict=True)], torch.cat(labels)
 
 
 def scatter(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

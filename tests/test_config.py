@@ -12,6 +12,7 @@ from short_runs import tiny
 from small import CONF, composed
 
 from ldt import assembly, config, experiment
+from ldt.data.roadscenes import RoadScenes
 
 GROUPS = sorted(folder.name for folder in Path(CONF).iterdir() if folder.is_dir())
 OPTIONS = [
@@ -41,6 +42,13 @@ def test_options_bring_their_typed_schema():
     for name, kind in kinds.items():
         assert OmegaConf.get_type(composed(f"dataset={name}").dataset) is kind
     assert OmegaConf.get_type(composed().prune) is config.PruneConfig
+
+
+def test_the_scenes_of_the_schema_are_those_of_the_generator():
+    schema, scenes = config.RoadScenesConfig(), RoadScenes()
+    for key in ("train", "val", "height", "width", "difficulty"):
+        assert getattr(schema, key) == getattr(scenes, key)
+    assert schema.scene_seed == scenes.seed
 
 
 def test_a_detector_brings_its_recipe_which_can_be_replaced():

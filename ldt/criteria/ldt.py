@@ -17,7 +17,7 @@ from ldt.discriminant import (
     discriminative_channels,
     drop_singletons,
     location_aware_discriminants,
-    object_vectors,
+    stacked_vectors,
 )
 from ldt.pruning.graph import PruningGraph
 
@@ -197,24 +197,13 @@ class LDTCriterion(Criterion):
             if self.source == "neck_all":
                 first = target.features(next(iter(batches)))
                 return [torch.ones(f.shape[1]) for f in first]
-            vectors, labels = _all_vectors(target, batches)
+            vectors, labels = stacked_vectors((target.features(b), b.objects) for b in batches)
         at_least = len(labels[drop_singletons(labels)].unique()) - 1
         if self.source == "discriminant":
             return [discriminant_directions(x, labels, self.phi, self.ridge) for x in vectors]
         return [
             discriminative_channels(channel_ratio(x, labels), self.phi, at_least) for x in vectors
         ]
-
-
-def _all_vectors(target: Target, batches: Iterable[Any]) -> tuple[list[Tensor], Tensor]:
-    """Object vectors of every scale over all batches, each [K, C], and their labels [K]."""
-    rows: list[Sequence[Tensor]] = []
-    labels: list[Tensor] = []
-    for batch in batches:
-        features = target.features(batch)
-        rows.append([object_vectors(f, batch.objects).cpu() for f in features])
-        labels.append(batch.objects.labels.cpu())
-    return [torch.cat(scale) for scale in zip(*rows, strict=True)], torch.cat(labels)
 
 
 def _rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:

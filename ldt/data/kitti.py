@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldt.data import roadscenes
 from ldt.data.datamodule import DetectionDataModule, Split, check_choice, need_folder
+from ldt.data.roadscenes import RoadScenes
 
 log = logging.getLogger(__name__)
 
@@ -283,18 +284,18 @@ class RoadScenesDataModule(KittiDataModule):
 
     Args:
         cache: folder to write to; $LDT_CACHE, else ~/.cache/ldt, if None.
-        train, val, height, width, scene_seed, difficulty: see `roadscenes.RoadScenes`.
+        train, val, height, width, scene_seed, difficulty: see `RoadScenes`.
 
     Raises ValueError if `root` is given: the scenes choose their own folder below `cache`.
     """
 
     cache: str | None = None
-    train: int = 512
-    val: int = 192
-    height: int = 128
-    width: int = 256
-    scene_seed: int = 0
-    difficulty: float = 0.1
+    train: int = RoadScenes.train
+    val: int = RoadScenes.val
+    height: int = RoadScenes.height
+    width: int = RoadScenes.width
+    scene_seed: int = RoadScenes.seed
+    difficulty: float = RoadScenes.difficulty
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -303,7 +304,7 @@ class RoadScenesDataModule(KittiDataModule):
                 f"dataset.root={self.root} means nothing to generated scenes; type "
                 f"dataset.cache={self.root} to have them written there"
             )
-        self.scenes = roadscenes.RoadScenes(
+        self.scenes = RoadScenes(
             train=self.train,
             val=self.val,
             height=self.height,
