@@ -96,7 +96,7 @@ class DetectorModule(L.LightningModule):
         self.schedule: str = recipe["schedule"]
         self.metrics = DetectionMetrics(self.classes)
         find_neck(self.detector, neck)
-        self.predictors = list(predictors or find_predictors(self.detector, self.example()))
+        self.predictors = list(predictors or find_predictors(self.detector, self.example(), neck))
         if checkpoint is not None:
             load_weights(self.detector, checkpoint, self.predictors)
 
