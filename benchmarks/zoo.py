@@ -58,10 +58,7 @@ RECIPE = {
     "warmup": 0,
     "warmup_shape": "linear",
 }
-FEW_REGIONS = {  # as many as small images need
-    "train_cfg": {"rpn_proposal": {"max_per_img": 50}},
-    "test_cfg": {"rpn": {"max_per_img": 50}},
-}
+FEW_REGIONS = (("train_cfg", "rpn_proposal"), ("test_cfg", "rpn"))  # small images need 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ class Model:
         size: height and width of the images, in pixels.
         options: merged into ``model``; nothing that changes the network's structure.
         neck: the module whose output LDT acts on.
+        masks: objects have masks.
     """
 
     file: str
@@ -81,6 +79,7 @@ class Model:
     size: int = 128
     options: dict[str, Any] = field(default_factory=dict)
     neck: str = "auto"
+    masks: bool = True
 
 
 FAMILIES: dict[str, tuple[Model, ...]] = {
@@ -173,7 +172,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "pafpn": (Model("faster-rcnn_r50_pafpn_1x_coco"),),
     "pisa": (
         Model("retinanet-r50_fpn_pisa_1x_coco"),
-        Model("ssd300_pisa_coco"),
+        Model("ssd300_pisa_coco", size=300),
         Model("faster-rcnn_r50_fpn_pisa_1x_coco"),
     ),
     "point_rend": (Model("point-rend_r50-caffe_fpn_ms-1x_coco"),),
@@ -186,7 +185,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "retinanet": (Model("retinanet_r50_fpn_1x_coco"),),
     "rpn": (Model("rpn_r50_fpn_1x_coco"),),
     "rtmdet": (
-        Model("rtmdet_tiny_8xb32-300e_coco"),
+        Model("rtmdet_tiny_8xb32-300e_coco", masks=False),
         Model("rtmdet-ins_tiny_8xb32-300e_coco"),
     ),
     "sabl": (
@@ -207,7 +206,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     ),
     "solov2": (Model("solov2_r50_fpn_1x_coco"),),
     "sparse_rcnn": (Model("sparse-rcnn_r50_fpn_1x_coco"),),
-    "ssd": (Model("ssd300_coco"), Model("ssdlite_mobilenetv2-scratch_8xb24-600e_coco")),
+    "ssd": (Model("ssd300_coco", size=300), Model("ssdlite_mobilenetv2-scratch_8xb24-600e_coco")),
     "strong_baselines": (
         Model("mask-rcnn_r50-caffe_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco"),
     ),
@@ -240,9 +239,9 @@ EXCLUDED = {
 }
 
 
-def batch(size: int, seed: int) -> dict[str, Any]:
+def batch(model: Model, seed: int) -> dict[str, Any]:
     """Two noisy images with five objects of three classes each: boxes, masks, semantic map."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, size = torch.Generator().manual_seed(seed), model.size
     images, samples = [], []
     for _ in range(2):
         corner = torch.rand(5, 2, generator=generator) * size * 0.5
@@ -256,10 +255,11 @@ def batch(size: int, seed: int) -> dict[str, Any]:
             image[label, y1:y2, x1:x2] += 55
         shape = (size, size)
         about = {"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)}
-        sample = DetDataSample(metainfo={**about, "img_id": 0, "img_path": ""})
-        sample.gt_instances = InstanceData(
-            bboxes=boxes, labels=labels, masks=BitmapMasks(masks, size, size)
-        )
+        border = np.array([0, size, 0, size], dtype=np.float32)  # for CornerNet's family
+        sample = DetDataSample(metainfo={**about, "border": border, "img_path": ""})
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        if model.masks:
+            sample.gt_instances.masks = BitmapMasks(masks, size, size)
         sample.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
         sample.gt_sem_seg = PixelData(sem_seg=torch.as_tensor(masks.max(0)[None]).long())
         sample.proposals = InstanceData(bboxes=boxes + 4, scores=torch.ones(5))
@@ -273,14 +273,20 @@ def build(family: str, model: Model) -> DetectorModule:
     name = f"mmdet::{family}/{model.file}.py"
     torch.manual_seed(0)
     plain = model_config(name, {}, len(CLASSES), pretrained=False)
-    few = FEW_REGIONS if "roi_head" in plain else {}
-    options = {key: value for key, value in few.items() if "rpn" in plain.get(key, {})}
-    plain = model_config(name, {**options, **model.options}, len(CLASSES), pretrained=False)
+    few = {
+        config: {part: {"max_per_img": 20}}
+        for config, part in FEW_REGIONS
+        if "roi_head" in plain and (plain.get(config) or {}).get(part)
+    }
+    plain = model_config(name, {**few, **model.options}, len(CLASSES), pretrained=False)
     return DetectorModule(plain, CLASSES, RECIPE, (model.size, model.size), neck=model.neck)
 
 
-def train(module: DetectorModule, size: int) -> L.Trainer:
-    """One step with the LDT losses."""
+def train(module: DetectorModule, model: Model) -> L.Trainer:
+    """One step with the LDT losses; the norms take the statistics of its batch as they are."""
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.momentum = 1.0
     trainer = L.Trainer(
         max_steps=1,
         accelerator="cpu",
@@ -290,14 +296,15 @@ def train(module: DetectorModule, size: int) -> L.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, torch.utils.data.DataLoader([batch(size, 1)], batch_size=None))
+    data: Any = [batch(model, 1)]
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     return trainer
 
 
-def outputs(detector: nn.Module, size: int) -> list[Tensor]:
+def outputs(detector: nn.Module, model: Model) -> list[Tensor]:
     """Raw maps and predictions of a detector in eval mode, on fixed images."""
     preprocess: Any = detector.data_preprocessor
-    data = preprocess(batch(size, 3), False)
+    data = preprocess(batch(model, 3), False)
     detector.eval()
     with torch.no_grad():
         found = raw_forward(detector, data["inputs"])
@@ -307,10 +314,10 @@ def outputs(detector: nn.Module, size: int) -> list[Tensor]:
     return found
 
 
-def check_gradients(module: DetectorModule, size: int) -> None:
+def check_gradients(module: DetectorModule, model: Model) -> None:
     """One backward in training mode."""
     module.train().zero_grad()
-    module.detection_loss(module.prepare(batch(size, 4), training=True)).backward()
+    module.detection_loss(module.prepare(batch(model, 4), training=True)).backward()
     gradients = [p.grad for p in module.detector.parameters() if p.grad is not None]
     if not gradients or not all(bool(g.isfinite().all()) for g in gradients):
         raise RuntimeError("a gradient is missing or not finite")
@@ -323,7 +330,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
     detector: Any = module.detector
     row.update({part: part_of(detector, names) for part, names in PARTS.items()})
     yield "train"
-    trainer = train(module, model.size)
+    trainer = train(module, model)
     yield "trace"
     whole = count_parameters(detector)
     with evaluating(detector):
@@ -334,7 +341,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
             reasons = ", ".join(sorted(set(graph.left_whole.values())))
             raise RuntimeError(f"only {cut / in_scope:.0%} of the scope can be cut: {reasons}")
         yield "score"
-        batches = [module.prepare(batch(model.size, 2))]
+        batches = [module.prepare(batch(model, 2))]
         for criterion in (GroupFisherCriterion(), GroupMagnitudeImportance(p=1), LDTCriterion()):
             scores = score_groups(criterion, module, graph, batches)
         yield "cut"
@@ -344,8 +351,8 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
     if abs(achieved - RATE) > TOLERANCE:
         raise RuntimeError(f"{achieved:.1%} of the scope's parameters are gone, not {RATE:.0%}")
     yield "run"
-    check_gradients(module, model.size)
-    expected = outputs(detector, model.size)
+    check_gradients(module, model)
+    expected = outputs(detector, model)
     yield "save"
     trainer.save_checkpoint(folder / "model.ckpt", weights_only=True)
     torch.save(expected, folder / "outputs.pt")
@@ -356,7 +363,7 @@ def reload(model: Model, folder: Path) -> Iterator[str]:
     yield "load"
     detector = ldt.load_pruned(folder / "model.ckpt")
     expected = torch.load(folder / "outputs.pt", weights_only=True)
-    for one, other in zip(expected, outputs(detector, model.size), strict=True):
+    for one, other in zip(expected, outputs(detector, model), strict=True):
         if not torch.equal(one, other):
             raise RuntimeError("the loaded detector predicts something else")
 
@@ -404,7 +411,9 @@ def supervised(work: Iterator[str], row: dict[str, Any], seconds: float, debug: 
     return step == "ok"
 
 
-def examined(family: str, model: Model, seconds: float = 600, debug: bool = False) -> dict[str, Any]:
+def examined(
+    family: str, model: Model, seconds: float = 300, debug: bool = False
+) -> dict[str, Any]:
     """The row of one model: its parts, the share that can be cut, and the outcome."""
     row = {"family": family, "config": model.file, "outcome": "ok"}
     with tempfile.TemporaryDirectory() as folder:
@@ -421,21 +430,65 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join([row["family"], row["config"], *parts, share, row["outcome"]]) + " |"
 
 
+def write(path: Path, found: list[str]) -> None:
+    """Make the table anew; rows of models that were not run stay as they are."""
+    known = path.read_text().splitlines() if path.exists() else []
+    rows = {tuple(row.split(" | ")[:2]): row for row in known + found if row.startswith("| ")}
+    keys = [(f"| {family}", m.file) for family, models in FAMILIES.items() for m in models]
+    lines = [rows[key] for key in keys if key in rows]
+    failed = {row.split(" | ")[0] for row in lines if not row.endswith(" | ok |")}
+    whole = len({row.split(" | ")[0] for row in lines})
+    path.write_text(
+        TEXT.format(
+            ok=whole - len(failed),
+            whole=whole,
+            rows="\n".join(lines),
+            excluded="\n".join(
+                f"- {reason}: {', '.join(names.split())}" for reason, names in EXCLUDED.items()
+            ),
+        )
+    )
+
+
+TEXT = """# Detectors
+
+What `python benchmarks/zoo.py --write docs/detectors.md` finds. A family is a folder of configs
+that mmdet packages, for detecting or segmenting objects in single images. Its model, at full width
+and depth and from random weights, takes one training step with LDT on small synthetic images; it is
+scored with `ldt`, `group_fisher` and `l1`, loses 30 % of the parameters in scope, runs forward in
+eval mode and forward and backward in training mode, is saved, and is loaded in a new process, where
+it must predict the same. {ok} of {whole} families go through all of it.
+
+The scope is `[backbone, neck]` where no other is named; the share that *can be cut* is that of its
+convolutions and linear layers, in parameters. The rest is left whole, and a run lists it with the
+reasons. An outcome other than ok is the step that failed, and why.
+
+| family | config | head | backbone | neck | can be cut | outcome |
+|---|---|---|---|---|---|---|
+{rows}
+
+Folders that are left out:
+
+{excluded}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("families", nargs="*")
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("families", nargs="*", help="some families; default: all")
+    parser.add_argument("--write", type=Path, help="the file with the table")
     parser.add_argument("--debug", action="store_true", help="tracebacks, and what is left whole")
     arguments = parser.parse_args()
     quiet()
-    rows = []
     for family in arguments.families or FAMILIES:
         for model in FAMILIES[family]:
             start = time.monotonic()
-            rows.append(examined(family, model, debug=arguments.debug))
-            print(line(rows[-1]), f"{time.monotonic() - start:.0f} s", flush=True)
+            row = examined(family, model, debug=arguments.debug)
+            print(line(row), f"{time.monotonic() - start:.0f} s", flush=True)
             if arguments.debug:
-                print("\n".join(f"    {k}: {v}" for k, v in rows[-1].get("left", {}).items()))
+                print("\n".join(f"    {k}: {v}" for k, v in row.get("left", {}).items()))
+            if arguments.write:
+                write(arguments.write, [line(row)])
 
 
 if __name__ == "__main__":

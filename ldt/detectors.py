@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 def use_mmdet() -> None:
     """Register mmdet's modules and make ``mmdet`` the default scope (idempotent)."""
     register_all_modules(init_default_scope=False)
+    setattr(SSDHead, "loss_cls", None)  # noqa: B010 - mmdet 3.3 asks every dense head for it, and this one has none
     MMLogger.get_current_instance().setLevel(logging.WARNING)  # it prints every initial tensor
     if DefaultScope.get_current_instance() is None:
         DefaultScope.get_instance("ldt", scope_name="mmdet")
@@ -94,6 +97,8 @@ def _drop_pretrained(node: Any) -> None:
         init = node.get("init_cfg")
         if isinstance(init, dict) and init.get("type") == "Pretrained":
             node["init_cfg"] = None
+        if "pretrained" in node:
+            node["pretrained"] = None
         for value in node.values():
             _drop_pretrained(value)
     elif isinstance(node, (list, tuple)):
@@ -298,6 +303,23 @@ def raw_forward(detector: nn.Module, images: Tensor) -> list[Tensor]:
     return list(_tensors([first, parts.roi_head.forward(maps, regions, samples)]))
 
 
+def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> list[Tensor]:
+    """The neck's maps of a batch [N, 3, H, W]: all of a detector that tracing has to see, where a
+    transformer follows (:func:`attends`), which stays whole.
+    """
+    with neck_maps(detector, name) as maps:
+        extract: Any = detector.extract_feat
+        extract(images)
+    return maps
+
+
+def attends(detector: nn.Module) -> bool:
+    """Whether a transformer reads the neck's maps."""
+    kinds = (nn.MultiheadAttention, MultiScaleDeformableAttention)
+    layers = (n for n, m in detector.named_modules() if isinstance(m, kinds))
+    return any(not name.startswith(("backbone.", "neck.")) for name in layers)
+
+
 def _sample(images: Tensor, regions: int) -> DetDataSample:
     """A data sample with centred regions of six scales and one object as large as the image."""
     height, width = images.shape[2:]
@@ -307,9 +329,10 @@ def _sample(images: Tensor, regions: int) -> DetDataSample:
     scale = 2.0 ** -(torch.arange(regions, device=images.device) % 6)
     ends = images.new_tensor([-width, -height, width, height])
     centre = images.new_tensor([width, height, width, height])
-    sample.proposals = InstanceData(bboxes=(centre + scale[:, None] * ends) / 2)
+    boxes = (centre + scale[:, None] * ends) / 2
+    sample.proposals = InstanceData(bboxes=boxes)
     sample.gt_instances = InstanceData(
-        bboxes=sample.proposals.bboxes[:1],
+        bboxes=boxes[:1],
         labels=torch.zeros(1, dtype=torch.long, device=images.device),
         masks=BitmapMasks(np.ones((1, *shape), dtype=np.uint8), *shape),
     )
@@ -349,8 +372,9 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
     """Names of the layers whose outputs are never pruned: those that make the raw output maps.
 
     From each map the autograd graph is followed back until a convolution or linear layer is met.
-    Where the head has layers that do not take part (a mask quality head, a training branch), the
-    layers that make the neck's maps are among them: tracing cannot see what else reads these.
+    Where the head is a transformer, or has layers that do not take part (a mask quality head, a
+    training branch), the layers that make the neck's maps are among them: tracing cannot see what
+    else reads these.
     """
     made_by: dict[Any, str] = {}
     layers = {n: m for n, m in detector.named_modules() if isinstance(m, CONVOLUTIONS)}
@@ -370,7 +394,8 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
     finally:
         for hook in hooks:
             hook.remove()
-    stack: list[Any] = [m.grad_fn for m in (*outputs, *(maps if unused else ())) if m.requires_grad]
+    outputs += maps if unused or attends(detector) else []
+    stack: list[Any] = [m.grad_fn for m in outputs if m.requires_grad]
     found, seen = set(), set()
     while stack:
         node = stack.pop()

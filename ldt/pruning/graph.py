@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -105,8 +104,7 @@ class PruningGraph:
         self.model, self.forward, self.never = model, forward, tuple(never)
         self._example = images
         self._names = {module: name for name, module in model.named_modules()}
-        predictors = [model.get_submodule(name) for name in never]
-        self._graph = Tracer(predictors).build_dependency(
+        self._graph = Tracer().build_dependency(
             model, images, forward_fn=self._unfrozen, verbose=False
         )
         self.groups: dict[str, CoupledGroup] = {}
@@ -123,7 +121,8 @@ class PruningGraph:
             raise ValueError(
                 f"prune.scope={list(scope)} holds no convolution; the detector's parts are: {parts}"
             )
-        made: set[str] = set()
+        made = set(never) & set(in_scope)  # what is decoded from them is not followed
+        self.left_whole.update({name: f"its channels are predictions of {name}" for name in made})
         for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
             if self._names[layer] not in made:
                 made |= self._add(self._raw(layer), in_scope, set(never), scope)
@@ -132,7 +131,7 @@ class PruningGraph:
             if name not in self.scored:
                 self.left_whole.setdefault(name, "not reached by tracing")
 
-    def _unfrozen(self, model: nn.Module, images: Tensor) -> Any:
+    def _unfrozen(self, model: nn.Module, images: Any) -> Any:
         return self.forward(model.requires_grad_(True), images)  # mmdet's eval() freezes stages
 
     def _norms(self) -> dict[str, str]:
@@ -147,11 +146,11 @@ class PruningGraph:
                 found[self._names[module]] = self._names[norm]
         return found
 
-    def _raw(self, layer: nn.Module, channels: Sequence[int] | None = None) -> Any:
-        """Torch-Pruning's group of some or all of a layer's output channels."""
+    def _raw(self, layer: nn.Module) -> Any:
+        """Torch-Pruning's group of all of a layer's output channels."""
         pruner: Any = self._graph.get_pruner_of_module(layer)
-        chosen = range(pruner.get_out_channels(layer)) if channels is None else channels
-        return self._graph.get_pruning_group(layer, pruner.prune_out_channels, sorted(chosen))
+        channels = list(range(pruner.get_out_channels(layer)))
+        return self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
 
     def _add(
         self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Sequence[str]
@@ -207,6 +206,10 @@ class PruningGraph:
                 return "something that tracing does not see reads its channels"
             with self._put_back():
                 self.remove({name: channels.tolist() for name, channels in gone.items()})
+                for group in (self.groups[name] for name in names):
+                    left = width_of(group.members[0].layer, "out")
+                    if left != group.size - len(gone[group.name]):
+                        return "some of its channels only go together"
                 self._run([])
         except Exception as error:  # whatever a model's code does with unexpected shapes
             reason = " ".join(str(error).split())[:120]
@@ -226,11 +229,7 @@ class PruningGraph:
     @contextmanager
     def _put_back(self) -> Iterator[None]:
         """Within it, surgery is for a trial only."""
-        operations = [m for m in self._graph.module2node if m not in self._names]
-        before: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (vars(op), {k: copy(v) for k, v in vars(op).items() if isinstance(v, list)})
-            for op in operations
-        ]
+        before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for module in self._names:
             sizes = {k: v for k, v in vars(module).items() if isinstance(v, (int, tuple))}
             before.append((vars(module), sizes))
@@ -324,16 +323,21 @@ class PruningGraph:
         return sum(size for name, size in sizes.items() if name in self.scored), sum(sizes.values())
 
     def remove(self, channels: dict[str, list[int]]) -> None:
-        """Cut channels out of the model, in place.
+        """Cut channels out of the model, in place; the graph describes what it was before.
 
         Args:
             channels: for a group's name, the root layer's channels that go.
         """
         trainable = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        cuts: dict[tuple[nn.Module, Any], tuple[Any, set[int]]] = {}
         for name, indices in channels.items():
-            if not indices:
-                continue
-            self._raw(self.groups[name].members[0].layer, indices).prune(record_history=False)
+            for item in self.groups[name].raw.items if indices else ():
+                layer, gone = item.dep.target.module, np.isin(item.root_idxs, indices)
+                if layer in self._names:  # a layer may read several groups: one cut for all
+                    _, known = cuts.setdefault((layer, item.dep.handler), (item.dep, set()))
+                    known.update(np.asarray(item.idxs)[gone].tolist())
+        for cut, indices in cuts.values():
+            cut(sorted(indices))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
@@ -416,12 +420,12 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
 
 def _operation(raw: Any) -> str | None:
     """Which operation on a group's channels cannot follow a cut, or None."""
-    for item in raw.items:
-        node = item.dep.target
-        if isinstance(node.module, Fixed):
-            return "its channels are coordinates, offsets or masks"
+    nodes = [item.dep.target for item in raw.items]
+    if any(isinstance(node.module, Fixed) for node in nodes):
+        return "its channels are coordinates, offsets or masks"
+    for node in nodes:
         if node.type == OPTYPE.PARAMETER:
             return f"coupled with the parameter {raw._DG._param_to_name[node.module]}"
-        if node.type == OPTYPE.SPLIT and node.module.split_sizes is not None:
+        if node.type == OPTYPE.SPLIT:
             return "split into parts of a fixed size"
     return None

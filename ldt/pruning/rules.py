@@ -6,8 +6,6 @@ Grouped convolutions
 Deformable convolutions (mmcv's), region pooling and grid sampling
     keep apart the channels of their first input. Coordinates and masks have a meaning for each
     channel, so the layers that make them keep their outputs (:class:`Fixed`).
-Predictions
-    are not followed: what is decoded from them has other dimensions than channels.
 Splits
     into parts of a size that is written in the model's code cannot follow a cut, so what is split
     stays whole.
@@ -44,11 +42,11 @@ def grouped(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Conv2d, *DEFORMABLE)) and layer.groups > 1 and not depthwise(layer)
 
 
-def divisions(layer: nn.Module, side: str) -> int:
+def divisions(layer: Any, side: str) -> int:
     """How many equal parts of a layer's channels must lose the same number of channels."""
     if isinstance(layer, nn.GroupNorm):
         return layer.num_groups
-    groups = layer.groups if grouped(layer) else 1  # type: ignore[attr-defined]
+    groups = layer.groups if grouped(layer) else 1
     if isinstance(layer, DEFORMABLE) and side == "in":
         return math.lcm(groups, layer.deform_groups)
     return groups
@@ -98,15 +96,10 @@ class _Grouped(nn.Conv2d):
 
 
 class Tracer(tp.DependencyGraph):
-    """Torch-Pruning's graph under the rules of this module.
+    """Torch-Pruning's graph under the rules of this module."""
 
-    Args:
-        predictors: layers whose outputs are predictions.
-    """
-
-    def __init__(self, predictors: Sequence[nn.Module]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._predictors = predictors
         self._pruner = ConvolutionPruner()
         for kind in (_Grouped, *DEFORMABLE):
             self.register_customized_layer(kind, self._pruner)
@@ -125,10 +118,8 @@ class Tracer(tp.DependencyGraph):
         for node in list(nodes.values()):
             if any(name in str(node.grad_fn) for name in COORDINATES):
                 _fix(node, nodes)
-            if node.module in self._predictors:
-                for reader in node.outputs:
-                    reader.inputs.remove(node)
-                node.outputs.clear()
+            if node.type == OPTYPE.SPLIT:  # what is split stays whole anyway
+                node.enable_index_mapping = False
         _merge_elementwise(nodes)
         return nodes
 
