@@ -14,6 +14,7 @@ import ldt  # first: mmdet.structures.mask needs its operators
 # isort: split
 import argparse
 import multiprocessing
+import resource
 import tempfile
 import time
 import traceback
@@ -48,6 +49,7 @@ PARTS = {
 }
 CONFIGS = Path(mmdet.__path__[0]) / ".mim" / "configs"
 STEPS = ("build", "train", "trace", "score", "cut", "run", "save", "load")
+MEMORY = 10 * 2**30  # bytes that a model's process may take
 RATE = 0.3  # of the parameters in scope
 CLASSES = tuple(f"class {i}" for i in range(80))
 RECIPE = {
@@ -72,6 +74,7 @@ class Model:
         options: merged into ``model``; nothing that changes the network's structure.
         neck: the module whose output LDT acts on.
         masks: objects have masks.
+        proposals: images come with regions.
     """
 
     file: str
@@ -80,6 +83,7 @@ class Model:
     options: dict[str, Any] = field(default_factory=dict)
     neck: str = "auto"
     masks: bool = True
+    proposals: bool = False
 
 
 FAMILIES: dict[str, tuple[Model, ...]] = {
@@ -123,7 +127,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "dynamic_rcnn": (Model("dynamic-rcnn_r50_fpn_1x_coco"),),
     "efficientnet": (Model("retinanet_effb3_fpn_8xb4-crop896-1x_coco"),),
     "empirical_attention": (Model("faster-rcnn_r50-attn1111-dcn_fpn_1x_coco"),),
-    "fast_rcnn": (Model("fast-rcnn_r50_fpn_1x_coco"),),
+    "fast_rcnn": (Model("fast-rcnn_r50_fpn_1x_coco", proposals=True),),
     "faster_rcnn": (
         Model("faster-rcnn_r50_fpn_1x_coco"),
         Model("faster-rcnn_r50-caffe_c4-1x_coco"),
@@ -153,8 +157,16 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     ),
     "hrnet": (Model("faster-rcnn_hrnetv2p-w18-1x_coco"),),
     "htc": (Model("htc_r50_fpn_1x_coco"),),
-    "lad": (Model("lad_r50-paa-r101_fpn_2xb8_coco_1x"),),
-    "ld": (Model("ld_r18-gflv1-r101_fpn_1x_coco"),),
+    "lad": (Model("lad_r50-paa-r101_fpn_2xb8_coco_1x", options={"teacher_ckpt": None}),),
+    "ld": (
+        Model(
+            "ld_r18-gflv1-r101_fpn_1x_coco",
+            options={
+                "teacher_config": str(CONFIGS / "gfl/gfl_r101_fpn_ms-2x_coco.py"),
+                "teacher_ckpt": None,
+            },
+        ),
+    ),
     "legacy_1.x": (Model("retinanet_r50_fpn_1x_coco_v1"),),
     "libra_rcnn": (
         Model("libra-faster-rcnn_r50_fpn_1x_coco"),
@@ -175,8 +187,13 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("ssd300_pisa_coco", size=300),
         Model("faster-rcnn_r50_fpn_pisa_1x_coco"),
     ),
-    "point_rend": (Model("point-rend_r50-caffe_fpn_ms-1x_coco"),),
-    "pvt": (Model("retinanet_pvt-t_fpn_1x_coco"),),
+    "point_rend": (
+        Model(
+            "point-rend_r50-caffe_fpn_ms-1x_coco",
+            options={"test_cfg": {"rpn": {"max_per_img": 20}, "rcnn": {"score_thr": 0.0}}},
+        ),
+    ),
+    "pvt": (Model("retinanet_pvt-t_fpn_1x_coco", scope=("neck",)),),
     "queryinst": (Model("queryinst_r50_fpn_1x_coco"),),
     "regnet": (Model("faster-rcnn_regnetx-3.2GF_fpn_1x_coco"),),
     "reppoints": (Model("reppoints-moment_r50_fpn-gn_head-gn_1x_coco"),),
@@ -210,7 +227,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "strong_baselines": (
         Model("mask-rcnn_r50-caffe_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco"),
     ),
-    "swin": (Model("retinanet_swin-t-p4-w7_fpn_1x_coco"),),
+    "swin": (Model("retinanet_swin-t-p4-w7_fpn_1x_coco", scope=("neck",)),),
     "timm_example": (Model("retinanet_timm-tv-resnet50_fpn_1x_coco"),),
     "tood": (
         Model("tood_r50_fpn_1x_coco"),
@@ -262,7 +279,8 @@ def batch(model: Model, seed: int) -> dict[str, Any]:
             sample.gt_instances.masks = BitmapMasks(masks, size, size)
         sample.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
         sample.gt_sem_seg = PixelData(sem_seg=torch.as_tensor(masks.max(0)[None]).long())
-        sample.proposals = InstanceData(bboxes=boxes + 4, scores=torch.ones(5))
+        if model.proposals:
+            sample.proposals = InstanceData(bboxes=boxes + 4, scores=torch.ones(5))
         images.append(image.to(torch.uint8))
         samples.append(sample)
     return {"inputs": images, "data_samples": samples}
@@ -290,6 +308,7 @@ def train(module: DetectorModule, model: Model) -> L.Trainer:
     trainer = L.Trainer(
         max_steps=1,
         accelerator="cpu",
+        gradient_clip_val=35.0,
         callbacks=[LDTLoss(warmup_epochs=0)],
         logger=False,
         enable_checkpointing=False,
@@ -376,6 +395,7 @@ def part_of(detector: nn.Module, names: tuple[str, ...]) -> str:
 
 def _in_process(work: Iterator[str], row: dict[str, Any], pipe: Any, debug: bool) -> None:
     quiet()
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     step = ""
     try:
         for step in work:
@@ -415,7 +435,7 @@ def examined(
     family: str, model: Model, seconds: float = 300, debug: bool = False
 ) -> dict[str, Any]:
     """The row of one model: its parts, the share that can be cut, and the outcome."""
-    row = {"family": family, "config": model.file, "outcome": "ok"}
+    row = {"family": family, "config": model.file, "scope": model.scope, "outcome": "ok"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         if supervised(examine(family, model, path, row), row, seconds, debug):
@@ -426,6 +446,8 @@ def examined(
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     share = f"{row['share']:.0%}" if "share" in row else ""
+    if row["scope"] != Model.scope:
+        share = f"{share} of {', '.join(row['scope'])}"
     parts = [row.get(part, "") for part in PARTS]
     return "| " + " | ".join([row["family"], row["config"], *parts, share, row["outcome"]]) + " |"
 

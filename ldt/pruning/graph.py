@@ -357,7 +357,8 @@ def _affine(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """A normalisation by statistics over several channels, without these: they mix channels."""
     if layer.weight is None:
         return inputs[0]
-    shape = (-1,) if type(layer) is nn.LayerNorm else (-1, 1, 1)  # its subclasses work on maps
+    plain = type(layer) is nn.LayerNorm  # its subclasses work on maps, as GroupNorm does
+    shape = layer.normalized_shape if plain else (-1, 1, 1)
     return inputs[0] * layer.weight.view(shape) + layer.bias.view(shape)
 
 
@@ -413,6 +414,8 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
                 return f"coupled with {member.name}, which is outside of prune.scope"
         if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
             return f"coupled with the grouped transposed convolution {member.name}"
+        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
+            return f"{member.name} normalises more than channels"
         if not _aligned(member, group):
             return f"the groups of {member.name} hold other channels too"
     return None

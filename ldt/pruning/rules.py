@@ -6,6 +6,10 @@ Grouped convolutions
 Deformable convolutions (mmcv's), region pooling and grid sampling
     keep apart the channels of their first input. Coordinates and masks have a meaning for each
     channel, so the layers that make them keep their outputs (:class:`Fixed`).
+Maps of one channel
+    are broadcast over the channels of others, which they are not coupled with.
+Reshapes
+    that keep the dimension of channels change nothing for them.
 Splits
     into parts of a size that is written in the model's code cannot follow a cut, so what is split
     stays whole.
@@ -116,6 +120,10 @@ class Tracer(tp.DependencyGraph):
         self.IGNORED_LAYERS_IN_TRACING.clear()  # the layers inside of deformable convolutions
         nodes = super()._trace(model, example_inputs, forward_fn, output_transform)
         for node in list(nodes.values()):
+            if node.type == OPTYPE.RESHAPE and _keeps_channels(node.grad_fn):
+                node.type = OPTYPE.ELEMENTWISE
+            if getattr(node.module, "out_channels", 0) == 1:
+                _broadcast(node)
             if any(name in str(node.grad_fn) for name in COORDINATES):
                 _fix(node, nodes)
             if node.type == OPTYPE.SPLIT:  # what is split stays whole anyway
@@ -139,6 +147,19 @@ def _fix(node: Any, nodes: dict[Any, Any]) -> None:
         fixed.inputs.append(other)
         nodes[fixed.module] = fixed
     node.inputs[:] = first
+
+
+def _keeps_channels(view: Any) -> bool:
+    """Whether a reshape leaves the dimension of channels as it is."""
+    before, after = view._saved_self_sym_sizes, view._input_metadata[0].shape
+    return len(before) > 1 and len(after) > 1 and before[1] == after[1]
+
+
+def _broadcast(node: Any) -> None:
+    """Let nothing follow a layer of one channel: it weighs the channels of others."""
+    for reader in node.outputs:
+        reader.inputs[:] = [n for n in reader.inputs if n is not node]
+    node.outputs.clear()
 
 
 def _merge_elementwise(nodes: dict[Any, Any]) -> None:
