@@ -36,7 +36,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
-from ldt.criteria.ldt import LDTCriterion
+from ldt.criteria.ldt import LDTCriterion, Source
 from ldt.detectors import evaluating, model_config, quiet, raw_forward
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters
@@ -51,7 +51,6 @@ CONFIGS = Path(mmdet.__path__[0]) / ".mim" / "configs"
 STEPS = ("build", "train", "trace", "score", "cut", "run", "save", "load")
 MEMORY = 10 * 2**30  # bytes that a model's process may take
 RATE = 0.3  # of the parameters in scope
-CLASSES = tuple(f"class {i}" for i in range(80))
 RECIPE = {
     "epochs": 1,
     "optimizer": {"type": "SGD", "lr": 1e-4},
@@ -61,6 +60,9 @@ RECIPE = {
     "warmup_shape": "linear",
 }
 FEW_REGIONS = (("train_cfg", "rpn_proposal"), ("test_cfg", "rpn"))  # small images need 20
+
+ONE_CLASS: dict[str, Any] = {"classes": 1, "source": "neck_energy"}  # has no discriminants
+POSITIVE_EPS = {"backbone": {"norm_cfg": {"eps": 1e-5}}}  # torch refuses the config's 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Model:
         size: height and width of the images, in pixels.
         options: merged into ``model``; nothing that changes the network's structure.
         neck: the module whose output LDT acts on.
+        classes: number of classes.
+        source: what LDT traces.
         masks: objects have masks.
         proposals: images come with regions.
     """
@@ -82,6 +86,8 @@ class Model:
     size: int = 128
     options: dict[str, Any] = field(default_factory=dict)
     neck: str = "auto"
+    classes: int = 80
+    source: Source = "neck"
     masks: bool = True
     proposals: bool = False
 
@@ -107,8 +113,8 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "convnext": (Model("mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco"),),
     "cornernet": (Model("cornernet_hourglass104_8xb6-210e-mstest_coco"),),
     "crowddet": (
-        Model("crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman"),
-        Model("crowddet-rcnn_refine_r50_fpn_8xb2-30e_crowdhuman"),
+        Model("crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman", **ONE_CLASS),
+        Model("crowddet-rcnn_refine_r50_fpn_8xb2-30e_crowdhuman", **ONE_CLASS),
     ),
     "dab_detr": (Model("dab-detr_r50_8xb2-50e_coco"),),
     "dcn": (Model("faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco"),),
@@ -121,7 +127,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("cascade-rcnn_r50-sac_1x_coco"),
     ),
     "detr": (Model("detr_r50_8xb2-150e_coco"),),
-    "dino": (Model("dino-4scale_r50_8xb2-12e_coco"),),
+    "dino": (Model("dino-4scale_r50_8xb2-12e_coco", size=256),),
     "double_heads": (Model("dh-faster-rcnn_r50_fpn_1x_coco"),),
     "dyhead": (Model("atss_r50_fpn_dyhead_1x_coco"),),
     "dynamic_rcnn": (Model("dynamic-rcnn_r50_fpn_1x_coco"),),
@@ -153,7 +159,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "groie": (Model("mask-rcnn_r50_fpn_groie_1x_coco"),),
     "guided_anchoring": (
         Model("ga-retinanet_r50_fpn_1x_coco"),
-        Model("ga-faster-rcnn_r50_fpn_1x_coco"),
+        Model("ga-faster-rcnn_r50_fpn_1x_coco", options={"rpn_head": {"loc_filter_thr": 0.0}}),
     ),
     "hrnet": (Model("faster-rcnn_hrnetv2p-w18-1x_coco"),),
     "htc": (Model("htc_r50_fpn_1x_coco"),),
@@ -172,12 +178,14 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("libra-faster-rcnn_r50_fpn_1x_coco"),
         Model("libra-retinanet_r50_fpn_1x_coco"),
     ),
-    "mask2former": (Model("mask2former_r50_8xb2-lsj-50e_coco"),),
+    "mask2former": (
+        Model("mask2former_r50_8xb2-lsj-50e_coco", options={"train_cfg": {"num_points": 512}}),
+    ),
     "mask_rcnn": (Model("mask-rcnn_r50_fpn_1x_coco"),),
     "ms_rcnn": (Model("ms-rcnn_r50_fpn_1x_coco"),),
     "nas_fcos": (
-        Model("nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco"),
-        Model("nas-fcos_r50-caffe_fpn_fcoshead-gn-head_4xb4-1x_coco"),
+        Model("nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco", options=POSITIVE_EPS),
+        Model("nas-fcos_r50-caffe_fpn_fcoshead-gn-head_4xb4-1x_coco", options=POSITIVE_EPS),
     ),
     "nas_fpn": (Model("retinanet_r50_nasfpn_crop640-50e_coco"),),
     "paa": (Model("paa_r50_fpn_1x_coco"),),
@@ -194,7 +202,9 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         ),
     ),
     "pvt": (Model("retinanet_pvt-t_fpn_1x_coco", scope=("neck",)),),
-    "queryinst": (Model("queryinst_r50_fpn_1x_coco"),),
+    "queryinst": (
+        Model("queryinst_r50_fpn_1x_coco", options={"test_cfg": {"rcnn": {"max_per_img": 1}}}),
+    ),
     "regnet": (Model("faster-rcnn_regnetx-3.2GF_fpn_1x_coco"),),
     "reppoints": (Model("reppoints-moment_r50_fpn-gn_head-gn_1x_coco"),),
     "res2net": (Model("faster-rcnn_res2net-101_fpn_2x_coco"),),
@@ -215,7 +225,6 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "simple_copy_paste": (
         Model("mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_32xb2-ssj-90k_coco"),
     ),
-    "soft_teacher": (Model("soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco"),),
     "solo": (
         Model("solo_r50_fpn_1x_coco"),
         Model("decoupled-solo_r50_fpn_1x_coco"),
@@ -249,6 +258,7 @@ EXCLUDED = {
     "Mask R-CNN, Cascade R-CNN, Faster R-CNN or RetinaNet with other data, augmentation or initial "
     "weights": "albu_example cityscapes deepfashion instaboost lvis misc objects365 openimages "
     "pascal_voc resnet_strikes_back selfsup_pretrain v3det wider_face",
+    "semi-supervised training of Faster R-CNN": "soft_teacher",
     "tracking or re-identification": "bytetrack deepsort mask2former_vis masktrack_rcnn ocsort "
     "qdtrack reid sort strongsort",
     "prompted by text": "glip grounding_dino mm_grounding_dino",
@@ -263,7 +273,10 @@ def batch(model: Model, seed: int) -> dict[str, Any]:
     for _ in range(2):
         corner = torch.rand(5, 2, generator=generator) * size * 0.5
         extent = (0.25 + 0.25 * torch.rand(5, 2, generator=generator)) * size
-        boxes, labels = torch.cat([corner, corner + extent], 1), torch.arange(5) % 3
+        boxes, labels = (
+            torch.cat([corner, corner + extent], 1),
+            torch.arange(5) % min(3, model.classes),
+        )
         image = torch.randint(0, 200, (3, size, size), generator=generator)
         masks = np.zeros((5, size, size), dtype=np.uint8)
         for mask, box, label in zip(masks, boxes.long().tolist(), labels, strict=True):
@@ -290,14 +303,15 @@ def build(family: str, model: Model) -> DetectorModule:
     """The module of a family's model, from random weights."""
     name = f"mmdet::{family}/{model.file}.py"
     torch.manual_seed(0)
-    plain = model_config(name, {}, len(CLASSES), pretrained=False)
+    plain = model_config(name, {}, model.classes, pretrained=False)
     few = {
         config: {part: {"max_per_img": 20}}
         for config, part in FEW_REGIONS
         if "roi_head" in plain and (plain.get(config) or {}).get(part)
     }
-    plain = model_config(name, {**few, **model.options}, len(CLASSES), pretrained=False)
-    return DetectorModule(plain, CLASSES, RECIPE, (model.size, model.size), neck=model.neck)
+    plain = model_config(name, {**few, **model.options}, model.classes, pretrained=False)
+    classes = [f"class {i}" for i in range(model.classes)]
+    return DetectorModule(plain, classes, RECIPE, (model.size, model.size), neck=model.neck)
 
 
 def train(module: DetectorModule, model: Model) -> L.Trainer:
@@ -321,9 +335,9 @@ def train(module: DetectorModule, model: Model) -> L.Trainer:
 
 
 def outputs(detector: nn.Module, model: Model) -> list[Tensor]:
-    """Raw maps and predictions of a detector in eval mode, on fixed images."""
+    """Raw maps and predictions of a detector in eval mode, on a fixed image."""
     preprocess: Any = detector.data_preprocessor
-    data = preprocess(batch(model, 3), False)
+    data = preprocess({key: given[:1] for key, given in batch(model, 3).items()}, False)
     detector.eval()
     with torch.no_grad():
         found = raw_forward(detector, data["inputs"])
@@ -361,7 +375,11 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
             raise RuntimeError(f"only {cut / in_scope:.0%} of the scope can be cut: {reasons}")
         yield "score"
         batches = [module.prepare(batch(model, 2))]
-        for criterion in (GroupFisherCriterion(), GroupMagnitudeImportance(p=1), LDTCriterion()):
+        for criterion in (
+            GroupFisherCriterion(),
+            GroupMagnitudeImportance(p=1),
+            LDTCriterion(model.source),
+        ):
             scores = score_groups(criterion, module, graph, batches)
         yield "cut"
         rule = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * in_scope}

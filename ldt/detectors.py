@@ -95,7 +95,7 @@ def _drop_pretrained(node: Any) -> None:
     """Remove every ``init_cfg`` that would load a file, in place."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
-        if isinstance(init, dict) and init.get("type") == "Pretrained":
+        if isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init):
             node["init_cfg"] = None
         if "pretrained" in node:
             node["pretrained"] = None

@@ -294,6 +294,24 @@ def carafe_backward(
     mask_grad += grads[1]
 
 
+def masked_im2col_forward(
+    im: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, col: Tensor,
+    kernel_h: int, kernel_w: int, pad_h: int, pad_w: int,
+) -> None:  # fmt: skip
+    """Fill `col` (C * kH * kW, K) with the windows of the first image around K cells, stride 1."""
+    columns = F.unfold(_wide(im[:1]), (kernel_h, kernel_w), padding=(pad_h, pad_w))[0]
+    width = im.shape[3] + 2 * pad_w - kernel_w + 1
+    col.copy_(columns[:, mask_h_idx * width + mask_w_idx])
+
+
+def masked_col2im_forward(
+    col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor,
+    height: int, width: int, channels: int,
+) -> None:  # fmt: skip
+    """Put the columns of `col` (C, K) at K cells of the first image."""
+    im[0, :, mask_h_idx, mask_w_idx] = col
+
+
 def ms_deform_attn_forward(
     value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,
     sampling_locations: Tensor, attention_weights: Tensor, im2col_step: int,

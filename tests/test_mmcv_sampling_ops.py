@@ -243,6 +243,12 @@ def test_carafe(kernel, groups, scale):
     assert gradcheck(run, (x, masks), fast_mode=True)
 
 
+def test_a_masked_convolution_is_the_convolution_where_the_mask_is():
+    layer = mmcv.ops.MaskedConv2d(3, 4, 3, padding=1)
+    x, mask = torch.randn(1, 3, 5, 6), torch.rand(1, 5, 6) > 0.5
+    torch.testing.assert_close(layer(x, mask), layer(x) * mask)
+
+
 def test_deform_layers_start_as_plain_convolutions():
     x = torch.randn(2, 4, 6, 7)
     v1 = mmcv.ops.DeformConv2dPack(4, 6, 3, padding=1)

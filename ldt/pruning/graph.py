@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch_pruning.ops import OPTYPE
 
-from ldt.pruning.rules import DEFORMABLE, Fixed, Tracer, depthwise, divisions
+from ldt.pruning.rules import DEFORMABLE, Fixed, Tracer, depthwise, divisions, grouped
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 STATISTICS = (nn.GroupNorm, nn.LayerNorm)
@@ -390,6 +390,8 @@ def _aligned(member: Member, group: CoupledGroup) -> bool:
     count = divisions(member.layer, member.side)
     if count == 1:
         return True
+    if group.size % group.parts:
+        return False
     width = width_of(member.layer, member.side)
     part = member.roots // (group.size // group.parts)
     pairs = {*zip(part.tolist(), (member.channels // (width // count)).tolist(), strict=True)}
@@ -414,6 +416,8 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
                 return f"coupled with {member.name}, which is outside of prune.scope"
         if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
             return f"coupled with the grouped transposed convolution {member.name}"
+        if grouped(layer) and layer.groups == layer.out_channels:
+            return f"{member.name} makes each channel of several others"
         if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
             return f"{member.name} normalises more than channels"
         if not _aligned(member, group):

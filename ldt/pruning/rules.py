@@ -120,7 +120,8 @@ class Tracer(tp.DependencyGraph):
         self.IGNORED_LAYERS_IN_TRACING.clear()  # the layers inside of deformable convolutions
         nodes = super()._trace(model, example_inputs, forward_fn, output_transform)
         for node in list(nodes.values()):
-            if node.type == OPTYPE.RESHAPE and _keeps_channels(node.grad_fn):
+            unchanged = node.type == OPTYPE.RESHAPE and _keeps_channels(node.grad_fn)
+            if unchanged or node.type == OPTYPE.EXPAND:  # else expected to repeat attention heads
                 node.type = OPTYPE.ELEMENTWISE
             if getattr(node.module, "out_channels", 0) == 1:
                 _broadcast(node)
