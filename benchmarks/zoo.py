@@ -62,6 +62,9 @@ RECIPE = {
 FEW_REGIONS = (("train_cfg", "rpn_proposal"), ("test_cfg", "rpn"))  # small images need 20
 
 ONE_CLASS: dict[str, Any] = {"classes": 1, "source": "neck_energy"}  # has no discriminants
+SYNC_BN = {  # torch's; mmcv's own cannot be built in a single process
+    "roi_head": {f"{part}_head": {"norm_cfg": {"type": "SyncBN"}} for part in ("bbox", "mask")}
+}
 POSITIVE_EPS = {"backbone": {"norm_cfg": {"eps": 1e-5}}}  # torch refuses the config's 0
 
 
@@ -223,7 +226,9 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "scratch": (Model("faster-rcnn_r50-scratch_fpn_gn-all_6x_coco"),),
     "seesaw_loss": (Model("mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1"),),
     "simple_copy_paste": (
-        Model("mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_32xb2-ssj-90k_coco"),
+        Model(
+            "mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_32xb2-ssj-90k_coco", options=SYNC_BN
+        ),
     ),
     "solo": (
         Model("solo_r50_fpn_1x_coco"),
@@ -234,7 +239,9 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "sparse_rcnn": (Model("sparse-rcnn_r50_fpn_1x_coco"),),
     "ssd": (Model("ssd300_coco", size=300), Model("ssdlite_mobilenetv2-scratch_8xb24-600e_coco")),
     "strong_baselines": (
-        Model("mask-rcnn_r50-caffe_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco"),
+        Model(
+            "mask-rcnn_r50-caffe_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-100e_coco", options=SYNC_BN
+        ),
     ),
     "swin": (Model("retinanet_swin-t-p4-w7_fpn_1x_coco", scope=("neck",)),),
     "timm_example": (Model("retinanet_timm-tv-resnet50_fpn_1x_coco"),),

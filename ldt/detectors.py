@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmcv.ops import MultiScaleDeformableAttention
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention
 from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -24,7 +24,6 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ldt.discriminant import Objects
-from ldt.pruning.graph import CONVOLUTIONS
 
 log = logging.getLogger(__name__)
 
@@ -377,7 +376,8 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
     else reads these.
     """
     made_by: dict[Any, str] = {}
-    layers = {n: m for n, m in detector.named_modules() if isinstance(m, CONVOLUTIONS)}
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2d, ModulatedDeformConv2d)
+    layers = {n: m for n, m in detector.named_modules() if isinstance(m, kinds)}
     unused = {name for name in layers if not name.startswith(("backbone.", "neck."))}
 
     def remember(name: str) -> Any:
