@@ -29,9 +29,17 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     state = detector_state(checkpoint)
     detector = build(about["model"], initialise=False)
     structure.rebuild(detector, about["structure"], state)
-    detector.load_state_dict(state, strict=True)
+    detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
     detector.dataset_meta = {"classes": tuple(about["classes"])}  # type: ignore[assignment]
-    return detector.to(device).eval()
+    detector.to(device)
+    detector.eval()  # not every detector's gives itself back
+    return detector
+
+
+def _without_aliases(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
+    """The state without further names of the known tensors: DDQ shares layers once it trains."""
+    places = {state[key].data_ptr() for key in known & set(state)}
+    return {k: v for k, v in state.items() if k in known or v.data_ptr() not in places}
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention
+from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ldt.discriminant import Objects
@@ -27,6 +31,7 @@ log = logging.getLogger(__name__)
 def use_mmdet() -> None:
     """Register mmdet's modules and make ``mmdet`` the default scope (idempotent)."""
     register_all_modules(init_default_scope=False)
+    setattr(SSDHead, "loss_cls", None)  # noqa: B010 - mmdet 3.3 asks every dense head for it, and this one has none
     MMLogger.get_current_instance().setLevel(logging.WARNING)  # it prints every initial tensor
     if DefaultScope.get_current_instance() is None:
         DefaultScope.get_instance("ldt", scope_name="mmdet")
@@ -89,8 +94,10 @@ def _drop_pretrained(node: Any) -> None:
     """Remove every ``init_cfg`` that would load a file, in place."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
-        if isinstance(init, dict) and init.get("type") == "Pretrained":
+        if isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init):
             node["init_cfg"] = None
+        if "pretrained" in node:
+            node["pretrained"] = None
         for value in node.values():
             _drop_pretrained(value)
     elif isinstance(node, (list, tuple)):
@@ -269,8 +276,66 @@ def neck_maps(detector: nn.Module, name: str = "auto") -> Iterator[list[Tensor]]
 
 
 def raw_forward(detector: nn.Module, images: Tensor) -> list[Tensor]:
-    """The raw head maps of a batch [N, 3, H, W], flat, as tracing and counting need them."""
-    return list(_tensors(detector(images, mode="tensor")))
+    """The raw output maps of a batch [N, 3, H, W], flat, as tracing and counting need them.
+
+    A two-stage detector gives those of its region proposal network and of its second stage, which
+    gets as many regions as it is tested with, spread over all scales: what the network itself
+    proposes has no gradient and differs from one cut to the next.
+    """
+    parts: Any = detector
+    rpn = getattr(parts, "test_cfg", None) and parts.test_cfg.get("rpn")
+    samples = [_sample(images, rpn.max_per_img if rpn else 1000) for _ in images]
+    if not hasattr(detector, "roi_head"):
+        return list(_tensors(detector(images, samples, mode="tensor")))
+    maps, first = parts.extract_feat(images), []
+    regions = [sample.proposals for sample in samples]
+    if parts.with_rpn:
+        heads = [m for m in parts.rpn_head.modules() if hasattr(m, "predict_by_feat")]
+        hooks = [m.register_forward_hook(lambda *call: first.append(call[-1])) for m in heads]
+        try:
+            proposed = parts.rpn_head.predict(maps, samples, rescale=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not first:  # learnt regions, with features of their own
+            regions = proposed
+    return list(_tensors([first, parts.roi_head.forward(maps, regions, samples)]))
+
+
+def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> list[Tensor]:
+    """The neck's maps of a batch [N, 3, H, W]: all of a detector that tracing has to see, where a
+    transformer follows (:func:`attends`), which stays whole.
+    """
+    with neck_maps(detector, name) as maps:
+        extract: Any = detector.extract_feat
+        extract(images)
+    return maps
+
+
+def attends(detector: nn.Module) -> bool:
+    """Whether a transformer reads the neck's maps."""
+    kinds = (nn.MultiheadAttention, MultiScaleDeformableAttention)
+    layers = (n for n, m in detector.named_modules() if isinstance(m, kinds))
+    return any(not name.startswith(("backbone.", "neck.")) for name in layers)
+
+
+def _sample(images: Tensor, regions: int) -> DetDataSample:
+    """A data sample with centred regions of six scales and one object as large as the image."""
+    height, width = images.shape[2:]
+    shape = (int(height), int(width))
+    about = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), shape)
+    sample = DetDataSample(metainfo={**about, "scale_factor": (1.0, 1.0)})
+    scale = 2.0 ** -(torch.arange(regions, device=images.device) % 6)
+    ends = images.new_tensor([-width, -height, width, height])
+    centre = images.new_tensor([width, height, width, height])
+    boxes = (centre + scale[:, None] * ends) / 2
+    sample.proposals = InstanceData(bboxes=boxes)
+    sample.gt_instances = InstanceData(
+        bboxes=boxes[:1],
+        labels=torch.zeros(1, dtype=torch.long, device=images.device),
+        masks=BitmapMasks(np.ones((1, *shape), dtype=np.uint8), *shape),
+    )
+    return sample
 
 
 def _tensors(node: Any) -> Iterator[Tensor]:
@@ -302,30 +367,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def find_predictors(detector: nn.Module, images: Tensor) -> list[str]:
-    """Names of the layers that make the raw head maps: their outputs are never pruned.
+def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> list[str]:
+    """Names of the layers whose outputs are never pruned: those that make the raw output maps.
 
     From each map the autograd graph is followed back until a convolution or linear layer is met.
+    Where the head is a transformer, or has layers that do not take part (a mask quality head, a
+    training branch), the layers that make the neck's maps are among them: tracing cannot see what
+    else reads these.
     """
     made_by: dict[Any, str] = {}
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2d, ModulatedDeformConv2d)
+    layers = {n: m for n, m in detector.named_modules() if isinstance(m, kinds)}
+    unused = {name for name in layers if not name.startswith(("backbone.", "neck."))}
 
     def remember(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             made_by[output.grad_fn] = name
+            unused.discard(name)
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(remember(name))
-        for name, module in detector.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))
-    ]
+    hooks = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
     try:
-        with evaluating(detector):
-            stack = [m.grad_fn for m in raw_forward(detector, images) if m.grad_fn is not None]
+        with evaluating(detector), neck_maps(detector, neck) as maps:
+            outputs = raw_forward(detector, images)
     finally:
         for hook in hooks:
             hook.remove()
+    outputs += maps if unused or attends(detector) else []
+    stack: list[Any] = [m.grad_fn for m in outputs if m.requires_grad]
     found, seen = set(), set()
     while stack:
         node = stack.pop()

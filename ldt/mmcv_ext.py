@@ -152,11 +152,31 @@ _Geometry = tuple[int, int, int, int, int, int, int, int]
 """Stride, padding, dilation (y before x each), groups, deform groups: torchvision's order."""
 
 
+def _as_large_as_output(maps: Tensor, input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    # mmcv's kernels read an image's offsets in the order of an output map, whatever shape they
+    # have, and DyHead (2106.08322) hands them larger ones; torchvision refuses these.
+    sizes = []
+    for axis in (0, 1):
+        stride, pad, dilation = geometry[axis], geometry[axis + 2], geometry[axis + 4]
+        reach = dilation * (weight.shape[axis + 2] - 1) + 1
+        sizes.append((input.shape[axis + 2] + 2 * pad - reach) // stride + 1)
+    cells = maps.shape[1] * sizes[0] * sizes[1]
+    return maps.flatten(1)[:, :cells].view(*maps.shape[:2], *sizes)
+
+
+def _add_leading(total: Tensor, part: Tensor) -> None:
+    # Add the gradient of what `_as_large_as_output` takes.
+    flat = part.flatten(1)
+    total.view(len(total), -1)[:, : flat.shape[1]] += flat
+
+
 def _deform_args(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None,
     geometry: _Geometry,
 ) -> tuple[Tensor | int | bool, ...]:  # fmt: skip
     # What torchvision's forward and backward both take; it wants tensors where there are none.
+    offset = _as_large_as_output(offset, input, weight, geometry)
+    mask = None if mask is None else _as_large_as_output(mask, input, weight, geometry)
     some_mask = input.new_zeros(len(input), 1) if mask is None else mask
     some_bias = input.new_zeros(len(weight)) if bias is None else bias
     tensors = (input, weight, offset, some_mask, some_bias)
@@ -185,7 +205,7 @@ def deform_conv_backward_input(
     args = _deform_args(input, weight, offset, None, None, geometry)
     grads = _torchvision._deform_conv2d_backward(_wide(gradOutput), *args)
     gradInput += grads[0]
-    gradOffset += grads[2]
+    _add_leading(gradOffset, grads[2])
 
 
 def deform_conv_backward_parameters(
@@ -230,10 +250,66 @@ def modulated_deform_conv_backward(
     )
     args = _deform_args(input, weight, offset, mask, bias if with_bias else None, geometry)
     grads = _torchvision._deform_conv2d_backward(_wide(grad_output), *args)
-    for total, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
-        total += grad
+    grad_input += grads[0]
+    grad_weight += grads[1]
+    _add_leading(grad_offset, grads[2])
+    _add_leading(grad_mask, grads[3])
     if with_bias:  # otherwise mmcv passes an empty one
         grad_bias += grads[4]
+
+
+def _carafe(features: Tensor, masks: Tensor, kernel: int, groups: int, scale: int) -> Tensor:
+    n, channels, height, width = features.shape
+    patches = F.unfold(features, kernel, padding=kernel // 2)
+    patches = patches.view(n, groups, channels // groups, kernel**2, height, width)
+    weights = masks.view(n, groups, kernel**2, height, scale, width, scale)
+    out = torch.einsum("ngckhw,ngkhawb->ngchawb", patches, weights)
+    return out.reshape(n, channels, height * scale, width * scale)
+
+
+def carafe_forward(
+    features: Tensor, masks: Tensor, rfeatures: Tensor, routput: Tensor, rmasks: Tensor,
+    output: Tensor, kernel_size: int, group_size: int, scale_factor: int,
+) -> None:  # fmt: skip
+    """Fill `output` with the upsampled `features`, each cell reassembled as in CARAFE (1905.02188).
+
+    `masks` (N, groups * kernel ** 2, scale * H, scale * W) weighs the kernel's cells around the one
+    that an output cell lies in. `rfeatures` keeps the features for the backward.
+    """
+    rfeatures.copy_(features)
+    output.copy_(_carafe(_wide(features), _wide(masks), kernel_size, group_size, scale_factor))
+
+
+def carafe_backward(
+    top_grad: Tensor, rfeatures: Tensor, masks: Tensor, rtop_grad: Tensor,
+    rbottom_grad_hs: Tensor, rbottom_grad: Tensor, rmask_grad: Tensor, bottom_grad: Tensor,
+    mask_grad: Tensor, kernel_size: int, group_size: int, scale_factor: int,
+) -> None:  # fmt: skip
+    """Add the gradients of `carafe_forward` to `bottom_grad` (features) and `mask_grad`."""
+    leaves = [_wide(tensor).detach().requires_grad_() for tensor in (rfeatures, masks)]
+    with torch.enable_grad():  # an autograd Function runs with gradients off
+        output = _carafe(leaves[0], leaves[1], kernel_size, group_size, scale_factor)
+    grads = torch.autograd.grad(output, leaves, _wide(top_grad))
+    bottom_grad += grads[0]
+    mask_grad += grads[1]
+
+
+def masked_im2col_forward(
+    im: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, col: Tensor,
+    kernel_h: int, kernel_w: int, pad_h: int, pad_w: int,
+) -> None:  # fmt: skip
+    """Fill `col` (C * kH * kW, K) with the windows of the first image around K cells, stride 1."""
+    columns = F.unfold(_wide(im[:1]), (kernel_h, kernel_w), padding=(pad_h, pad_w))[0]
+    width = im.shape[3] + 2 * pad_w - kernel_w + 1
+    col.copy_(columns[:, mask_h_idx * width + mask_w_idx])
+
+
+def masked_col2im_forward(
+    col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor,
+    height: int, width: int, channels: int,
+) -> None:  # fmt: skip
+    """Put the columns of `col` (C, K) at K cells of the first image."""
+    im[0, :, mask_h_idx, mask_w_idx] = col
 
 
 def ms_deform_attn_forward(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,10 +18,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldt.checkpoints import detector_state
 from ldt.detectors import (
+    attends,
     build,
     find_neck,
     find_predictors,
     load_weights,
+    neck_forward,
     neck_maps,
     objects_of,
     raw_forward,
@@ -28,7 +31,7 @@ from ldt.detectors import (
 from ldt.discriminant import Objects
 from ldt.metrics import DetectionMetrics
 from ldt.pruning import structure
-from ldt.pruning.graph import PruningGraph
+from ldt.pruning.graph import NORMS, PruningGraph
 
 LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
 
@@ -96,7 +99,7 @@ class DetectorModule(L.LightningModule):
         self.schedule: str = recipe["schedule"]
         self.metrics = DetectionMetrics(self.classes)
         find_neck(self.detector, neck)
-        self.predictors = list(predictors or find_predictors(self.detector, self.example()))
+        self.predictors = list(predictors or find_predictors(self.detector, self.example(), neck))
         if checkpoint is not None:
             load_weights(self.detector, checkpoint, self.predictors)
 
@@ -138,15 +141,26 @@ class DetectorModule(L.LightningModule):
         return maps
 
     def detection_loss(self, batch: PreparedBatch) -> Tensor:
-        """The detector's own training loss of a batch, a scalar."""
-        losses = self.detector(batch.images, batch.samples, mode="loss")
+        """The detector's own training loss of a batch, a scalar; norms and dropout keep their mode.
+
+        All else is in training mode meanwhile: there are heads that give other maps outside of it.
+        """
+        waiting = [m for m in self.detector.modules() if not m.training and not _is_random(m)]
+        for module in waiting:
+            module.training = True
+        try:
+            losses = self.detector(batch.images, batch.samples, mode="loss")
+        finally:
+            for module in waiting:
+                module.training = False
         return _total(self.detector, losses)[0]
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
         """The coupled groups below ``scope``; call within :func:`ldt.detectors.evaluating`."""
-        return PruningGraph(
-            self.detector, raw_forward, self.example(), scope, never=self.predictors
-        )
+        forward = partial(neck_forward, name=self.neck_name)
+        if not attends(self.detector):
+            forward = raw_forward
+        return PruningGraph(self.detector, forward, self.example(), scope, never=self.predictors)
 
     # Training and validation --------------------------------------------------------------
 
@@ -270,6 +284,12 @@ class DetectorModule(L.LightningModule):
         # the optimizer's schedule is made before any `on_fit_start`
         for key, value in checkpoint["ldt"]["phase"].items():
             setattr(self, key, value)
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module computes with the batch's statistics, or at random, in training mode."""
+    dropping = type(module).__name__.startswith("Drop")
+    return dropping or isinstance(module, (*NORMS, nn.MultiheadAttention))
 
 
 def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+import torchvision  # noqa: F401 - registers the deformable convolution
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,7 +75,7 @@ def multiply_adds(
         raise ValueError(f"shape={shape}: need four positive sizes (N, C, H, W): (1, 3, 640, 640)")
     tensors = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    counter = FlopCounterMode(display=False, custom_mapping=_normalisations())
+    counter = FlopCounterMode(display=False, custom_mapping=_further_rules())
     # module by module: a detector in training mode may well hold frozen layers in eval mode
     training = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -150,7 +151,7 @@ def git_state(folder: Path) -> dict[str, str | bool]:
     return {"commit": commit, "dirty": status != ""}
 
 
-def _normalisations() -> dict:
+def _further_rules() -> dict:
     """Return rules for `FlopCounterMode`, which counts none of these by itself."""
     aten = torch.ops.aten
     rules = dict.fromkeys(
@@ -163,7 +164,15 @@ def _normalisations() -> dict:
         ),
         _norm_flops,
     )
-    return rules | {aten.native_layer_norm: _layer_norm_flops}
+    deformable = torch.ops.torchvision.deform_conv2d
+    return rules | {aten.native_layer_norm: _layer_norm_flops, deformable: _deformable_flops}
+
+
+def _deformable_flops(
+    _input_shape: torch.Size, weight_shape: torch.Size, *_: object, out_shape: torch.Size
+) -> int:
+    """As of any convolution: sampling between the pixels is free, as resizing is."""
+    return 2 * out_shape[0] * prod(out_shape[2:]) * prod(weight_shape)
 
 
 def _norm_flops(

@@ -25,6 +25,7 @@ from ldt.detectors import find_predictors, model_config, raw_forward
 from ldt.discriminant import Objects
 from ldt.module import DetectorModule, PreparedBatch
 from ldt.pruning.graph import CONVOLUTIONS, NORMS, Forward, PruningGraph
+from ldt.pruning.rules import ModulatedDeformConv2dPack
 
 CONF = str(Path(__file__).parents[1] / "conf")
 REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")
@@ -143,6 +144,15 @@ def _upsampling() -> nn.Sequential:
     return nn.Sequential(block(3, 8, 4), up, nn.BatchNorm2d(12, affine=False), nn.ReLU())
 
 
+class Deformable(nn.Sequential):
+    """A modulated deformable convolution that does deform, normalisation, ReLU."""
+
+    def __init__(self, ins: int, outs: int, deform_groups: int) -> None:
+        conv = ModulatedDeformConv2dPack(ins, outs, 3, 2, 1, deform_groups=deform_groups)
+        nn.init.normal_(conv.conv_offset.weight, std=0.1)
+        super().__init__(conv, nn.BatchNorm2d(outs), nn.ReLU(inplace=True))
+
+
 # As in an FPN, no neck ends in a ReLU: a channel that never fires discriminates nothing.
 SMALL: dict[str, Callable[[], SmallDetector]] = {
     "chain": lambda: SmallDetector(
@@ -182,6 +192,16 @@ SMALL: dict[str, Callable[[], SmallDetector]] = {
         Stages(block(3, 8, 4), block(8, 12, 2, norm=LayerNorm2d(12))),
         Split([8, 12], 8),
         Shared(_predict(8)),
+    ),
+    "grouped": lambda: SmallDetector(
+        Stages(nn.Sequential(block(3, 12, 4), block(12, 18, groups=3), block(18, 12, 2, groups=2))),
+        Shared(*block(12, 10)[:2]),
+        Shared(_predict(10)),
+    ),
+    "deformable": lambda: SmallDetector(
+        Stages(block(3, 8, 4), Deformable(8, 12, 2)),
+        Split([8, 12], 10),
+        Shared(_predict(10)),
     ),
     "upsampling": lambda: SmallDetector(
         Stages(_upsampling()), Shared(*block(12, 10)[:2]), Shared(_predict(10))
@@ -307,12 +327,13 @@ def _real(name: str, seed: int) -> Case:
         module = DetectorModule(model, ("Car", "Pedestrian", "Cyclist"), recipe, shape).eval()
     module.requires_grad_(True)
     randomise_norms(module.detector, generator)
-    batches = [_prepared(n, shape, generator) for n in (3, 2)]
+    batches = [prepared(n, shape, generator) for n in (3, 2)]
     never = find_predictors(module.detector, module.example())
     return Case(module, raw_forward, module.example(), never, batches)
 
 
-def _prepared(images: int, shape: tuple[int, int], generator: torch.Generator) -> PreparedBatch:
+def prepared(images: int, shape: tuple[int, int], generator: torch.Generator) -> PreparedBatch:
+    """A batch of scenes as an mmdet detector takes it."""
     pixels, found = scenes(images, shape, generator)
     samples = []
     for index in range(images):

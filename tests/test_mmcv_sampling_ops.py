@@ -1,5 +1,6 @@
 """mmcv's operators that sample a feature map, against their definitions, cell by cell."""
 
+import itertools
 import math
 
 import pytest
@@ -206,6 +207,46 @@ def test_deform_conv_v2(geometry, with_bias):
     slow = deform_conv_by_definition(x, offset, weight, mask, *geometry) + shift
     torch.testing.assert_close(run(x, offset, mask, weight, bias), slow)
     assert gradcheck(run, (x, offset, mask, weight, bias), fast_mode=True)
+
+
+def test_larger_offsets_are_read_in_the_order_of_the_output():
+    x, offset, mask, weight = deform_inputs(GEOMETRIES[0])
+    size = (offset.shape[2] + 2, offset.shape[3] + 1)
+
+    def larger(maps):
+        filled = doubles(*maps.shape[:2], *size).detach()
+        filled.flatten(1)[:, : maps[0].numel()] = maps.detach().flatten(1)
+        return filled.requires_grad_()
+
+    def run(x, offset, mask, weight):
+        return mmcv.ops.modulated_deform_conv2d(x, offset, mask, weight, None, *GEOMETRIES[0])
+
+    offsets, masks = larger(offset), larger(mask)
+    torch.testing.assert_close(run(x, offsets, masks, weight), run(x, offset, mask, weight))
+    assert gradcheck(run, (x, offsets, masks, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize(("kernel", "groups", "scale"), [(3, 1, 2), (5, 2, 3)])
+def test_carafe(kernel, groups, scale):
+    x, masks = doubles(2, 4, 3, 4), doubles(2, groups * kernel**2, 3 * scale, 4 * scale)
+
+    def run(x, masks):
+        return mmcv.ops.carafe(x, masks, kernel, groups, scale)
+
+    slow = torch.zeros(2, 4, 3 * scale, 4 * scale, dtype=torch.float64)
+    padded = F.pad(x, [kernel // 2] * 4)
+    for n, c, i, j in itertools.product(range(2), range(4), range(3 * scale), range(4 * scale)):
+        patch = padded[n, c, i // scale :, j // scale :][:kernel, :kernel]
+        own = masks[n, :, i, j].view(groups, kernel, kernel)[c * groups // 4]
+        slow[n, c, i, j] = (patch * own).sum()
+    torch.testing.assert_close(run(x, masks), slow)
+    assert gradcheck(run, (x, masks), fast_mode=True)
+
+
+def test_a_masked_convolution_is_the_convolution_where_the_mask_is():
+    layer = mmcv.ops.MaskedConv2d(3, 4, 3, padding=1)
+    x, mask = torch.randn(1, 3, 5, 6), torch.rand(1, 5, 6) > 0.5
+    torch.testing.assert_close(layer(x, mask), layer(x) * mask)
 
 
 def test_deform_layers_start_as_plain_convolutions():

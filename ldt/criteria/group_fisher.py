@@ -74,7 +74,7 @@ class Fisher:
     def __init__(self, graph: PruningGraph) -> None:
         self.graph = graph
         self._readers = _readers(graph)
-        self._gradients: dict[nn.Module, Tensor] = {}
+        self._gradients: dict[nn.Module, dict[int, Tensor]] = {}  # by number of samples
         self.sums: dict[str, Tensor] = {}
         self.masks: dict[nn.Module, Tensor] = {}
         self.clear()
@@ -124,24 +124,27 @@ class Fisher:
     def _received(self, layer: nn.Module, value: Tensor) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
             g = value.double() * gradient.double()
-            g = g.flatten(1, -2).sum(1) if isinstance(layer, nn.Linear) else g.sum((2, 3))
-            known = self._gradients.get(layer)
-            self._gradients[layer] = g if known is None else known + g
+            linear = isinstance(layer, nn.Linear)
+            g = g.reshape(len(g), -1, g.shape[-1]).sum(1) if linear else g.sum((2, 3))
+            calls = self._gradients.setdefault(layer, {})
+            calls[len(g)] = calls.get(len(g), 0) + g
 
         return hook
 
     def add(self) -> None:
-        """Take the last backward's g into the sums."""
+        """Take the last backward's g into the sums.
+
+        A layer that sees regions of images instead (the second stage of a detector) has each region
+        for a sample of its own.
+        """
         for name, readers in self._readers.items():
-            total: Any = 0
+            totals: dict[int, Tensor] = {}  # by number of samples
             for layer, idxs, roots in readers:
-                if layer not in self._gradients:
-                    continue  # not reached by the loss
-                own = self._gradients[layer].cpu()
-                part = torch.zeros(len(own), len(self.sums[name]), dtype=torch.float64)
-                part.index_add_(1, torch.as_tensor(roots), own[:, idxs])
-                total = total + part
-            if isinstance(total, Tensor):
+                for samples, own in self._gradients.get(layer, {}).items():  # reached by the loss
+                    part = torch.zeros(samples, len(self.sums[name]), dtype=torch.float64)
+                    part.index_add_(1, torch.as_tensor(roots), own.cpu()[:, idxs])
+                    totals[samples] = totals.get(samples, 0) + part
+            for total in totals.values():
                 self.sums[name] += total.square().sum(0)
         self._gradients = {}
 

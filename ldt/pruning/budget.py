@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
+from ldt.pruning.rules import depthwise
 
 Budget = Literal["params", "flops"]
 RANKINGS = ("global", "global_per_cost", "global_normalised", "uniform")
@@ -42,9 +43,9 @@ def _cost(layer: nn.Module, budget: Budget, positions: int) -> _Cost:
     if isinstance(layer, nn.Linear):
         ins, outs = layer.in_features, layer.out_features
     else:  # depthwise: one filter per channel
-        ins, outs = layer.in_channels // layer.groups, layer.out_channels
+        ins, outs = 1 if depthwise(layer) else layer.in_channels, layer.out_channels
     scale = 1 if budget == "params" else positions
-    biases = float(layer.bias is not None and budget == "params")
+    biases = float(getattr(layer, "bias", None) is not None and budget == "params")
     return _Cost(ins, outs, scale * layer.weight.numel() / (ins * outs), biases)
 
 

@@ -1,20 +1,24 @@
 """Which channels are coupled, and cutting them: a plain view of Torch-Pruning's graph."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from mmcv.cnn.bricks import HSwish, Swish
 from torch import Tensor, nn
 from torch.nn.modules import activation
+from torch_pruning.ops import OPTYPE
+
+from ldt.pruning.rules import DEFORMABLE, Fixed, Tracer, depthwise, divisions, grouped
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+STATISTICS = (nn.GroupNorm, nn.LayerNorm)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *DEFORMABLE)
 ACTIVATIONS = (
     activation.ReLU, activation.ReLU6, activation.LeakyReLU, activation.PReLU, activation.ELU,
     activation.SiLU, activation.Mish, activation.GELU, activation.Hardswish, Swish, HSwish,
@@ -52,7 +56,8 @@ class CoupledGroup:
         size: number of channels.
         members: every side of every layer that changes when a channel goes.
         raw: Torch-Pruning's group, which an importance is called with.
-        parts: channels go in steps of one from each of this many equal parts (GroupNorm).
+        parts: channels go in steps of one from each of this many equal parts (GroupNorm, grouped
+            convolutions).
     """
 
     name: str
@@ -83,7 +88,8 @@ class PruningGraph:
         model, forward, never: as given.
         groups: what can be cut, by name of the root layer.
         scored: the convolutions of the scope that the groups' channels come from.
-        left_whole: layers of the scope that cannot be cut, with the reason.
+        left_whole: layers of the scope that cannot be cut, with the reason: those that rules
+            exclude, and those whose cut fails in a trial.
         norm_of: the normalisation layer that directly follows a convolution.
     """
 
@@ -98,8 +104,8 @@ class PruningGraph:
         self.model, self.forward, self.never = model, forward, tuple(never)
         self._example = images
         self._names = {module: name for name, module in model.named_modules()}
-        self._graph = tp.DependencyGraph().build_dependency(
-            model, images, forward_fn=forward, verbose=False
+        self._graph = Tracer().build_dependency(
+            model, images, forward_fn=self._unfrozen, verbose=False
         )
         self.groups: dict[str, CoupledGroup] = {}
         self.scored: dict[str, nn.Module] = {}
@@ -115,11 +121,18 @@ class PruningGraph:
             raise ValueError(
                 f"prune.scope={list(scope)} holds no convolution; the detector's parts are: {parts}"
             )
-        for raw in self._graph.get_all_groups(root_module_types=list(CONVOLUTIONS)):
-            self._add(raw, in_scope, set(never), scope)
+        made = set(never) & set(in_scope)  # what is decoded from them is not followed
+        self.left_whole.update({name: f"its channels are predictions of {name}" for name in made})
+        for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
+            if self._names[layer] not in made:
+                made |= self._add(self._raw(layer), in_scope, set(never), scope)
+        self._sift(list(self.groups))
         for name in in_scope:
             if name not in self.scored:
                 self.left_whole.setdefault(name, "not reached by tracing")
+
+    def _unfrozen(self, model: nn.Module, images: Any) -> Any:
+        return self.forward(model.requires_grad_(True), images)  # mmdet's eval() freezes stages
 
     def _norms(self) -> dict[str, str]:
         found = {}
@@ -133,7 +146,16 @@ class PruningGraph:
                 found[self._names[module]] = self._names[norm]
         return found
 
-    def _add(self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Any) -> None:
+    def _raw(self, layer: nn.Module) -> Any:
+        """Torch-Pruning's group of all of a layer's output channels."""
+        pruner: Any = self._graph.get_pruner_of_module(layer)
+        channels = list(range(pruner.get_out_channels(layer)))
+        return self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
+
+    def _add(
+        self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Sequence[str]
+    ) -> set[str]:
+        """Take a group up, or leave it whole; the layers whose outputs it holds."""
         members = tuple(
             Member(
                 self._names[item.dep.target.module],
@@ -148,14 +170,75 @@ class PruningGraph:
         root = members[0]
         group = CoupledGroup(root.name, len(root.roots), members, raw, _parts(members))
         inside = {m.name: m.layer for m in group.makers if m.name in in_scope}
-        if not inside:
-            return
-        reason = _obstacle(group, never, scope)
+        reason = _obstacle(group, never, scope) or _operation(raw)
         if reason is None:
             self.groups[group.name] = group
             self.scored.update(inside)
         else:
             self.left_whole.update(dict.fromkeys(inside, reason))
+        return set(inside)
+
+    def _sift(self, names: Sequence[str]) -> None:
+        """Leave whole what a trial shows to be unsafe, halving down to the groups at fault."""
+        reason = self._trial(names) if names else None
+        if reason is None:
+            return
+        if len(names) > 1:
+            self._sift(names[: len(names) // 2])
+            self._sift(names[len(names) // 2 :])
+            return
+        for maker in self.groups.pop(names[0]).makers:
+            if self.scored.pop(maker.name, None):
+                self.left_whole[maker.name] = reason
+
+    def _trial(self, names: Sequence[str]) -> str | None:
+        """Why half of the channels of these groups cannot go, or None.
+
+        Where all readers of the channels see zeros, their values must not matter: else tracing has
+        missed a reader, or taken one channel for another. Then the network must run when it is cut.
+        """
+        gone = {name: _half(self.groups[name]) for name in names}
+        try:
+            if any(
+                not torch.equal(one.nan_to_num(), other.nan_to_num())
+                for one, other in zip(self._masked(gone, 0), self._masked(gone, 1), strict=True)
+            ):
+                return "something that tracing does not see reads its channels"
+            with self._put_back():
+                self.remove({name: channels.tolist() for name, channels in gone.items()})
+                for group in (self.groups[name] for name in names):
+                    left = width_of(group.members[0].layer, "out")
+                    if left != group.size - len(gone[group.name]):
+                        return "some of its channels only go together"
+                self._run([])
+        except Exception as error:  # whatever a model's code does with unexpected shapes
+            reason = " ".join(str(error).split())[:120]
+            return f"the network does not run without half of them ({reason})"
+        return None
+
+    def _masked(self, gone: dict[str, np.ndarray], noise: float) -> list[Tensor]:
+        """The raw maps with noise on the channels that are gone, which no reader sees."""
+        hooks = [m.register_forward_hook(_affine) for m in self._names if isinstance(m, STATISTICS)]
+        for name, channels in gone.items():
+            for member in self.groups[name].members:
+                touched = member.channels[np.isin(member.roots, channels)]
+                if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
+                    hooks.append(_masking(member.layer, member.side, touched, noise))
+        return list(self._run(hooks))
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        """Within it, surgery is for a trial only."""
+        before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for module in self._names:
+            sizes = {k: v for k, v in vars(module).items() if isinstance(v, (int, tuple))}
+            before.append((vars(module), sizes))
+            before += [(d, dict(d)) for d in (module._parameters, module._buffers)]
+        try:
+            yield
+        finally:
+            for place, content in before:
+                place.update(content)
 
     def _side(self, dep: Any) -> Literal["out", "in", "both"]:
         out = self._graph.is_out_channel_pruning_fn(dep.handler)
@@ -216,13 +299,14 @@ class PruningGraph:
         self._run(hooks)
         return frozenset(found)
 
-    def _run(self, hooks: Sequence[Any]) -> None:
+    def _run(self, hooks: Sequence[Any]) -> Any:
         """One forward of the example in eval mode, after which the hooks are removed."""
         training = [module for module in self._names if module.training]
-        self.model.eval()
+        for module in training:
+            module.training = False  # mmdet's eval() would freeze stages
         try:
             with torch.no_grad():
-                self.forward(self.model, self._example)
+                return self.forward(self.model, self._example)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -239,19 +323,21 @@ class PruningGraph:
         return sum(size for name, size in sizes.items() if name in self.scored), sum(sizes.values())
 
     def remove(self, channels: dict[str, list[int]]) -> None:
-        """Cut channels out of the model, in place.
+        """Cut channels out of the model, in place; the graph describes what it was before.
 
         Args:
             channels: for a group's name, the root layer's channels that go.
         """
         trainable = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        cuts: dict[tuple[nn.Module, Any], tuple[Any, set[int]]] = {}
         for name, indices in channels.items():
-            if not indices:
-                continue
-            layer = self.groups[name].members[0].layer
-            pruner: Any = self._graph.get_pruner_of_module(layer)
-            raw = self._graph.get_pruning_group(layer, pruner.prune_out_channels, sorted(indices))
-            raw.prune(record_history=False)
+            for item in self.groups[name].raw.items if indices else ():
+                layer, gone = item.dep.target.module, np.isin(item.root_idxs, indices)
+                if layer in self._names:  # a layer may read several groups: one cut for all
+                    _, known = cuts.setdefault((layer, item.dep.handler), (item.dep, set()))
+                    known.update(np.asarray(item.idxs)[gone].tolist())
+        for cut, indices in cuts.values():
+            cut(sorted(indices))
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
@@ -260,13 +346,63 @@ def _below(name: str, scope: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in scope)
 
 
+def _half(group: CoupledGroup) -> np.ndarray:
+    """Half of a group's channels, the same number of each of its parts."""
+    size, rng = group.size // group.parts, np.random.default_rng(0)
+    chosen = [first + rng.permutation(size)[: size // 2] for first in range(0, group.size, size)]
+    return np.concatenate(chosen)
+
+
+def _affine(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A normalisation by statistics over several channels, without these: they mix channels."""
+    if layer.weight is None:
+        return inputs[0]
+    plain = type(layer) is nn.LayerNorm  # its subclasses work on maps, as GroupNorm does
+    shape = layer.normalized_shape if plain else (-1, 1, 1)
+    return inputs[0] * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+def _masking(layer: nn.Module, side: str, channels: np.ndarray, noise: float) -> Any:
+    """A hook that hides channels from a reader, or adds noise to what a layer makes."""
+    shape = (-1,) if isinstance(layer, nn.Linear) else (-1, 1, 1)
+    mask = torch.zeros(width_of(layer, side))
+    mask[channels] = torch.linspace(1, 2, len(channels))
+    mask = mask.view(shape)
+
+    def hide(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0] * (mask == 0).to(inputs[0]), *inputs[1:])
+
+    def disturb(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + noise * mask.to(output)
+
+    if side == "in":
+        return layer.register_forward_pre_hook(hide)
+    return layer.register_forward_hook(disturb)
+
+
 def _parts(members: Sequence[Member]) -> int:
     """How many equal parts must lose the same number of channels."""
-    return math.lcm(*(m.layer.num_groups for m in members if isinstance(m.layer, nn.GroupNorm)))
+    return math.lcm(*(divisions(m.layer, m.side) for m in members))
 
 
-def _depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
+def _aligned(member: Member, group: CoupledGroup) -> bool:
+    """Whether each of the group's parts lies within one division of a layer, all equally full."""
+    count = divisions(member.layer, member.side)
+    if count == 1:
+        return True
+    if group.size % group.parts:
+        return False
+    width = width_of(member.layer, member.side)
+    part = member.roots // (group.size // group.parts)
+    pairs = {*zip(part.tolist(), (member.channels // (width // count)).tolist(), strict=True)}
+    return len(member.roots) == width and len(pairs) == len(set(part.tolist()))
+
+
+def width_of(layer: Any, side: str) -> int:
+    """Channels on a side of a layer."""
+    names = {"in": ("in_channels", "in_features"), "out": ("out_channels", "out_features")}
+    found = (getattr(layer, name, None) for name in names.get(side, ()))
+    return next((width for width in found if width), 0) or layer.num_channels
 
 
 def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str | None:
@@ -276,10 +412,27 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
         if member.side != "in" and isinstance(layer, CONVOLUTIONS):
             if member.name in never:
                 return f"its channels are predictions of {member.name}"
-            if not _below(member.name, scope) and not _depthwise(layer):  # those only follow
+            if not _below(member.name, scope) and not depthwise(layer):  # those only follow
                 return f"coupled with {member.name}, which is outside of prune.scope"
-        if getattr(layer, "groups", 1) != 1 and not _depthwise(layer):
-            return f"coupled with the grouped convolution {member.name}"
-        if isinstance(layer, nn.GroupNorm) and len(member.roots) != layer.num_channels:
-            return f"{member.name} normalises it together with other channels"
+        if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
+            return f"coupled with the grouped transposed convolution {member.name}"
+        if grouped(layer) and layer.groups == layer.out_channels:
+            return f"{member.name} makes each channel of several others"
+        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
+            return f"{member.name} normalises more than channels"
+        if not _aligned(member, group):
+            return f"the groups of {member.name} hold other channels too"
+    return None
+
+
+def _operation(raw: Any) -> str | None:
+    """Which operation on a group's channels cannot follow a cut, or None."""
+    nodes = [item.dep.target for item in raw.items]
+    if any(isinstance(node.module, Fixed) for node in nodes):
+        return "its channels are coordinates, offsets or masks"
+    for node in nodes:
+        if node.type == OPTYPE.PARAMETER:
+            return f"coupled with the parameter {raw._DG._param_to_name[node.module]}"
+        if node.type == OPTYPE.SPLIT:
+            return "split into parts of a fixed size"
     return None

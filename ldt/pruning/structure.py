@@ -27,7 +27,7 @@ def record(model: nn.Module) -> Structure:
     sizes = {
         name: {key: value for key in SIZES if type(value := getattr(module, key, None)) is int}
         for name, module in model.named_modules()
-        if not any(True for _ in module.children())
+        if module._parameters or not any(True for _ in module.children())
     }
     return {name: found for name, found in sizes.items() if found}
 

@@ -10,6 +10,7 @@ from small import (
     SCOPE,
     SMALL,
     Case,
+    Deformable,
     LayerNorm2d,
     Shared,
     SmallDetector,
@@ -137,7 +138,8 @@ def test_every_layer_of_the_scope_is_cut_or_left_whole_with_a_reason(
     assert not set(graph.scored) & set(graph.left_whole)
     assert all(graph.left_whole.values())
     cut, whole = graph.prunable_share()
-    sizes = {n: sum(p.numel() for p in subject.model.get_submodule(n).parameters()) for n in layers}
+    modules = dict(subject.model.named_modules())
+    sizes = {n: sum(p.numel() for p in modules[n].parameters(recurse=False)) for n in layers}
     assert whole == sum(sizes.values())
     assert cut == sum(sizes[layer] for layer in graph.scored)
 
@@ -162,18 +164,62 @@ class TwoPaths(nn.Module):
         return self.norm(torch.cat([self.left(x), self.right(x)], 1))
 
 
+class Halves(nn.Module):
+    """Splits its channels at a place that is written in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(6, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.split(self.conv(x), 6, 1)
+        return self.last(left * right)
+
+
+class Mixing(nn.Module):
+    """An operation on all channels of a position at once, which looks like one on each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).softmax(1)
+
+
+class Shuffling(nn.Module):
+    """Takes channels apart, by a size that is written in the code, and puts them together anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        return maps.view(len(maps), 3, 4, *maps.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
+class Weighted(nn.Module):
+    """A parameter of its own for every channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(1, 12, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.weight
+
+
 @pytest.mark.parametrize(
     ("middle", "width", "scope", "layer", "reason"),
     [
-        (
-            block(12, 12, groups=3),
-            12,
-            SCOPE,
-            "backbone.0.0.0",
-            "grouped convolution backbone.0.1.0",
-        ),
         (nn.ConvTranspose2d(12, 12, 2, 2, groups=2), 12, SCOPE, "backbone.0.1", "grouped"),
-        (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "together with other channels"),
+        (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "hold other channels"),
+        (Deformable(12, 12, 1), 12, SCOPE, "backbone.0.1.0.conv_offset", "coordinates"),
+        (Halves(), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
+        (Mixing(), 12, SCOPE, "backbone.0.1.conv", "does not see"),
+        (Shuffling(), 12, SCOPE, "backbone.0.1.conv", "does not"),
+        (Weighted(), 12, SCOPE, "backbone.0.1.conv", "parameter backbone.0.1.weight"),
         (nn.Identity(), 12, ("head",), "head.0", "predictions of head.0"),
     ],
 )
@@ -184,6 +230,7 @@ def test_what_cannot_be_cut_says_why(
     example = torch.zeros(1, 3, 32, 48)
     graph = PruningGraph(model, lambda net, x: net(x), example, scope, never=["head.0"])
     assert reason in graph.left_whole[layer]
+    assert layer not in graph.scored
     graph.remove(random_channels(graph, seed=0, share=0.9))
     model(torch.randn(2, 3, 32, 48))
 
@@ -224,6 +271,26 @@ def test_flags_survive_and_the_network_still_trains(name: str) -> None:
         gradients = [p.grad for p in subject.model.parameters() if p.grad is not None]
         assert gradients
         assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_a_trial_leaves_the_network_as_it_was() -> None:
+    model = odd_parts(Shuffling(), 12).eval()
+    parameters, sizes = dict(model.named_parameters()), record(model)
+    images = torch.randn(1, 3, 32, 48)
+    before = model(images)
+    PruningGraph(model, lambda net, x: net(x), images, SCOPE)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert record(model) == sizes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, model(images), strict=True))
+
+
+def test_grouped_convolutions_count_in_equal_parts() -> None:
+    graph = case("grouped").graph()
+    parts = {member.name: g.parts for g in graph.groups.values() for member in g.makers}
+    assert parts["backbone.0.0.0"] == 3  # read by three groups
+    assert parts["backbone.0.1.0"] == 6  # made by three, read by two
+    assert parts["backbone.0.2.0"] == 2
 
 
 def test_group_norm_counts_in_equal_parts() -> None:

@@ -1,0 +1,44 @@
+"""The table of detectors in docs/detectors.md, made anew for one family of each kind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import zoo  # noqa: E402
+
+FOLDERS = {path.name for path in zoo.CONFIGS.iterdir() if path.is_dir()}
+TABLE = (ROOT / "docs/detectors.md").read_text().splitlines()
+# transformer; deformable convolutions; depthwise; two stages, grouped; many branches
+KINDS = ("detr", "centernet", "yolo", "regnet", "hrnet")
+
+
+@pytest.mark.parametrize(
+    ("family", "model"), [(kind, zoo.FAMILIES[kind][-1]) for kind in KINDS], ids=KINDS
+)
+def test_the_table_is_what_the_runner_finds(family: str, model: zoo.Model) -> None:
+    row = zoo.examined(family, model)
+    assert row["outcome"] == "ok"
+    assert zoo.line(row) in TABLE
+
+
+def test_every_folder_of_configs_is_in_the_table_or_excluded() -> None:
+    excluded = {name for names in zoo.EXCLUDED.values() for name in names.split()}
+    assert set(zoo.FAMILIES) | excluded == FOLDERS
+    assert not set(zoo.FAMILIES) & excluded
+    rows = [line.split(" | ")[:2] for line in TABLE if line.startswith("| ")][1:]
+    assert rows == [[f"| {family}", m.file] for family, ms in zoo.FAMILIES.items() for m in ms]
+
+
+def test_nine_families_of_ten_go_through_all_steps() -> None:
+    failed = {line.split(" | ")[0][2:] for line in TABLE if " | " in line and "| ok |" not in line}
+    assert len(failed & set(zoo.FAMILIES)) <= len(zoo.FAMILIES) / 10
+
+
+def test_a_crash_and_a_hang_are_one_row_each() -> None:
+    missing = zoo.Model("no_such_config")
+    assert "build: ValueError" in zoo.examined("gfl", missing)["outcome"]
+    late = zoo.examined("gfl", zoo.FAMILIES["gfl"][0], seconds=0.01)["outcome"]
+    assert "not done after" in late
