@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.config import RecipeConfig
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
 from ldt.criteria.ldt import LDTCriterion, Source
@@ -51,14 +52,16 @@ CONFIGS = Path(mmdet.__path__[0]) / ".mim" / "configs"
 STEPS = ("build", "train", "trace", "score", "cut", "run", "save", "load")
 MEMORY = 10 * 2**30  # bytes that a model's process may take
 RATE = 0.3  # of the parameters in scope
-RECIPE = {
-    "epochs": 1,
-    "optimizer": {"type": "SGD", "lr": 1e-4},
-    "paramwise": {},
-    "schedule": "constant",
-    "warmup": 0,
-    "warmup_shape": "linear",
-}
+RECIPE = asdict(
+    RecipeConfig(
+        epochs=1,
+        retrain_epochs=0,
+        batch_size=2,
+        optimizer={"type": "SGD", "lr": 1e-4},
+        schedule="constant",
+        warmup=0,
+    )
+)
 FEW_REGIONS = (("train_cfg", "rpn_proposal"), ("test_cfg", "rpn"))  # small images need 20
 
 ONE_CLASS: dict[str, Any] = {"classes": 1, "source": "neck_energy"}  # has no discriminants

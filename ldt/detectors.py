@@ -161,8 +161,13 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"detector.checkpoint={str(path)!r}: no such file")
-    state = _read_state(path)
+    content = _read(path)
+    state = content.get("state_dict", content)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"detector.checkpoint={str(path)!r} holds no state dict of tensors")
     state = {key.removeprefix("module.").removeprefix("detector."): v for key, v in state.items()}
+    # what mmdet 2 averaged beside the model; a later file's `state_dict` is the average itself
+    state = {key: value for key, value in state.items() if not key.startswith("ema_")}
     own = detector.state_dict()
     new_head = {
         key
@@ -175,8 +180,9 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     wrong = [key for key in wrong if key not in new_head]
     unknown = sorted(set(state) - set(own))
     if wrong or unknown:
+        pruned = " or to a pruned one, which ldt.load_pruned opens" if "ldt" in content else ""
         raise ValueError(
-            f"detector.checkpoint={str(path)!r} belongs to another detector: "
+            f"detector.checkpoint={str(path)!r} belongs to another detector{pruned}: "
             f"{len(wrong)} of {len(own)} tensors are missing or have another shape "
             f"(first: {wrong[:3]}), {len(unknown)} are unknown (first: {unknown[:3]}). "
             "Choose the `detector` (and its options) that the file was made with"
@@ -209,7 +215,7 @@ def _published() -> list[Any]:
     return [*numpy, buffer, (_nothing, "builtins.getattr")]
 
 
-def _read_state(path: str | Path) -> dict[str, Tensor]:
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_published()):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -220,7 +226,11 @@ def _read_state(path: str | Path) -> dict[str, Tensor]:
             "you trust becomes loadable by torch.save({'state_dict': torch.load(path, "
             "weights_only=False)['state_dict']}, path)"
         ) from error
-    return content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"detector.checkpoint={str(path)!r} holds a {type(content).__name__}, not a state dict"
+        )
+    return content
 
 
 def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:

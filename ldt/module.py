@@ -1,5 +1,6 @@
 """A LightningModule around any mmdet detector."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +33,8 @@ from ldt.discriminant import Objects
 from ldt.metrics import DetectionMetrics
 from ldt.pruning import structure
 from ldt.pruning.graph import NORMS, PruningGraph
+
+log = logging.getLogger(__name__)
 
 LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
 
@@ -98,8 +101,16 @@ class DetectorModule(L.LightningModule):
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
         self.schedule: str = recipe["schedule"]
         self.metrics = DetectionMetrics(self.classes)
-        find_neck(self.detector, neck)
+        if find_neck(self.detector, neck) is getattr(self.detector, "backbone", None):
+            log.info("%s has no neck: LDT acts on its backbone", type(self.detector).__name__)
         self.predictors = list(predictors or find_predictors(self.detector, self.example(), neck))
+        known = dict(self.detector.named_modules())
+        if unknown := [name for name in self.predictors if name not in known]:
+            found = find_predictors(self.detector, self.example(), neck)
+            raise ValueError(
+                f"detector.predictors names {', '.join(unknown)}, which "
+                f"{type(self.detector).__name__} lacks; found by themselves: {', '.join(found)}"
+            )
         if checkpoint is not None:
             load_weights(self.detector, checkpoint, self.predictors)
 

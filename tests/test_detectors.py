@@ -31,6 +31,7 @@ from ldt.pruning.budget import TOLERANCE, CostModel, choose
 
 GFL = ("gfl_cls", "gfl_reg")
 ATSS = ("atss_centerness", "atss_cls", "atss_reg")
+RECIPE = {"epochs": 1, "schedule": "constant"}
 YOLOF = ("bbox_pred", "cls_score", "object_pred")
 YOLOX = tuple(f"multi_level_conv_{kind}.{i}" for kind in ("cls", "obj", "reg") for i in range(3))
 
@@ -355,6 +356,34 @@ def test_a_damaged_or_unsafe_file_is_refused(content, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"detector.checkpoint='.*' is damaged or holds more"):
         load_weights(nn.Identity(), file, [])
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, {"state_dict": {}}])
+def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth' holds .*state dict"):
+        load_weights(nn.Identity(), tmp_path / "w.pth", [])
+
+
+def test_averages_beside_the_model_and_prefixes_are_dropped(tmp_path):
+    source, target = fresh("gfl_tiny"), fresh("gfl_tiny", seed=1)
+    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": {**state, "ema_neck_weight": torch.zeros(2)}}, tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth", predictors_of(target))
+    assert same(source.state_dict(), target.state_dict())
+
+
+def test_a_pruned_checkpoint_is_told_from_a_foreign_one(tmp_path):
+    source, target = fresh("gfl_tiny"), fresh("gfl_tiny")
+    state = {key: value[:1] for key, value in source.state_dict().items() if value.ndim}
+    torch.save({"state_dict": state, "ldt": {}}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"a pruned one, which ldt.load_pruned opens"):
+        load_weights(target, tmp_path / "w.pth", predictors_of(target))
+
+
+def test_a_predictor_that_the_detector_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"head.gone, which GFL lacks.*bbox_head.gfl_cls"):
+        DetectorModule(config_of("gfl_tiny"), "abc", RECIPE, (64, 128), predictors=["head.gone"])
 
 
 @needs(YOLOX_NANO)
