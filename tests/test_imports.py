@@ -11,10 +11,10 @@ LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat"),
     ("ldt.experiment",),
     ("ldt.assembly",),
-    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.report", "ldt.analysis", "ldt.export"),
+    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis", "ldt.export"),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
-    ("ldt.detectors", "ldt.profiling", "ldt.records", "ldt.config"),
-    ("ldt.discriminant", "ldt.mmcv_ops", "ldt.mmcv_ext"),
+    ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
+    ("ldt.discriminant", "ldt.records", "ldt.mmcv_ops", "ldt.mmcv_ext"),
 )
 ALLOWED = {
     "mmdet": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),

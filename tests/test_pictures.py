@@ -1,0 +1,174 @@
+"""The pictures of a run made of real checkpoints."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from mmengine.structures import InstanceData
+from summaries import row, summary
+
+from ldt import pictures
+from ldt.data.kitti import RoadScenesDataModule
+from ldt.detectors import build, evaluating, model_config, raw_forward
+from ldt.pruning import structure
+from ldt.pruning.graph import PruningGraph
+
+OPTIONS = {
+    "backbone": {"depth": 18, "base_channels": 8, "frozen_stages": -1, "norm_eval": False},
+    "neck": {
+        "in_channels": [8, 16, 32, 64],
+        "out_channels": 16,
+        "start_level": 0,
+        "num_outs": 4,
+        "add_extra_convs": False,
+    },
+    "bbox_head": {
+        "in_channels": 16,
+        "feat_channels": 16,
+        "stacked_convs": 1,
+        "norm_cfg": {"type": "GN", "num_groups": 4, "requires_grad": True},
+        "anchor_generator": {"octave_base_scale": 4, "strides": [4, 8, 16, 32]},
+    },
+}
+
+
+def checkpoint(detector, model, path):
+    about = {
+        "model": model,
+        "classes": ["Car", "Pedestrian", "Cyclist"],
+        "structure": structure.record(detector),
+    }
+    state = {f"detector.{key}": value for key, value in detector.state_dict().items()}
+    torch.save({"state_dict": state, "ldt": about}, path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    module = RoadScenesDataModule(
+        cache=str(tmp_path_factory.mktemp("scenes")), train=1, val=5, height=64, width=128,
+        scale=(192, 96),
+    )  # fmt: skip
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with the checkpoints of an untrained detector before and after a real cut."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", OPTIONS, 3, pretrained=False)
+    detector = build(model)
+    checkpoint(detector, model, folder / "round-0.ckpt")
+    with evaluating(detector):
+        graph = PruningGraph(detector, raw_forward, torch.zeros(1, 3, 64, 128), ["backbone"])
+        graph.remove({n: list(range(g.size // 2)) for n, g in graph.groups.items() if g.parts == 1})
+    checkpoint(detector, model, folder / "round-1.ckpt")
+    return folder, detector
+
+
+def written(folder):
+    return sorted(path.name for path in (folder / "pictures").glob("*"))
+
+
+def link(run, target):
+    for file in run.glob("*.ckpt"):
+        (target / file.name).symlink_to(file)
+    return target
+
+
+def test_a_run_is_drawn(run, data, tmp_path):
+    folder = link(run[0], tmp_path)
+    pictures.draw_run(summary(), folder, data, pictures=2)
+    assert written(folder) == ["channels.png", "detections.png", "map_vs_params.png"]
+    for name in written(folder):
+        assert matplotlib.image.imread(folder / "pictures" / name).std() > 0
+
+
+def test_no_pictures_leaves_out_the_detections_only(run, data, tmp_path):
+    folder = link(run[0], tmp_path)
+    pictures.draw_run(summary(), folder, data, pictures=0)
+    assert written(folder) == ["channels.png", "map_vs_params.png"]
+
+
+def test_a_run_that_pruned_nothing_needs_one_checkpoint_and_shows_no_channels(run, data, tmp_path):
+    (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
+    pictures.draw_run(summary(row(0)), tmp_path, data, pictures=1)
+    assert written(tmp_path) == ["detections.png", "map_vs_params.png"]
+
+
+def test_a_negative_number_of_pictures_is_refused(run, data, tmp_path):
+    with pytest.raises(ValueError, match=r"report\.pictures=-1"):
+        pictures.draw_run(summary(), tmp_path, data, pictures=-1)
+
+
+def test_the_drawn_channels_are_those_of_the_pruned_network(run):
+    folder, pruned = run
+    kept = pictures._channels(folder / "round-1.ckpt")
+    convolutions = {
+        name: module.out_channels
+        for name, module in pruned.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and name.startswith(("backbone", "neck"))
+    }
+    assert list(kept.items()) == list(convolutions.items())
+    assert sum(kept.values()) < sum(pictures._channels(folder / "round-0.ckpt").values())
+
+
+@pytest.mark.parametrize("asked", [1, 3, 5, 50])
+def test_scenes_are_spread_over_the_split_and_hold_its_annotations(run, data, asked):
+    scenes = pictures._scenes([run[0] / "round-0.ckpt"], data, asked)
+    count = min(asked, 5)
+    assert len(scenes) == count
+    dataset = data.val_dataloader().dataset
+    places = np.array([_place(scene, dataset) for scene in scenes])
+    assert (np.diff(places) > 0).all()
+    assert np.abs((places + 0.5) / 5 - (np.arange(count) + 0.5) / count).max() <= 0.1 + 1e-9
+
+
+def _place(scene, dataset):
+    """The index of the image that a scene shows, told by its annotations."""
+    for index in range(len(dataset)):
+        sample = dataset[index]["data_samples"]
+        truth = sample.gt_instances.bboxes.tensor.numpy()
+        if np.array_equal(scene.truth.corners, truth):
+            assert scene.size == sample.ori_shape[:2] == (64, 128)
+            assert scene.pixels.shape == (96, 192, 3)
+            assert len(scene.ignored) == len(sample.ignored_instances)
+            return index
+    raise AssertionError("no such annotations in the split")
+
+
+class Echo(torch.nn.Module):
+    """A detector that finds the ground truth."""
+
+    def data_preprocessor(self, batch, training):
+        assert not training
+        return batch
+
+    def forward(self, inputs, data_samples, mode):
+        for sample in data_samples:
+            truth = sample.gt_instances
+            sample.pred_instances = InstanceData(
+                bboxes=truth.bboxes.tensor, labels=truth.labels, scores=torch.ones(len(truth))
+            )
+        return data_samples
+
+
+def test_detections_and_truth_share_their_coordinates(data):
+    items = [data.val_dataloader().dataset[i] for i in range(5)]
+    found = pictures._detect(Echo(), items)
+    for item, boxes in zip(items, found, strict=True):
+        scene = pictures._scene(item, [boxes])
+        assert np.array_equal(scene.truth.corners, scene.found[0].corners)
+        assert np.array_equal(scene.truth.labels, scene.found[0].labels)
+
+
+def test_padding_is_not_shown(data):
+    padded = RoadScenesDataModule(
+        cache=data.cache, train=1, val=5, height=64, width=128, scale=(192, 192), pad="square"
+    )
+    padded.setup("fit")
+    item, plain = padded.val_dataloader().dataset[0], data.val_dataloader().dataset[0]
+    assert item["inputs"].shape == (3, 192, 192)
+    assert np.array_equal(pictures._scene(item, []).pixels, pictures._scene(plain, []).pixels)
