@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,7 +132,8 @@ class DetectorModule(L.LightningModule):
 
     def prepare(self, batch: dict[str, Any], training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
-        data = self._preprocessed(batch, training)
+        with nullcontext() if training else _no_batch_augments(self.detector):
+            data = self._preprocessed(batch, training=True)  # makes all that a loss needs
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
         return PreparedBatch(images, samples, objects_of(samples, shape))
@@ -295,6 +296,17 @@ class DetectorModule(L.LightningModule):
         # the optimizer's schedule is made before any `on_fit_start`
         for key, value in checkpoint["ldt"]["phase"].items():
             setattr(self, key, value)
+
+
+@contextmanager
+def _no_batch_augments(detector: Any) -> Iterator[None]:
+    """Within it, mmdet's preprocessor leaves batches as they are in training too."""
+    preprocess = detector.data_preprocessor
+    augments, preprocess.batch_augments = preprocess.batch_augments, None
+    try:
+        yield
+    finally:
+        preprocess.batch_augments = augments
 
 
 def _is_random(module: nn.Module) -> bool:

@@ -1,9 +1,13 @@
 """Laws of the wrapper around a detector: its losses, its optimizer and its checkpoints."""
 
+from typing import Any
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
@@ -78,6 +82,21 @@ def test_the_total_is_mmdets_sum_and_the_terms():
     torch.testing.assert_close(total, own + squared)
     total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
+    module, data = module_of(), many()
+    preprocess: Any = module.detector.data_preprocessor
+    preprocess.pad_mask = True
+    preprocess.batch_augments = [lambda inputs, samples: (2 * inputs, samples)]
+    size = data["inputs"][0].shape[-2:]
+    for sample in data["data_samples"]:
+        ones = np.ones((len(sample.gt_instances), size[0] - 8, size[1]), dtype=np.uint8)
+        sample.gt_instances.masks = BitmapMasks(ones, size[0] - 8, size[1])
+    ready = module.prepare(data)
+    assert all(s.gt_instances.masks.masks.shape[1:] == size for s in ready.samples)
+    trained = module.prepare(data, training=True)
+    assert torch.equal(trained.images, 2 * ready.images)
 
 
 @pytest.mark.filterwarnings("ignore")
