@@ -463,6 +463,7 @@ def quiet() -> None:
         "have overridden `transfer_batch_to_device`",
         "exists and is not empty",  # a run's folder, which is meant to be gone on with
         "smaller than the logging interval",
+        "out of bounds, the drawn",  # of boxes in a picture
         "sync_dist=True",  # the metrics join the tables of all processes themselves
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(told)}")

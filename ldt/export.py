@@ -2,8 +2,8 @@
 
 python -m ldt.export runs/<study>/<run>/round-2.ckpt <folder>
 
-The folder holds ``config.py``, a plain mmdet config, and ``weights.pth``. After ``import ldt``, both
-``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer`` take them.
+The folder holds ``config.py``, a plain mmdet config, and ``weights.pth``. After ``import ldt``,
+``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer`` open it.
 """
 
 import argparse

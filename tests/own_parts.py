@@ -21,6 +21,7 @@ model = dict(
         in_channels=16,
         feat_channels=16,
         stacked_convs=1,
+        norm_cfg=dict(type="BN"),
         strides=[4, 8, 16],
         regress_ranges=((-1, 32), (32, 64), (64, 1e8)),
     ),

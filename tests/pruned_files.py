@@ -12,18 +12,18 @@ from ldt.data.kitti import RoadScenesDataModule
 from ldt.detectors import evaluating
 
 
-def data_of(scenes: Path, **options: Any) -> RoadScenesDataModule:
-    module = RoadScenesDataModule(
-        cache=str(scenes), train=1, val=3, height=64, width=150, **options
-    )
+def data_of(scenes: Path, scale: tuple[int, int] = (128, 64), **options: Any) -> Any:
+    """A data module of three validation scenes, 64x150, written below `scenes`."""
+    small: Any = {"train": 1, "val": 3, "height": 64, "width": 150, "scale": scale}
+    module = RoadScenesDataModule(cache=str(scenes), **small, **options)
     module.prepare_data()
     module.setup("validate")
     return module
 
 
-def pruned_checkpoint(file: Path, data: RoadScenesDataModule, *overrides: str) -> Path:
+def pruned_checkpoint(file: Path, data: Any, *overrides: str) -> Path:
     """A checkpoint of an untrained detector that has lost channels at random."""
-    config = composed(*overrides, "+detector.options.test_cfg.score_thr=0.0")
+    config = composed(*overrides, "run_name=x", "+detector.options.test_cfg.score_thr=0.0")
     plain: Any = OmegaConf.to_container(config, resolve=True)
     module = build_module(config, plain, data)
     randomise_norms(module, torch.Generator().manual_seed(0))

@@ -165,7 +165,7 @@ def test_a_checkpoint_without_its_preprocessing_is_told_what_to_add(scenes, tmp_
     content = torch.load(file, weights_only=True)
     del content["ldt"]["resize"]
     torch.save(content, file)
-    with pytest.raises(ValueError, match=r"640x640 pixels.*earlier version.*\"resize\"\] = "):
+    with pytest.raises(ValueError, match=r"128x64 pixels.*earlier version.*\"resize\"\] = "):
         export(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ldt.load_pruned(file)  # which needs none
