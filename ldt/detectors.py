@@ -65,7 +65,7 @@ def model_config(
     if "model" not in whole:
         raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
     whole.merge_from_dict({"model": options})
-    model = ConfigDict(whole.model).to_dict()
+    model: Any = ConfigDict(whole.model).to_dict()
     _set_num_classes(model, n_classes)
     if not pretrained:
         drop_pretrained(model)
