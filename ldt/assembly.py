@@ -107,6 +107,7 @@ def build_module(
         neck=detector["neck"],
         predictors=detector["predictors"],
         checkpoint=detector["checkpoint"],
+        resize=data.resize,
     )
 
 

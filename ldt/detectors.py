@@ -21,6 +21,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
+from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from ldt.discriminant import Objects
@@ -42,6 +43,8 @@ def model_config(
 ) -> dict[str, Any]:
     """The ``model`` part of an mmdet config as plain data, with our changes.
 
+    The config's ``custom_imports`` go with it, under their own name.
+
     Args:
         config: an mmdet config file, or ``mmdet::<family>/<file>`` for a packaged one.
         options: merged into ``model``, by mmengine's rules (``_delete_`` works).
@@ -62,10 +65,12 @@ def model_config(
     if "model" not in whole:
         raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
     whole.merge_from_dict({"model": options})
-    model = ConfigDict(whole.model).to_dict()
+    model: Any = ConfigDict(whole.model).to_dict()
     _set_num_classes(model, n_classes)
     if not pretrained:
-        _drop_pretrained(model)
+        drop_pretrained(model)
+    if "custom_imports" in whole:
+        model["custom_imports"] = ConfigDict(whole.custom_imports).to_dict()
     return _plain(model)
 
 
@@ -90,7 +95,7 @@ def _set_num_classes(node: Any, n_classes: int) -> None:
             _set_num_classes(item, n_classes)
 
 
-def _drop_pretrained(node: Any) -> None:
+def drop_pretrained(node: Any) -> None:
     """Remove every ``init_cfg`` that would load a file, in place."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
@@ -99,10 +104,10 @@ def _drop_pretrained(node: Any) -> None:
         if "pretrained" in node:
             node["pretrained"] = None
         for value in node.values():
-            _drop_pretrained(value)
+            drop_pretrained(value)
     elif isinstance(node, (list, tuple)):
         for item in node:
-            _drop_pretrained(item)
+            drop_pretrained(item)
 
 
 def _plain(node: Any) -> Any:
@@ -130,9 +135,12 @@ def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
 
     Raises:
         RuntimeError: pretrained weights are asked for and cannot be had.
+        ImportError: a module of its ``custom_imports`` cannot be found.
     """
     use_mmdet()
-    detector = MODELS.build(ConfigDict(model))
+    parts = {key: value for key, value in model.items() if key != "custom_imports"}
+    _import(model.get("custom_imports", {"imports": []}))
+    detector = MODELS.build(ConfigDict(parts))
     if initialise:
         try:
             detector.init_weights()
@@ -144,6 +152,17 @@ def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
                 "detector.pretrained=false"
             ) from error
     return detector
+
+
+def _import(custom: dict[str, Any]) -> None:
+    """Import the modules that an mmdet config asks for, which register its own parts."""
+    try:
+        import_modules_from_strings(**custom)
+    except ImportError as error:
+        raise ImportError(
+            f"the detector's config imports {custom['imports']}, of which one cannot be imported "
+            f"({error}); put its folder on PYTHONPATH"
+        ) from error
 
 
 def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str]) -> None:
@@ -444,6 +463,7 @@ def quiet() -> None:
         "have overridden `transfer_batch_to_device`",
         "exists and is not empty",  # a run's folder, which is meant to be gone on with
         "smaller than the logging interval",
+        "out of bounds, the drawn",  # of boxes in a picture
         "sync_dist=True",  # the metrics join the tables of all processes themselves
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(told)}")

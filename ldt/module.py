@@ -70,6 +70,8 @@ class DetectorModule(L.LightningModule):
         predictors: layers whose outputs are never pruned; None finds them.
         checkpoint: weights to start from.
         initialise: run mmdet's weight initialisation.
+        resize: the steps that bring an image to the network's input size, as mmdet's configs write
+            them; checkpoints carry them.
 
     Attributes:
         detector: the mmdet detector.
@@ -91,11 +93,12 @@ class DetectorModule(L.LightningModule):
         predictors: Sequence[str] | None = None,
         checkpoint: str | None = None,
         initialise: bool = True,
+        resize: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
         self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
-        self.neck_name = neck
+        self.neck_name, self.resize = neck, list(resize)
         self.detector = build(model, initialise=initialise and checkpoint is None)
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
@@ -274,6 +277,7 @@ class DetectorModule(L.LightningModule):
             "predictors": self.predictors,
             "neck": self.neck_name,
             "input_size": list(self.input_size),
+            "resize": self.resize,
             "phase": {
                 "phase_epochs": self.phase_epochs,
                 "lr_scale": self.lr_scale,

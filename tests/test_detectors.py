@@ -1,5 +1,6 @@
 """Laws of building mmdet detectors, of finding where to tap them, and of their weights."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,22 @@ def test_the_config_survives_a_checkpoint(name, tmp_path):
     config = config_of(name)
     torch.save(config, tmp_path / "config.pt")
     assert torch.load(tmp_path / "config.pt", weights_only=True) == config
+
+
+def test_modules_that_a_config_imports_are_imported_where_it_is_built(tmp_path, monkeypatch):
+    part = "from mmdet.registry import MODELS\n@MODELS.register_module()\ndef Ours(a): return a"
+    (tmp_path / "ours_alone.py").write_text(part)
+    file = tmp_path / "config.py"
+    file.write_text("custom_imports = dict(imports=['ours_alone'])\nmodel = dict(type='Ours', a=3)")
+    with monkeypatch.context() as path:
+        path.syspath_prepend(tmp_path)
+        model = model_config(str(file), {}, 3, pretrained=False)
+        assert build(model, initialise=False) == 3
+    del sys.modules["ours_alone"]
+    with pytest.raises(ImportError, match=r"imports \['ours_alone'\].*PYTHONPATH"):
+        build(model)
+    with pytest.raises(ValueError, match=r"cannot be read .*ours_alone"):
+        model_config(str(file), {}, 3, pretrained=False)
 
 
 def test_options_change_the_model_and_classes_every_head():

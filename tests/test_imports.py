@@ -10,15 +10,16 @@ FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat"),
     ("ldt.experiment",),
-    ("ldt.assembly",),
-    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis", "ldt.export"),
-    ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
+    ("ldt.assembly", "ldt.export", "ldt.predict"),
+    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis"),
+    ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints", "ldt.pruned"),
     ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
     ("ldt.discriminant", "ldt.records", "ldt.mmcv_ops", "ldt.mmcv_ext"),
 )
+MMDET = ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics")
 ALLOWED = {
-    "mmdet": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
-    "mmengine": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
+    "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict"),
+    "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),
     "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config"),
     "lightning": ("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
     "wandb": (),  # by its name in conf/logger only
