@@ -3,7 +3,7 @@
 python experiments/build.py table1_coco                 # from runs/paper
 python experiments/build.py table1_coco --size small    # results_small.csv, results_small.md
 python experiments/build.py fig3_kitti --size small --runs runs/paper_small --runs runs/roadscenes
-python experiments/build.py table1_coco recipe.batch_size=4   # runs that were made with this override
+python experiments/build.py table1_coco recipe.batch_size=4   # runs made with this override
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import METRICS, ROOT, SMALL, Cell, Run, differing, fill, load_cells, load_runs
+from cells import ROOT, SMALL, Cell, Run, differing, fill, load_cells, load_runs
 
 from ldt.records import read_json, write_rows, write_text
 
@@ -77,6 +77,12 @@ def result(cell: Cell, base: Cell, metric: str, comparable: bool) -> dict[str, A
             line["paper_of_base"] = _share(paper, base.paper[metric])
             line["ours_of_base"] = _share(ours, statistics.mean(originals) if originals else None)
     return line | {"runs": " ".join(run.folder.name for _, run in sorted(cell.runs.items()))}
+
+
+def results(size: str, cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
+    """The lines of one metric."""
+    pairs = zip(cells, bases(cells), strict=True)
+    return [result(cell, base, metric, size == "full") for cell, base in pairs]
 
 
 def _round(value: float | None) -> float | None:
@@ -157,9 +163,7 @@ def report(name: str, size: str, cells: Sequence[Cell], runs: Sequence[Run]) -> 
         parts.append(_stand_ins(cells))
     keys = list(cells[0].keys)
     for metric in cells[0].paper:
-        lines = [
-            result(c, b, metric, size == "full") for c, b in zip(cells, bases(cells), strict=True)
-        ]
+        lines = results(size, cells, metric)
         parts.append(f"## {TITLES[metric]}\n\n{table(lines, keys)}")
     parts += [_missing(name, size, cells), _near_misses(cells, runs)]
     return "\n".join(part for part in parts if part)
@@ -182,8 +186,8 @@ def _stand_ins(cells: Sequence[Cell]) -> str:
     pairs = [f"`{small}` for `{full}`" for known in SMALL.values() for full, small in known.items()
              if full in named]  # fmt: skip
     return (
-        f"Stand-ins: {', '.join(pairs)}; the data are the embedded road scenes. Compare the changes against "
-        "the base, not the values.\n"
+        f"Stand-ins: {', '.join(pairs)}; the data are the embedded road scenes. "
+        "Compare the changes against the base, not the values.\n"
     )
 
 
@@ -264,8 +268,7 @@ def build(
     runs = list(load_runs(studies or [own] * own.is_dir()))
     fill(cells, runs)
     suffix = "" if size == "full" else "_small"
-    rows = [result(cell, base, metric, size == "full")
-            for cell, base in zip(cells, bases(cells), strict=True) for metric in cell.paper]  # fmt: skip
+    rows = [line for metric in cells[0].paper for line in results(size, cells, metric)]
     write_rows(folder / f"results{suffix}.csv", rows)
     text = report(name, size, cells, runs)
     write_text(folder / f"results{suffix}.md", text)

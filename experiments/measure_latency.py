@@ -3,8 +3,8 @@
 python experiments/measure_latency.py                # CPU, and GPU where there is one
 python experiments/measure_latency.py --size small
 
-A run times its detectors itself, but on the device that it trains on and beside other jobs. What is
-measured here goes to `latency.json` in the run's directory, which `build.py table4_latency` prefers.
+A run times its detectors itself, but on the device that it trains on and beside other jobs. What
+is measured here goes to `latency.json` in the run's directory, which `build.py` prefers.
 """
 
 import argparse

@@ -14,8 +14,8 @@ def jobs(
     Args:
         params: swept keys with their values, ``{"prune.rate": "0.5,0.7"}``, part of every grid.
         grids: each gives the product of its values; none is one empty grid.
-        given: overrides of the command line. A value that grids list is run in those grids only, any
-            other in all of them; a grid that is left without a value of a key drops out.
+        given: overrides of the command line. A value that grids list is run in those grids only,
+            any other in all of them; a grid that is left without a value of a key drops out.
 
     Returns:
         A list of overrides for each job.

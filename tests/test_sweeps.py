@@ -70,7 +70,8 @@ def test_hydra_runs_the_jobs_of_an_experiment(tmp_path):
     (tmp_path / "show.py").write_text(SHOW)
     done = python(
         "show.py", "-m", "experiment=table1_coco", "detector=yolof", "method=ldt,none",
-        "dataset.root=/data/${dataset.name}", "~hydra.callbacks.study_table", "hydra.sweep.dir=out", cwd=tmp_path,
+        "dataset.root=/data/${dataset.name}", "~hydra.callbacks.study_table",
+        "hydra.sweep.dir=out", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     shown = [line.removeprefix("job ") for line in done.stdout.splitlines() if line[:4] == "job "]
