@@ -222,7 +222,8 @@ def _near_misses(cells: Sequence[Cell], runs: Sequence[Run]) -> str:
         keys = min((differing(cell, run) for cell in cells), key=len)
         another = any(key.endswith(".name") or key in OTHER_CELLS for key in keys)
         if run.folder not in used and keys and not another:
-            found.append(f"- {run.folder}: other {', '.join(keys)}")
+            place = f"{run.folder.parent.name}/{run.folder.name}"
+            found.append(f"- {place}: other {', '.join(keys)}")
     return "\n".join(["## Left out, for a changed key\n", *found, ""]) if found else ""
 
 
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--runs", type=Path, action="append", default=[], help="a study; repeat it")
     parser.add_argument("--no-figure", action="store_true", help="tables only")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # overrides may stand anywhere
     every = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
     for name in every if given.name == "all" else [given.name]:
         folder = ROOT / "experiments" / name
@@ -294,7 +295,9 @@ def main() -> None:
             parser.error(str(error))
         if name in FIGURES and not given.no_figure:
             for arguments in figure_commands(name, given.size, cells):
-                subprocess.run([sys.executable, "-m", "ldt.figures", *arguments], check=True)
+                command_line = [sys.executable, "-m", "ldt.figures", *arguments]
+                if subprocess.run(command_line, check=False).returncode:
+                    sys.exit(f"tables are written, but this failed: {' '.join(command_line)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The paper's tables and figures: every cell has a job, and the builder says what the runs say."""
 
 import csv
+import time
 from collections import Counter
 from pathlib import Path
 
 import build
 import cells as tables
+import measure_latency
 import pytest
 from cells import METRICS, ROOT, compose_jobs, load_cells
 from omegaconf import OmegaConf
@@ -114,7 +116,8 @@ NAME = "table3_utility"
 def run_of(study, config, name, seed=0, ap=0.9, **changed):
     """A finished run of a configuration, as far as the builder reads it."""
     rounds = [row(0, mAP=ap)] if config["method"]["name"] == "none" else [row(0), row(1, mAP=ap)]
-    about = {"method": config["method"]["name"], "detector": config["detector"]["name"]}
+    plan = {"rate": 0.5, "rounds": len(rounds) - 1, "budget": "params"}
+    about = {key: config[key]["name"] for key in ("method", "detector")} | {"plan": plan}
     finished(study, name, seed=seed, rounds=rounds, **about | changed)
     OmegaConf.save(OmegaConf.create(config | {"seed": seed}), study / name / "config.yaml")
 
@@ -166,9 +169,9 @@ def test_missing_cells_are_listed_with_a_command_that_composes(built):
         assert len(jobs) == 1
 
 
-def test_a_run_with_another_setting_is_left_out_and_told(built, study):
+def test_a_run_with_another_setting_is_left_out_and_told(built):
     assert not any("stray" in line["runs"] for line in built[0])
-    assert f"- {study / 'stray'}: other ldt.alpha" in built[1]
+    assert "- study/stray: other ldt.alpha\n" in built[1]
 
 
 def test_without_runs_the_whole_experiment_is_missing(tmp_path):
@@ -231,6 +234,20 @@ def test_a_latency_counts_for_the_device_it_was_measured_on(tmp_path):
     assert (both.row["gpu_ms"], both.row["cpu_ms"]) == (9.0, 80.0)
 
 
+def test_a_latency_is_that_of_the_last_round(study, monkeypatch):
+    loaded = []
+
+    def load(path, device):
+        loaded.append((path, device))
+        return lambda image: time.sleep(0.003)
+
+    monkeypatch.setattr(measure_latency, "load_pruned", load)
+    monkeypatch.setattr(measure_latency, "raw_forward", lambda detector, image: detector(image))
+    run = next(run for run in tables.load_runs([study]) if run.folder.name == "any-0")
+    assert measure_latency.measure(run, "cpu", 30) >= 3
+    assert loaded == [(study / "any-0/round-1.ckpt", "cpu")]
+
+
 def test_a_figure_shows_the_runs_of_its_cells(study, tmp_path):
     cells, _ = load_cells(NAME, "full")
     tables.fill(cells, list(tables.load_runs([study])))
@@ -244,7 +261,8 @@ def test_a_figure_shows_the_runs_of_its_cells(study, tmp_path):
 
 
 def test_an_unknown_experiment_is_told():
-    done = python(str(ROOT / "experiments/build.py"), "table9", cwd=Path.cwd())
+    command = [str(ROOT / "experiments/build.py"), "table9", "--size", "full", "recipe.epochs=2"]
+    done = python(*command, cwd=Path.cwd())
     assert "no conf/experiment/table9.yaml; there are fig1_discriminants, " in done.stderr
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
