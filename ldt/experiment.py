@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -139,11 +140,13 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
     plan = build_plan(config)
     _check_choices(config)
-    if config.base == "shared" and plan.rounds and plan.base_epochs:
-        checkpoint = _shared_base(config, plain, folder.parent)
+    if config.base == "shared" and plan.base_epochs:
+        base = _shared_base(config, plain, folder.parent)
+        if not plan.rounds:
+            return _adopt(base, folder)
         continued = {
             "recipe": {"epochs": 0},
-            "detector": {"checkpoint": str(checkpoint)},
+            "detector": {"checkpoint": str(base / "round-0.ckpt")},
             "ldt": {"warmup_epochs": 0},  # the base has had it
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
@@ -211,7 +214,7 @@ def _check_choices(config: DictConfig) -> None:
 
 
 def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path:
-    """The trained base of all runs that differ only in what they prune; a run of its own."""
+    """The folder of the trained base of all runs that differ only in what they prune."""
     base = config.copy()
     base.ldt.enabled = plain["ldt"]["enabled"]
     base.method = MethodConfig(name="none")
@@ -224,7 +227,19 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     folder = study / base.run_name
     if read_json(folder / "summary.json").get("status") != "finished":
         run(base, folder)
-    return folder / "round-0.ckpt"
+    return folder
+
+
+def _adopt(base: Path, folder: Path) -> dict[str, Any]:
+    """The summary of a run that is the shared base and no more; it gets the base's files."""
+    summary = read_json(base / "summary.json") | {"run": folder.name, "drawn": False}
+    if rank_zero_only.rank == 0:
+        for name in ("round-0.ckpt", "rounds.csv", "split.json", "environment.json"):
+            shutil.copyfile(base / name, folder / name)
+        for logs in base.glob("logs*"):
+            shutil.copytree(logs, folder / logs.name, dirs_exist_ok=True)
+        write_json(folder / "summary.json", summary)
+    return summary
 
 
 @rank_zero_only

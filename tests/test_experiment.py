@@ -296,6 +296,11 @@ def test_runs_of_a_study_share_their_base_training(tmp_path, monkeypatch):
         found = rows(tmp_path / name)
         assert {key: found[0][key] for key in expected} == pytest.approx(expected, nan_ok=True)
         assert len(found) == 2
+    only = ["base=shared", "method=none", "ldt.enabled=true", "recipe.epochs=3"]
+    assert experiment.run(tiny(tmp_path, *only), tmp_path / "none") == expected["AP"]
+    assert len(trained) == 12  # a run that is the base itself trains nothing
+    assert rows(tmp_path / "none") == [expected]
+    ldt.load_pruned(tmp_path / "none" / summary(tmp_path / "none")["checkpoint"])
 
 
 def test_another_base_is_told(tmp_path, nothing_is_trained):

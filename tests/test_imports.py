@@ -14,13 +14,13 @@ LEVELS = (  # a module imports from its own level and from those below it
     ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis"),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints", "ldt.pruned"),
     ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
-    ("ldt.discriminant", "ldt.records", "ldt.mmcv_ops", "ldt.mmcv_ext"),
+    ("ldt.discriminant", "ldt.records", "ldt.sweeps", "ldt.mmcv_ops", "ldt.mmcv_ext"),
 )
 MMDET = ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics")
 ALLOWED = {
     "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict"),
     "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),
-    "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config"),
+    "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config", "ldt.sweeps"),
     "lightning": ("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
     "wandb": (),  # by its name in conf/logger only
 }
