@@ -136,7 +136,7 @@ def test_the_strongest_scale_is_chosen_and_any_can_be_asked_for(run, tmp_path, d
     main("discriminants", run, out=tmp_path / "a.png", scale=3)
     for figure, scale in zip(drawn, (best, 3), strict=True):
         scatter, _, ratio, _ = figure.axes
-        assert f"neck scale {scale}" in scatter.get_title()
+        assert f"scale {scale}," in scatter.get_title()
         expected = np.sort(found[scale].ratio)[::-1]
         shown = ratio.lines[0].get_ydata()
         assert np.allclose(shown[np.isfinite(shown)], expected[np.isfinite(shown)], rtol=1e-4)

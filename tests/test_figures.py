@@ -325,7 +325,8 @@ def test_a_method_looks_the_same_in_every_panel_and_pruned_and_left_agree():
     assert sorted(names) == ["ldt", "px", "unpruned"]
     for axes in (one, other):
         (top,) = axes.child_axes
-        assert top.get_xlim() == pytest.approx([100 * (1 - x / 2.0) for x in axes.get_xlim()])
+        gone = sorted(100 * (1 - x / 2.0) for x in axes.get_xlim())
+        assert sorted(top.get_xlim()) == pytest.approx(gone)
     with pytest.raises(ValueError, match="no methods to compare"):
         draw_comparisons([*panels, Panel("yolof", {}, {}, "AP")])
 
@@ -399,7 +400,7 @@ def test_objects_eigenvalues_and_channels_are_those_given(count):
     spaces = [space(seed) for seed in range(count)]
     figure = draw_discriminants(spaces, ["without", "with"][:count], CLASSES)
     scatters, lines = figure.axes[:count], figure.axes[count:]
-    if count == 2:  # the mosaic has the scatter plots first
+    if count == 2:
         assert scatters[0].get_xlim() == scatters[1].get_xlim()
     for axes, given in zip(scatters, spaces, strict=True):
         for label in range(3):
@@ -444,7 +445,7 @@ def test_a_heat_map_holds_the_utilities_sorted_by_their_mean():
         order = np.argsort(-stage.utilities.mean(0))
         shown = np.asarray(axes.images[0].get_array()) ** 2 * stage.utilities.max()
         assert np.allclose(shown, stage.utilities[:, order])
-        assert stage.name in axes.get_title()
+        assert axes.get_title().replace("\n", "").startswith(stage.name)
         assert "0.900" in axes.get_title()
 
 
@@ -500,7 +501,9 @@ def every_figure():
         "comparison": draw_comparison(methods, {"unpruned": Point(1.0, [0.4])}, "mAP"),
         "shrinking": draw_shrinking(shrunk(3), ["base", "round 1", "round 2"]),
         "discriminants": draw_discriminants([space(0), space(1)], ["without", "with"], CLASSES),
-        "stability": draw_stability([Stage("neck.a", rng.uniform(0, 1, (4, 8)), 0.9)] * 2),
+        "stability": draw_stability(
+            [Stage(f"neck.{'blocks.0.' * n}conv", rng.uniform(0, 1, (4, 8)), 0.9) for n in (0, 5)]
+        ),
         "attention": draw_attention([view(2)], ["base", "pruned"]),
     }
 

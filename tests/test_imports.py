@@ -11,7 +11,10 @@ LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat", "ldt.figures.__main__"),
     ("ldt.experiment", "ldt.runs", "ldt.points"),
     ("ldt.assembly",),
-    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis", "ldt.export"),
+    (
+        *("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis", "ldt.export"),
+        *("ldt.gradcam", "ldt.stability"),
+    ),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
     ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
     ("ldt.discriminant", "ldt.records", "ldt.mmcv_ops", "ldt.mmcv_ext"),

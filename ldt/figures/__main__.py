@@ -40,8 +40,8 @@ def discriminants(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
         raise ValueError(f"--scale {given.scale}; the neck has the scales 0 to {scales - 1}")
     power = [sum(spaces[scale].power for spaces in found) for scale in range(scales)]
     scale = power.index(max(power)) if given.scale is None else given.scale
-    titles = [f"{name}, neck scale {scale}" for name in _names(bases)]
-    return draw_discriminants([s[scale] for s in found], titles, runs[0].data.classes)
+    shown = [spaces[scale] for spaces in found]
+    return draw_discriminants(shown, _names(bases), runs[0].data.classes)
 
 
 def attention(runs: Sequence[Run], given: argparse.Namespace) -> Figure:

@@ -82,7 +82,8 @@ def draw_attention(views: Sequence[View], titles: Sequence[str]) -> Figure:
         axes.set_title(title, fontsize=SMALL, pad=2)
     bar = figure.colorbar(image, ax=grid, ticks=[0, 1], aspect=30, pad=0.01)
     bar.ax.tick_params(labelsize=SMALL, width=0.6, length=2.5)
-    bar.set_label("attention (of the image's largest)", fontsize=FONT if len(views) > 2 else SMALL)
+    bar.solids.set_alpha(1)
+    bar.set_label("attention (relative)", fontsize=FONT)
     return figure
 
 

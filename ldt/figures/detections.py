@@ -125,7 +125,7 @@ def _mark(panels: Any, scene: Scene, found: Sequence[Boxes]) -> set[str]:
     marks = set()
     for axes, own in zip(panels, hit, strict=False):
         for corners in truth.corners[~own]:
-            _frame(axes, corners, **_dashed("white"))
+            _frame(axes, corners, edgecolor="white", **_broken(3, 2))
             marks.add("missed")
         for corners in truth.corners[own & (hit.sum(0) == 1) & (len(hit) > 1)]:
             _point_at(axes, corners, scene.size)
@@ -199,13 +199,13 @@ def _draw_boxes(axes: Any, boxes: Boxes, names: Sequence[str], width_cm: float) 
 
 def _draw_ignored(axes: Any, regions: np.ndarray) -> None:
     for corners in regions:
-        _frame(axes, corners, **_dashed(IGNORED))
+        _frame(axes, corners, edgecolor=IGNORED, **_broken(1, 1.5))
 
 
-def _dashed(edge: str) -> dict[str, Any]:
-    """The style of a broken frame that shows on dark and on light."""
+def _broken(dash: float, gap: float) -> dict[str, Any]:
+    """The style of a broken line that shows on dark and on light."""
     behind = [Stroke(linewidth=1.5, foreground=DARKER), Normal()]
-    return {"edgecolor": edge, "linewidth": 0.8, "linestyle": (0, (3, 2)), "path_effects": behind}
+    return {"linewidth": 0.8, "linestyle": (0, (dash, gap)), "path_effects": behind}
 
 
 def _frame(axes: Any, corners: np.ndarray, **style: Any) -> None:
@@ -233,15 +233,14 @@ def _tag(axes: Any, place: np.ndarray, text: str, background: str) -> None:
 def _legend(figure: Figure, classes: Sequence[str], labels: list[int], marks: set[str]) -> None:
     handles = [Line2D([], [], color=colour(i), linewidth=2.5, label=classes[i]) for i in labels]
     looks: dict[str, dict[str, Any]] = {
-        "missed": {**_dashed("white"), "color": "white"},
+        "missed": {**_broken(3, 2), "color": "white"},
         "found by this one only": {
             "color": ALONE, "marker": ">", "markersize": 5, "linewidth": 1.5
         },
-        "ignored": {**_dashed(IGNORED), "color": IGNORED},
+        "ignored": {**_broken(1, 1.5), "color": IGNORED},
     }  # fmt: skip
     for name, look in looks.items():
         if name in marks:
-            look.pop("edgecolor", None)
             handles.append(Line2D([], [], label=name, **look))
     if handles:
         figure.legend(

@@ -93,7 +93,14 @@ def draw_discriminants(
         look = look | {"markersize": 2.0, "linewidth": 1.0, "label": title.split("\n")[0]}
         _lines(panels["e"], panels["r"], panels["a"], space, look)
     _explain(panels, spaces)
-    _legend(figure, panels, shown, classes)
+    handles, names = panels["0"].get_legend_handles_labels()
+    if len(spaces) == 2:
+        lines, labels = panels["e"].get_legend_handles_labels()
+        handles, names = handles + lines, names + labels
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=len(names), fontsize=SMALL, frameon=False,
+        columnspacing=1.2, handletextpad=0.4,
+    )  # fmt: skip
     return figure
 
 
@@ -118,8 +125,8 @@ def _scatter(
             edgecolors="black", linewidths=0.2, alpha=0.8, label=classes[label],
         )  # fmt: skip
     values = ", ".join(f"{value:.2g}" for value in space.eigenvalues[: space.points.shape[1]][:2])
-    axes.set_title(f"{title}\n$\\lambda$ = {values}", fontsize=FONT)
-    axes.set_xlabel("first discriminant (std. within classes)", fontsize=FONT)
+    axes.set_title(f"{title}\nscale {space.scale}, $\\lambda$ = {values}", fontsize=FONT)
+    axes.set_xlabel("first discriminant\n(std. within classes)", fontsize=FONT)
     axes.set_ylabel("class" if alone else "second discriminant", fontsize=FONT)
     if alone:
         axes.set_yticks([])
@@ -139,14 +146,14 @@ def _lines(eigenvalues: Any, ratio: Any, activity: Any, space: Space, look: Any)
     for axes, values in ((eigenvalues, space.eigenvalues), (ratio, space.ratio[order])):
         axes.plot(index, np.where(values > LEAST * values.max(), values, np.nan), **look)
         axes.set_yscale("log")
-    activity.plot(index, space.activity[order], **look)
+    activity.plot(index, space.activity[order], **look | {"linestyle": "none"})
 
 
 def _explain(panels: Any, spaces: Sequence[Space]) -> None:
     names = {
         "e": ("discriminant", "eigenvalue"),
-        "r": ("channel, by ratio", "ratio $S_b/S_w$ of the channel"),
-        "a": ("channel, by ratio", "activity (std. over objects)"),
+        "r": ("channel, by ratio", "ratio $S_b/S_w$ of channel"),
+        "a": ("channel, by ratio", "activity (std.)"),
     }
     for key, (x, y) in names.items():
         panels[key].set_xlabel(x, fontsize=FONT)
@@ -154,19 +161,10 @@ def _explain(panels: Any, spaces: Sequence[Space]) -> None:
         panels[key].xaxis.set_major_locator(MaxNLocator(5, integer=True))
         tidy(panels[key])
     panels["a"].set_ylim(0, None)
-    most = max(space.most for space in spaces)
-    panels["e"].axvline(most + 0.5, color="black", linewidth=0.6, linestyle=":")
-    panels["e"].annotate(
-        "#classes $-$ 1", (most + 0.5, 1), (3, -2), xycoords=("data", "axes fraction"),
-        textcoords="offset points", va="top", fontsize=SMALL,
-    )  # fmt: skip
-
-
-def _legend(figure: Figure, panels: Any, shown: Sequence[int], classes: Sequence[str]) -> None:
-    handles, names = panels["0"].get_legend_handles_labels()
-    if "1" in panels:
-        lines, titles = panels["a"].get_legend_handles_labels()
-        panels["a"].legend(lines, titles, fontsize=SMALL, frameon=False)
-    figure.legend(
-        handles, names, loc="outside upper center", ncols=len(names), fontsize=SMALL, frameon=False
-    )
+    most, channels = spaces[0].most, min(len(space.eigenvalues) for space in spaces)
+    if most < channels:
+        panels["e"].axvline(most + 0.5, color="black", linewidth=0.6, linestyle=":")
+        panels["e"].annotate(
+            "#classes $-$ 1", (most + 0.5, 1), (3, -2), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", fontsize=SMALL,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from ldt.figures.style import FONT, PAGE_CM, SMALL, new_figure, tidy
 
 ACROSS = 3
+LETTERS = 28  # of a layer's name in a line
 PANEL_CM = 3.6
 COLOURS = "cividis"  # even in brightness, and alike for all kinds of colour vision
 
@@ -47,7 +48,8 @@ def draw_stability(stages: Sequence[Stage]) -> Figure:
             "one stage, and two batches to compare (more images, or smaller batches)"
         )
     rows = -(-len(stages) // ACROSS)
-    figure = new_figure(PAGE_CM, rows * PANEL_CM + 0.8)
+    most = max(_wrapped(stage.name).count("\n") for stage in stages)
+    figure = new_figure(PAGE_CM, rows * (PANEL_CM + 0.3 * most) + 0.8)
     grid = figure.subplots(rows, ACROSS, squeeze=False)
     image = None
     for axes, stage in zip(grid.ravel(), stages, strict=False):
@@ -57,7 +59,8 @@ def draw_stability(stages: Sequence[Stage]) -> Figure:
             values, aspect="auto", cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest",
             extent=(0.5, values.shape[1] + 0.5, values.shape[0] + 0.5, 0.5),
         )  # fmt: skip
-        axes.set_title(f"{stage.name}\n$\\rho$ = {stage.correlation:.3f}", fontsize=SMALL)
+        title = f"{_wrapped(stage.name)}\n$\\rho$ = {stage.correlation:.3f}"
+        axes.set_title(title, fontsize=SMALL)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         tidy(axes, "left", "bottom")
@@ -70,3 +73,13 @@ def draw_stability(stages: Sequence[Stage]) -> Figure:
     bar.ax.tick_params(labelsize=SMALL, width=0.6, length=2.5)
     bar.set_label("utility (of the panel's largest)", fontsize=FONT)
     return figure
+
+
+def _wrapped(name: str) -> str:
+    """A layer's name in lines that fit above a panel, broken behind its dots."""
+    lines = [""]
+    for part in name.replace(".", ".\n").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(part) > LETTERS:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
