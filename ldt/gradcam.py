@@ -111,14 +111,18 @@ class _Scores(nn.Module):
 
 @contextmanager
 def _tapped(detector: nn.Module, name: str) -> Iterator[nn.ModuleList]:
-    """Within it, each of the neck's maps goes through an identity of its own, made at first."""
+    """Within it, each of the neck's maps goes through an identity of its own, made at first.
+
+    What passes is a copy, so that its gradient is the head's alone, without that of further maps
+    which the neck makes of it.
+    """
     taps = nn.ModuleList()
 
     def through(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         maps = as_maps(output)
         if not len(taps):
             taps.extend(nn.Identity() for _ in maps)
-        passed = [tap(m) for tap, m in zip(taps, maps, strict=True)]
+        passed = [tap(m.clone()) for tap, m in zip(taps, maps, strict=True)]
         return passed[0] if isinstance(output, Tensor) else type(output)(passed)
 
     hook = find_neck(detector, name).register_forward_hook(through)

@@ -96,7 +96,7 @@ def test_the_curve_is_that_of_the_summary(run):
 
 def test_runs_that_differ_in_more_than_seed_and_rate_are_not_pooled(run, tmp_path):
     for name, old, new in (
-        ("seed", "seed: 0", "seed: 1"),
+        ("seed", "\nseed: 0", "\nseed: 1"),
         ("uniform", "ranking: global", "ranking: uniform"),
     ):
         shutil.copytree(run, tmp_path / name)

@@ -18,8 +18,8 @@ from ldt.figures.tags import place_tags
 IGNORED = "#C8C8C8"
 ALONE = "#D4001A"  # the arrow at an object that no other detector found
 DARKER = "#303030"  # behind light lines
-ACROSS = {1: 1, 2: 2, 4: 2}  # panels in a row, by their number; 3 otherwise
-ARROW = 11.0  # points, along each axis
+ACROSS = 4  # panels in a row; three of them, where there are more
+ARROW = 15.0  # points
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ def draw_detections(
     titles: Sequence[str],
     threshold: float = 0.3,
 ) -> Figure:
-    """For each image the ground truth, then each detector's boxes, at most three in a row.
+    """For each image the ground truth, then each detector's boxes, at most four in a row.
 
     Dashed white frames are objects that a detector misses; a red arrow points to an object that it
     alone finds (where there are several). Found means: covered by a drawn box of its class, with
@@ -87,7 +87,7 @@ def draw_detections(
             f"{len(scenes)} images with detections of {[len(s.found) for s in scenes]} detectors, "
             f"{len(titles)} titles; give at least one image and one title a detector"
         )
-    columns = ACROSS.get(1 + len(titles), 3)
+    columns = 1 + len(titles) if len(titles) < ACROSS else 3
     rows = -(-(1 + len(titles)) // columns)
     titled = len(scenes) if rows > 1 else 1  # images with titles of their own
     shapes = [min(scene.size[0] / scene.size[1], 1.0) for scene in scenes for _ in range(rows)]
@@ -134,13 +134,12 @@ def _mark(panels: Any, scene: Scene, found: Sequence[Boxes]) -> set[str]:
 
 
 def _point_at(axes: Any, corners: np.ndarray, size: tuple[int, int]) -> None:
-    """An arrow to the box's corner that is nearest to the middle of the image, from there."""
-    x = corners[0] if corners[0] + corners[2] > size[1] else corners[2]
-    y = corners[1] if corners[1] + corners[3] > size[0] else corners[3]
-    sideways = -ARROW if x == corners[0] else ARROW
-    upwards = ARROW if y == corners[1] else -ARROW
+    """An arrow from the middle of the image's width to the box's side; tags are above or below."""
+    x1, y1, x2, y2 = corners.tolist()
+    comes_from_left = x1 + x2 > size[1]
     axes.annotate(
-        "", (x, y), (sideways, upwards), textcoords="offset points",
+        "", (x1 if comes_from_left else x2, (y1 + y2) / 2),
+        (-ARROW if comes_from_left else ARROW, 0), textcoords="offset points",
         arrowprops={
             "arrowstyle": "simple,head_length=0.5,head_width=0.6,tail_width=0.25",
             "facecolor": ALONE, "edgecolor": "white", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0,
