@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 from pydantic import TypeAdapter, ValidationError
+from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoints import WholeCheckpoints
 from ldt.callbacks.ema import ExponentialMovingAverage
@@ -49,18 +50,25 @@ def build_loop(config: DictConfig, plan: Plan, folder: Path) -> PruneRetrain:
     """The prune-retrain loop of a configuration, with its criterion."""
     method = config.method
     check_recipe(config.recipe)
-    if method.criterion:
-        _check_types("method.criterion", get_class(method.criterion._target_), method.criterion)
+    criterion = build_criterion(config)
     if method.gradual:
         _check_types("method.gradual", GradualPruning, method.gradual)
     return PruneRetrain(
         plan,
-        instantiate(method.criterion),
+        criterion,
         folder,
         gradual=GradualPruning(**method.gradual) if method.gradual else None,
         latency_runs=config.report.latency_runs,
         validate_every=config.trainer.validate_every,
     )
+
+
+def build_criterion(config: DictConfig) -> Importance | None:
+    """The criterion of a configuration; None where nothing is pruned."""
+    given = config.method.criterion
+    if given:
+        _check_types("method.criterion", get_class(given._target_), given)
+    return instantiate(given)
 
 
 def _check_types(where: str, kind: Any, given: DictConfig) -> None:

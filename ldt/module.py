@@ -302,6 +302,31 @@ class DetectorModule(L.LightningModule):
             setattr(self, key, value)
 
 
+def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModule:
+    """The module of a checkpoint's content (:func:`ldt.checkpoints.read`), in eval mode.
+
+    Args:
+        checkpoint: a round's.
+        recipe: of its run.
+
+    Raises:
+        ValueError: as :meth:`DetectorModule.on_load_checkpoint`.
+    """
+    about = checkpoint["ldt"]
+    module = DetectorModule(
+        about["model"],
+        about["classes"],
+        recipe,
+        about["input_size"],
+        neck=about["neck"],
+        predictors=about["predictors"],
+        initialise=False,
+    )
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()
+
+
 @contextmanager
 def _no_batch_augments(detector: Any) -> Iterator[None]:
     """Within it, mmdet's preprocessor leaves batches as they are in training too."""

@@ -55,7 +55,8 @@ def test_a_run_leaves_everything_behind(finished):
     for round_ in range(ROUNDS + 1):
         ldt.load_pruned(folder / f"round-{round_}.ckpt")
     pictures = {file.name for file in (folder / "pictures").iterdir()}
-    assert pictures == {"detections.png", "map_vs_params.png", "channels.png"}
+    always = {"detections.png", "metric_vs_params.png", "channels.png", "shrinking.png"}
+    assert always <= pictures <= {*always, "discriminants.png"}  # of few objects there may be none
     assert (folder / "logs/metrics.csv").is_file()
 
 

@@ -81,6 +81,7 @@ class LDTCriterion(Criterion):
         self.a, self.b, self.phi, self.ridge = a, b, phi, ridge
         self._scores: dict[nn.Module, Tensor] = {}
         self.batch_scores: dict[nn.Module, list[Tensor]] = {}  # of each batch, summed over images
+        self.batch_images: list[int] = []  # of each batch, those that were summed over
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
         """I_c of eq. 16 for every output channel of a layer."""
@@ -98,7 +99,7 @@ class LDTCriterion(Criterion):
             head = {layer: point for layer, point in points.items() if layer not in self._reached}
         if head:
             self._trace(head, target, batches, None)
-        self.notes = {"rank_correlation": _rank_correlation(self.batch_scores.values())}
+        self.notes = {"rank_correlation": rank_correlation(self.batch_scores.values())}
 
     def _trace(
         self,
@@ -109,7 +110,7 @@ class LDTCriterion(Criterion):
     ) -> None:
         """One pass of eqs. 13-16; ``weights`` as of :meth:`_channel_weights`."""
         self._reached: set[nn.Module] = set()
-        used = 0
+        self.batch_images = []
         for batch in batches:
             maps: dict[tuple[int, int], Tensor] = {}
             images = len(batch.images)
@@ -136,12 +137,13 @@ class LDTCriterion(Criterion):
             seen = torch.ones(images, dtype=torch.bool)
             if self.location:  # images without objects have no attention: they are skipped
                 seen = torch.bincount(batch.objects.image.cpu(), minlength=images) > 0
-            used += int(seen.sum())
+            self.batch_images.append(int(seen.sum()))
             for layer, per_image in sums.items():
                 kept = per_image.double().cpu()[seen]
                 summed = (kept if self.reduce == "signed" else kept.abs()).sum(0)
                 self.batch_scores[layer].append(summed)
                 self._scores[layer] += summed
+        used = sum(self.batch_images)
         if not used:
             raise ValueError(
                 "none of the calibration images holds an object, so nothing can be traced; "
@@ -209,7 +211,7 @@ class LDTCriterion(Criterion):
         ]
 
 
-def _rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:
+def rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:
     """Spearman's correlation between batches, averaged; nan where there is only one batch."""
     found = []
     for scores in layers:
