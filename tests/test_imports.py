@@ -11,7 +11,16 @@ LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat"),
     ("ldt.experiment",),
     ("ldt.assembly",),
-    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis", "ldt.export"),
+    (
+        "ldt.callbacks",
+        "ldt.module",
+        "ldt.data",
+        "ldt.pictures",
+        "ldt.analysis",
+        "ldt.export",
+        "ldt.wandb_log",
+        "ldt.dashboard",
+    ),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
     ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
     ("ldt.discriminant", "ldt.records", "ldt.mmcv_ops", "ldt.mmcv_ext"),
@@ -20,8 +29,16 @@ ALLOWED = {
     "mmdet": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
     "mmengine": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
     "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config"),
-    "lightning": ("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
-    "wandb": (),  # by its name in conf/logger only
+    "lightning": (
+        "ldt.experiment",
+        "ldt.assembly",
+        "ldt.callbacks",
+        "ldt.module",
+        "ldt.data",
+        "ldt.wandb_log",
+    ),
+    "wandb": ("ldt.wandb_log",),
+    "wandb_workspaces": ("ldt.dashboard",),
 }
 
 
