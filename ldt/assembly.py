@@ -119,7 +119,8 @@ def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     logger = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
     with logger if isinstance(logger, WandbRun) else contextlib.nullcontext():
         if logger is not None:
-            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+            plain: Any = OmegaConf.to_container(config, resolve=True)
+            logger.log_hyperparams(plain)
         yield logger
 
 

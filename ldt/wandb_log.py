@@ -87,7 +87,7 @@ class WandbRun(WandbLogger):
     def _log_result(self, summary: dict[str, Any]) -> None:
         rows = summary["rounds"]
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        data = [[row.get(key) for key in columns] for row in rows]
+        data: list[Any] = [[row.get(key) for key in columns] for row in rows]
         pictures = sorted((self.folder / "pictures").glob("*.png"))
         self.experiment.log(
             {"rounds": wandb.Table(columns=columns, data=data)}

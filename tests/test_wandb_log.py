@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import wandb_here
+from omegaconf import OmegaConf
 from short_runs import TINY, command, rows, summary, tiny
 
-from ldt import experiment
+from ldt import experiment, repeat
 from ldt.callbacks.prune_retrain import PruneRetrain
 from ldt.wandb_log import WandbRun, rank_zero_only, run_id
 
@@ -151,9 +152,9 @@ def test_the_compare_page_shows_the_runs(server, sweep, tmp_path):
     )  # fmt: skip
     for folder in runs(sweep):
         assert folder.name in done.stdout
-    for metric in ("round/mAP", "round/params", "train/loss"):
-        assert metric in done.stdout  # the headings of its charts
-    assert "<canvas" in done.stdout
+    for chart in ("mAP", "params", "loss_cls"):
+        assert f"<h4>{chart}</h4>" in done.stdout
+    assert done.stdout.count("<canvas") == done.stdout.count("<h4>") > 40
 
 
 # Ends other than success ----------------------------------------------------------------------
@@ -260,6 +261,16 @@ def test_an_id_stands_for_study_and_name():
     one = run_id("compare", "one")
     assert one == run_id("compare", "one")
     assert len({one, run_id("compare", "two"), run_id("other", "one")}) == 3
+
+
+def test_a_repeated_run_is_a_run_of_its_own(tmp_path):
+    plain = OmegaConf.to_container(tiny(tmp_path, "logger=wandb", "study=first"), resolve=True)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(plain))
+    config = repeat.renamed(repeat.load(tmp_path), tmp_path / "again" / "one")
+    assert (config.study, config.run_name) == ("again", "one")
+    assert (config.logger.study, config.logger.name) == ("again", "one")
+    without = repeat.renamed(tiny(tmp_path), tmp_path / "again" / "one")
+    assert without.logger == {}
 
 
 @pytest.mark.slow
