@@ -1,15 +1,18 @@
 """From a configuration to the objects of a run; what is wrong with it is told before training."""
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import lightning as L
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
-from omegaconf import DictConfig
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from torch_pruning.pruner.importance import Importance
 
@@ -119,8 +122,21 @@ def build_module(
     )
 
 
-def build_trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path) -> L.Trainer:
-    """Lightning's trainer with the callbacks and loggers of a run."""
+@contextlib.contextmanager
+def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
+    """The logger beside the CSV files, if one is asked for; a W&B run ends as the block does."""
+    logger = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
+    with logger if isinstance(logger, AbstractContextManager) else contextlib.nullcontext():
+        if logger is not None:
+            plain: Any = OmegaConf.to_container(config, resolve=True)
+            logger.log_hyperparams(plain)
+        yield logger
+
+
+def build_trainer(
+    config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path, logger: Logger | None = None
+) -> L.Trainer:
+    """Lightning's trainer with the callbacks of a run, its CSV files and a further logger."""
     terminal = sys.stdout.isatty()
     callbacks: list[L.Callback] = [RichProgressBar() if terminal else PlainProgress()]
     callbacks.append(EpochSeeds(config.seed))
@@ -143,9 +159,9 @@ def build_trainer(config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Pa
     )
     attempts = len(list(folder.glob("logs*")))  # CSVLogger empties a folder that it finds
     logs = f"logs-{attempts + 1}" if attempts else "logs"
-    loggers: list[Any] = [CSVLogger(folder, name="", version=logs)]
-    if config.logger:
-        loggers.append(instantiate(config.logger, save_dir=str(folder)))
+    loggers: list[Logger] = [CSVLogger(folder, name="", version=logs)]
+    if logger is not None:
+        loggers.append(logger)
     own = config.trainer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,11 +16,19 @@ import torch
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ldt import pictures, profiling, report
-from ldt.assembly import build_data, build_loop, build_module, build_plan, build_trainer
+from ldt.assembly import (
+    build_data,
+    build_loop,
+    build_module,
+    build_plan,
+    build_trainer,
+    opened_logger,
+)
 from ldt.callbacks.checkpoints import resumable
 from ldt.config import DETAILS, MethodConfig, PruneConfig
 from ldt.detectors import quiet
@@ -60,11 +68,14 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
             raise
         summary = read_json(folder / "summary.json")
         try:
-            if summary.get("status") != "finished":
-                summary = _execute(config, plain, folder)
-            else:
+            if summary.get("drawn"):
                 log.info("%s is finished already", folder)
-            _show(config, summary, folder)
+                _show(config, summary, folder)
+            else:
+                with opened_logger(config, folder) as logger:
+                    if summary.get("status") != "finished":
+                        summary = _execute(config, plain, folder, logger)
+                    _show(config, summary, folder)
         except KeyboardInterrupt:
             _record(folder, {"status": "interrupted"})
             log.warning("interrupted; the same command goes on from the last finished epoch")
@@ -137,7 +148,9 @@ def _record(folder: Path, state: dict[str, str]) -> None:
         write_json(folder / "summary.json", state)
 
 
-def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _execute(
+    config: DictConfig, plain: dict[str, Any], folder: Path, logger: Logger | None
+) -> dict[str, Any]:
     plan = build_plan(config)
     _check_choices(config)
     if config.base == "shared" and plan.base_epochs:
@@ -150,13 +163,13 @@ def _execute(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[st
             "ldt": {"warmup_epochs": 0},  # the base has had it
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
-        return _execute(config, OmegaConf.to_container(config, resolve=True), folder)  # type: ignore[arg-type]
+        return _execute(config, OmegaConf.to_container(config, resolve=True), folder, logger)  # type: ignore[arg-type]
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     loop = build_loop(config, plan, folder)
-    trainer = build_trainer(config, plan, loop, folder)
+    trainer = build_trainer(config, plan, loop, folder, logger)
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")

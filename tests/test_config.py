@@ -162,6 +162,13 @@ def test_where_things_are_does_not_change_the_name(name, detail):
     assert name(detail, "recipe.epochs=3") == name("recipe.epochs=3")
 
 
+def test_where_a_run_is_logged_does_not_change_the_name(name):
+    mode, project = "logger.mode=online", "logger.project=mine"
+    assert name("logger=wandb", mode, project, "logger.entity=us", "logger.checkpoint=false") == (
+        name()
+    )
+
+
 def test_every_detail_is_left_out_of_the_name():
     left_out = composed_with_hydra().hydra.job.config.override_dirname.exclude_keys
     assert set(config.DETAILS) <= set(left_out)

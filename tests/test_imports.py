@@ -13,7 +13,7 @@ LEVELS = (  # a module imports from its own level and from those below it
     ("ldt.assembly", "ldt.export", "ldt.predict"),
     (
         *("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis"),
-        *("ldt.gradcam", "ldt.stability"),
+        *("ldt.gradcam", "ldt.stability", "ldt.wandb_log", "ldt.dashboard"),
     ),
     ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints", "ldt.pruned"),
     ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
@@ -24,8 +24,12 @@ ALLOWED = {
     "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict"),
     "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),
     "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config", "ldt.sweeps"),
-    "lightning": ("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
-    "wandb": (),  # by its name in conf/logger only
+    "lightning": (
+        *("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
+        "ldt.wandb_log",
+    ),
+    "wandb": ("ldt.wandb_log",),
+    "wandb_workspaces": ("ldt.dashboard",),
 }
 
 

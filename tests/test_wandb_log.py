@@ -1,0 +1,283 @@
+"""Jobs as W&B runs: what arrives at a server that speaks W&B's protocol, and in what state."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import wandb_here
+from omegaconf import OmegaConf
+from short_runs import TINY, command, rows, summary, tiny
+
+from ldt import experiment, repeat
+from ldt.callbacks.prune_retrain import PruneRetrain
+from ldt.wandb_log import WandbRun, rank_zero_only, run_id
+
+METHODS = ("l1", "random")
+ONLINE = ["logger=wandb", "logger.mode=online", "prune=oneshot", "trainer.log_every_n_steps=1"]
+ABOUT = {"study": "compare", "name": "one", "project": "ldt"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    found, process = wandb_here.start(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        client = tmp_path_factory.mktemp("client")
+        wandb_here.seal(patch, client, WANDB_BASE_URL=found.url, WANDB_API_KEY=wandb_here.KEY)
+        try:
+            wandb_here.wait(found, process)
+            yield found
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture
+def sealed(tmp_path, monkeypatch):
+    wandb_here.seal(monkeypatch, tmp_path)
+    return tmp_path
+
+
+def online(folder, name, *more):
+    return tiny(folder, *ONLINE, "study=compare", f"run_name={name}", *more)
+
+
+@pytest.fixture(scope="module")
+def sweep(server, tmp_path_factory):
+    """The study's folder, after two jobs in one process and the base that they share."""
+    folder = tmp_path_factory.mktemp("compare")
+    for method in METHODS:
+        experiment.run(online(folder, method, f"method={method}", "base=shared"), folder / method)
+    return folder
+
+
+def runs(folder):
+    """Directories and W&B ids of the two jobs and of their base."""
+    (base,) = folder.glob("base-*")
+    return {path: run_id("compare", path.name) for path in (*map(folder.joinpath, METHODS), base)}
+
+
+@pytest.mark.slow
+def test_every_job_of_a_sweep_is_a_finished_run(server, sweep):
+    for folder, identity in runs(sweep).items():
+        about, stored = server.introduced(identity), server.run(identity)
+        assert (about["groupName"], about["displayName"]) == ("compare", folder.name)
+        assert stored["display_name"] == folder.name
+        method = summary(folder)["method"]
+        assert set(stored["tags"]) == {method, "gfl_tiny", "roadscenes"}
+        assert stored["state"] == "finished"
+        assert server.exit_codes(identity) == [0]
+
+
+@pytest.mark.slow
+def test_rounds_and_training_arrive(server, sweep):
+    for folder, identity in runs(sweep).items():
+        history = server.history(identity)
+        for index, row in enumerate(summary(folder)["rounds"]):
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and v == v}
+            assert {k: history[f"round/{k}"][index] for k in numbers} == pytest.approx(numbers)
+        assert len(history["train/loss"]) == len(history["train/loss_cls"]) >= 2
+        assert len(history["trainer/global_step"]) >= len(history["train/loss"])
+
+
+@pytest.mark.slow
+def test_rounds_are_shown_against_rounds_and_training_against_steps(server, sweep):
+    (metrics,) = {json.dumps(axes(server, identity)) for identity in runs(sweep).values()}
+    expected = {"train/*": "trainer/global_step", "val/*": "trainer/global_step"}
+    assert json.loads(metrics) == expected | {"round/*": "round/round"}
+
+
+def axes(server, identity):
+    """The x-axis of every kind of metric, from W&B's own table in a run's config."""
+    defined = server.run(identity)["config"]["_wandb"]["value"]["m"]
+    return {m["2"]: defined[m["5"] - 1]["1"] for m in defined if "2" in m}
+
+
+@pytest.mark.slow
+def test_the_resolved_configuration_arrives(server, sweep):
+    for folder, identity in runs(sweep).items():
+        config = server.run(identity)["config"]
+        assert config["study"]["value"] == "compare"
+        assert config["method"]["value"]["name"] == summary(folder)["method"]
+        assert config["recipe"]["value"]["batch_size"] == 4
+
+
+@pytest.mark.slow
+def test_pictures_and_the_table_of_rounds_arrive(server, sweep):
+    for folder, identity in runs(sweep).items():
+        files = server.files(identity)
+        pictures = {content for name, content in files.items() if name.endswith(".png")}
+        assert pictures == {file.read_bytes() for file in (folder / "pictures").glob("*.png")}
+        (table,) = [json.loads(files[name]) for name in files if name.endswith(".table.json")]
+        at = table["columns"].index("params")
+        assert [row[at] for row in table["data"]] == [row["params"] for row in rows(folder)]
+
+
+@pytest.mark.slow
+def test_the_pruned_checkpoint_is_an_artifact(server, sweep):
+    for folder, identity in runs(sweep).items():
+        found = json.loads(server.get(f"/api/v2/runs/{identity}/artifacts"))["artifacts"]
+        (model,) = [one for one in found if one["artifact_type"] == "model"]
+        about, last = model["metadata"], rows(folder)[-1]
+        assert model["name"] == folder.name
+        assert (about["params"], about["AP"]) == (last["params"], last["AP"])
+        assert about["method"] == summary(folder)["method"]
+
+
+@pytest.mark.slow
+def test_a_finished_job_leaves_its_run_alone(server, sweep):
+    before = len(server.record.read_text())
+    experiment.run(online(sweep, "l1", "method=l1", "base=shared"), sweep / "l1")
+    assert len(server.record.read_text()) == before
+
+
+@pytest.mark.slow
+def test_the_compare_page_shows_the_runs(server, sweep, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    chosen = ",".join(runs(sweep).values())
+    page = f"{server.url}/compare/default/ldt?runs={chosen}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'b'}"]
+    flags += ["--window-size=1400,1800", "--virtual-time-budget=20000"]
+    shot = tmp_path / "compare.png"
+    done = subprocess.run(
+        [browser, *flags, f"--screenshot={shot}", "--dump-dom", page],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    for folder in runs(sweep):
+        assert folder.name in done.stdout
+    for chart in ("mAP", "params", "loss_cls"):
+        assert f"<h4>{chart}</h4>" in done.stdout
+    assert done.stdout.count("<canvas") == done.stdout.count("<h4>") > 40
+
+
+# Ends other than success ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_failing_job_of_a_sweep_arrives_as_failed(server, tmp_path):
+    experiment.run(online(tmp_path, "failing", "recipe.epochs=0"), tmp_path / "run", in_sweep=True)
+    assert "detector.checkpoint" in summary(tmp_path / "run")["error"]
+    assert server.exit_codes(run_id("compare", "failing")) == [1]
+
+
+@pytest.mark.slow
+def test_an_interrupted_job_arrives_as_failed(server, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "build_data", interrupt)
+    with pytest.raises(SystemExit):
+        experiment.run(online(tmp_path, "interrupted"), tmp_path / "run")
+    assert server.exit_codes(run_id("compare", "interrupted")) == [1]
+
+
+@pytest.mark.slow
+def test_a_resumed_job_goes_on_in_the_same_run(server, tmp_path, monkeypatch):
+    config = online(tmp_path, "resumed", "method=l1", "recipe.epochs=2", "logger.checkpoint=false")
+    with monkeypatch.context() as patch:
+        patch.setattr(PruneRetrain, "_cut", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            experiment.run(config, tmp_path / "run")
+    experiment.run(config, tmp_path / "run")
+    identity = run_id("compare", "resumed")
+    assert server.exit_codes(identity) == [1, 0]
+    assert set(server.history(identity)["round/round"]) == {0, 1}
+    found = json.loads(server.get(f"/api/v2/runs/{identity}/artifacts"))["artifacts"]
+    assert [one for one in found if one["artifact_type"] == "model"] == []
+
+
+# Offline --------------------------------------------------------------------------------------
+
+
+def finished(folder):
+    """What a job leaves behind that W&B is given."""
+    folder.mkdir(exist_ok=True)
+    (folder / "round-0.ckpt").write_bytes(b"weights")
+    about = {"run": "one", "study": "compare", "detector": "d", "dataset": "s", "method": "none"}
+    about |= {"seed": 0, "checkpoint": "round-0.ckpt", "rounds": [{"round": 0, "AP": 0.5}]}
+    (folder / "summary.json").write_text(json.dumps(about))
+    return folder
+
+
+def log(folder, value, **more):
+    with WandbRun(str(folder), **ABOUT, **more) as run:
+        run.log_metrics({"round/AP": value, "round/AP_large": float("nan")}, step=1)
+
+
+@pytest.mark.slow
+def test_offline_runs_arrive_after_a_sync(server, tmp_path):
+    folder = finished(tmp_path / "run")
+    (folder / "round-0.ckpt").rename(folder / "hidden")
+    with pytest.raises(ValueError, match=r"round-0\.ckpt"):
+        log(folder, 0.25)
+    (folder / "hidden").rename(folder / "round-0.ckpt")
+    log(folder, 0.5)
+    parts = sorted(map(str, (folder / "wandb").glob("offline-run-*")))
+    assert len(parts) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", *parts], capture_output=True, text=True, check=True
+    )
+    identity = run_id("compare", "one")
+    history = server.history(identity)
+    assert history["round/AP"] == [0.25, 0.5], done.stderr
+    assert "round/AP_large" not in history
+    assert sorted(server.exit_codes(identity)) == [0, 1]
+
+
+def test_offline_needs_no_account_and_stays_in_the_folder(sealed):
+    folder = finished(sealed / "run")
+    before = {file for file in sealed.rglob("*") if file.is_file()}
+    log(folder, 0.5)
+    made = {file for file in sealed.rglob("*") if file.is_file()} - before
+    assert any(file.suffix == ".wandb" for file in made)
+    assert all((folder / "wandb") in file.parents for file in made if "WANDB_" not in str(file))
+    assert not (sealed / "netrc").exists()
+
+
+def test_only_the_first_process_speaks(sealed, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    log(sealed / "run", 0.5)
+    assert not (sealed / "run").exists()
+
+
+def test_online_without_an_account_says_what_to_type(sealed):
+    with pytest.raises(ValueError, match=r"wandb login`, or set WANDB_API_KEY.*mode=offline"):
+        WandbRun(str(sealed), **ABOUT, mode="online")
+
+
+def test_an_unknown_mode_names_the_choices(sealed):
+    with pytest.raises(ValueError, match=r"logger.mode='of'; choose from offline, online"):
+        WandbRun(str(sealed), **ABOUT, mode="of")
+
+
+def test_an_id_stands_for_study_and_name():
+    one = run_id("compare", "one")
+    assert one == run_id("compare", "one")
+    assert len({one, run_id("compare", "two"), run_id("other", "one")}) == 3
+
+
+def test_a_repeated_run_is_a_run_of_its_own(tmp_path):
+    plain = OmegaConf.to_container(tiny(tmp_path, "logger=wandb", "study=first"), resolve=True)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(plain))
+    config = repeat.renamed(repeat.load_config(tmp_path), tmp_path / "again" / "one")
+    assert (config.study, config.run_name) == ("again", "one")
+    assert (config.logger.study, config.logger.name) == ("again", "one")
+    without = repeat.renamed(tiny(tmp_path), tmp_path / "again" / "one")
+    assert without.logger == {}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(sealed):
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "recipe.batch_size=2"]
+    place = [f"dataset.cache={sealed / 'cache'}", f"hydra.run.dir={sealed / 'run'}"]
+    more = ["method=none", "report.pictures=0", "logger=wandb"]
+    done = command(*TINY, *two, *more, *place, cwd=sealed)
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path(sealed, "run/wandb").glob("offline-run-*"))) == 1
