@@ -37,6 +37,11 @@ TEXTS = ("dataset", "detector", "method", "removed", "seeds")
 Table = list[dict[str, Value]]  # a row per cell, by column title
 
 
+def percent(share: float) -> str:
+    """A share of 1 as it was asked for."""
+    return f"{share * 100:g} %"
+
+
 def columns(found: Sequence[Cell]) -> list[Column]:
     """What is shown: the headline metric before, the metrics after, and the costs."""
     names = dict.fromkeys((*METRICS, *(cell.metric for cell in found)))
@@ -66,7 +71,7 @@ def compare(found: Sequence[Cell]) -> Table:
 
 
 def _texts(cell: Cell, seeds: int) -> dict[str, Value]:
-    removed = f"{cell.rate * 100:g} % of {BUDGETS[cell.budget]}" if cell.pruned else "-"
+    removed = f"{percent(cell.rate)} of {BUDGETS[cell.budget]}" if cell.pruned else "-"
     values: tuple[Any, ...] = (cell.dataset, cell.detector, cell.label, removed, str(seeds))
     sort = (*values[:3], cell.rate, seeds)
     return {title: Value(*both) for title, *both in zip(TEXTS, values, sort, strict=True)}
