@@ -7,20 +7,30 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
+# fmt: off
 LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat"),
     ("ldt.experiment",),
     ("ldt.assembly",),
-    ("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis", "ldt.export"),
-    ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints"),
-    ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
+    (
+        "ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.inventory", "ldt.analysis",
+        "ldt.export",
+    ),
+    (
+        "ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.report",
+        "ldt.checkpoints",
+    ),
+    ("ldt.detectors", "ldt.profiling", "ldt.config"),
     ("ldt.discriminant", "ldt.records", "ldt.mmcv_ops", "ldt.mmcv_ext"),
 )
+# fmt: on
 ALLOWED = {
     "mmdet": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
     "mmengine": ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics", "ldt.mmcv_ext"),
     "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config"),
     "lightning": ("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
+    "plotly": ("ldt.report",),
+    "pandas": ("ldt.report",),
     "wandb": (),  # by its name in conf/logger only
 }
 
@@ -58,7 +68,8 @@ def imported(file):
         assert statement.level == 0, f"{file}: relative import"
         for alias in statement.names:
             inner = f"{statement.module}.{alias.name}"
-            is_module = (ROOT / Path(*inner.split("."))).with_suffix(".py").is_file()
+            path = ROOT / Path(*inner.split("."))
+            is_module = path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
             yield inner if is_module else statement.module
 
 

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=MEGABYTES,
         metavar="MB",
-        help=f"megabytes of pictures in the page at most; 0 leaves them out (default: {MEGABYTES:g})",
+        help=f"most megabytes of pictures in the page; 0: none (default: {MEGABYTES:g})",
     )
     given = parser.parse_args(arguments)
     try:
@@ -64,7 +64,8 @@ def _runs(study: Path) -> list[Run]:
         told = [f"{run.name}: {run.row.get('error', run.row['status'])}" for run in runs]
         raise FileNotFoundError(
             f"no finished run in {study}, which holds {len(runs)} runs; "
-            "`python run.py` with the same keys goes on with a run" + "".join(f"\n  {t}" for t in told)
+            "`python run.py` with the same keys goes on with a run"
+            + "".join(f"\n  {t}" for t in told)
         )
     return runs
 

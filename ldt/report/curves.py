@@ -93,9 +93,7 @@ def _told(cell: Cell, run: Run, row: Mapping[str, Any]) -> str:
     return text(cell.label, run.name, f"{stage}, seed {run.row['seed']}", numbers)
 
 
-def _method(
-    found: Sequence[Cell], label: str, column: Column, look: Look
-) -> Iterable[go.Scatter]:
+def _method(found: Sequence[Cell], label: str, column: Column, look: Look) -> Iterable[go.Scatter]:
     own = [cell for cell in found if cell.label == label]
     dots = _dots(own, column)
     if dots.empty:

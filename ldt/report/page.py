@@ -19,7 +19,11 @@ from ldt.report.runs import Run
 from ldt.report.terminal import BUDGETS, METRICS, number
 
 MEGABYTES = 20.0  # of pictures
-CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+}
 
 
 def page(study: Path, runs: Sequence[Run], megabytes: float = MEGABYTES) -> str:
@@ -76,16 +80,17 @@ def _facts(runs: Sequence[Run], found: Sequence[Cell]) -> dict[str, str]:
         for state in ("finished", "failed", "unfinished")
         if state in states
     )
-    sizes = dict.fromkeys("{}×{}".format(*run.row["input_size"]) for run in done)
+    sizes = dict.fromkeys("{} x {}".format(*run.row["input_size"]) for run in done)
     rates = sorted({(cell.budget, cell.rate) for cell in found if cell.pruned})
     return {
         "runs": ", ".join(counts),
         "data sets": _listed(cell.dataset for cell in found),
         "detectors": _listed(cell.detector for cell in found),
         "methods": _listed(run.row["method"] for run in done if run.row["rounds"]) or "none",
-        "removed": _listed(f"{percent(rate)} of {BUDGETS[budget]}" for budget, rate in rates) or "-",
+        "removed": _listed(f"{percent(rate)} of {BUDGETS[budget]}" for budget, rate in rates)
+        or "-",
         "seeds": _listed(str(seed) for seed in sorted({run.row["seed"] for run in done})),
-        "input (height × width)": _listed(sizes),
+        "input (height x width)": _listed(sizes),
         "code": _listed(_code(run) for run in done),
     }
 

@@ -13,7 +13,6 @@ import yaml
 from ldt.records import read_json
 from ldt.report.study import folders, study_row
 
-
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
 
 

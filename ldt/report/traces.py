@@ -13,7 +13,7 @@ INK, GRID = "#22303C", "#E6EBEF"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 # as told apart by colour-blind readers; dark blue is left to LDT
 PALETTE = ("#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#B8860B", "#7A5195", "#8C564B", "#5B8C5A")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon")
+SYMBOLS = ("square", "diamond", "triangle-up", "cross", "star", "circle", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 OURS = "ldt"
 LEGEND_WIDTH, ROW = 1150, 20  # pixels of a line of the legend
@@ -48,7 +48,9 @@ def faded(colour: str, share: float) -> str:
     return f"rgba({red},{green},{blue},{share})"
 
 
-def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> go.Scatter:
+def band(
+    x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str
+) -> go.Scatter:
     """The area between two lines, without an outline of its own."""
     return go.Scatter(
         x=[*x, *reversed(x)],
