@@ -179,7 +179,7 @@ def summarise(found: Sequence[Cell]) -> pd.DataFrame:
     of equal configuration and seed count as one.
     """
     rows = [{"cell": i, **_numbers(run)} for i, cell in enumerate(found) for run in cell.runs]
-    seeds = pd.DataFrame(rows).groupby(["cell", "seed"]).mean()
+    seeds: Any = pd.DataFrame(rows).groupby(["cell", "seed"]).mean()
     means = seeds.groupby("cell").mean()
     numbers = pd.concat([means, seeds.groupby("cell").std().add_suffix("_std")], axis="columns")
     order = [name for key in means for name in (key, f"{key}_std")]

@@ -130,7 +130,7 @@ def _mean(own: Sequence[Cell], column: Column, index: int) -> Mean:
         for run in cell.runs
         for row in [run.summary["rounds"][index]]
     ]
-    seeds = pd.DataFrame(rows).groupby("seed").mean()
+    seeds: Any = pd.DataFrame(rows).groupby("seed").mean()
     mean, deviation = seeds.mean(), _zero(seeds["y"].std())
     stage = "base" if index == 0 else f"{percent(own[0].rate)} removed"
     spread = f" ± {deviation:.3f}" if len(seeds) > 1 else ""
@@ -301,4 +301,5 @@ def thinned(curve: pd.Series) -> pd.Series:
         return curve
     blocks = np.arange(len(curve)) // block
     steps = curve.index.to_series().groupby(blocks).last()
-    return pd.Series(curve.groupby(blocks).mean().to_numpy(), index=steps.to_numpy())
+    means: Any = curve.groupby(blocks).mean()
+    return pd.Series(means.to_numpy(), index=steps.to_numpy())

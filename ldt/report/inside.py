@@ -1,6 +1,7 @@
 """Interactive figures of one run: what its cuts were based on, and what they left."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import plotly.graph_objects as go
 
 from ldt.figures.style import DARK, GREY, LIGHT
 from ldt.report.runs import Cut, Run
-from ldt.report.traces import lay_out, text
+from ldt.report.traces import faded, lay_out, text
 
 ROW = 17  # pixels of a layer's bar
 GONE = "#D55E00"
@@ -26,14 +27,13 @@ def kept_channels(run: Run) -> go.Figure:
     names = sorted(cuts[min(cuts)])
     figure = go.Figure()
     for index, (label, left) in enumerate(_left(cuts).items()):
-        shade = LIGHT if index == 0 else DARK
-        opacity = 1.0 if index == 0 else (index / len(cuts)) ** 0.8
+        shade = LIGHT if index == 0 else faded(DARK, (index / len(cuts)) ** 0.8)
         figure.add_bar(
             y=[text(name) for name in names],
             x=[left[name] for name in names],
             name=label,
             orientation="h",
-            marker={"color": shade, "opacity": opacity},
+            marker={"color": shade},
             hovertemplate="%{y}: %{x} channels<extra></extra>",
             showlegend=True,
         )
@@ -95,7 +95,9 @@ def utilities(run: Run, cut: int = 1) -> go.Figure:
             hovertemplate="%{y}: %{x:.3g}<extra></extra>",
             showlegend=True,
         )
-    figure.update_xaxes(title_text="score (1: the mean of its group)", type="log")
+    positive = all(value > 0 for _, value in kept + gone)
+    scale = "log" if positive else "linear"  # some criteria give negative scores
+    figure.update_xaxes(title_text="score (1: the mean of its group)", type=scale)
     return _of_layers(figure, len(cuts[cut]))
 
 
@@ -114,7 +116,7 @@ def layer_costs(run: Run, cost: str = "params") -> go.Figure:
 
 
 def _before_after(run: Run, key: str, title: str) -> go.Figure:
-    rounds = run.layers[key].unstack("round", sort=False)
+    rounds: Any = run.layers[key].unstack("round", sort=False)
     rounds = rounds[rounds.iloc[:, 0] > 0]
     if key != "out":
         rounds = rounds[run.layers.loc[rounds.columns[0], "out"].reindex(rounds.index) > 0]
@@ -148,7 +150,8 @@ def parts(run: Run) -> pd.DataFrame:
     rounds = run.layers.index.get_level_values("round")
     found = {}
     for cost in COSTS:
-        sums = run.layers.groupby(["part", "round"], sort=False)[cost].sum().unstack("round")
+        costs: Any = run.layers.groupby(["part", "round"], sort=False)[cost].sum()
+        sums = costs.unstack("round")
         sums.loc["whole"] = sums.sum()
         before, after = sums[rounds.min()], sums[rounds.max()]
         found |= {

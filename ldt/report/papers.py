@@ -72,9 +72,10 @@ def compare(found: Sequence[Cell]) -> Table:
 
 def _texts(cell: Cell, seeds: int) -> dict[str, Value]:
     removed = f"{percent(cell.rate)} of {BUDGETS[cell.budget]}" if cell.pruned else "-"
-    values: tuple[Any, ...] = (cell.dataset, cell.detector, cell.label, removed, str(seeds))
+    values = (cell.dataset, cell.detector, cell.label, removed, str(seeds))
     sort = (*values[:3], cell.rate, seeds)
-    return {title: Value(*both) for title, *both in zip(TEXTS, values, sort, strict=True)}
+    rows = zip(TEXTS, values, sort, strict=True)
+    return {title: Value(text, key) for title, text, key in rows}
 
 
 def _plus_minus(means: dict[str, Any], column: Column) -> str:
@@ -133,7 +134,7 @@ def _latex(found: Sequence[Cell]) -> str:
     table = compare(found)
     texts = pd.DataFrame([{title: value.text for title, value in row.items()} for row in table])
     bold = pd.DataFrame([[_style(value) for value in row.values()] for row in table])
-    style = texts.style.apply(lambda _: bold.set_axis(texts.columns, axis=1), axis=None)
+    style: Any = texts.style.apply(lambda _: bold.set_axis(texts.columns, axis=1), axis=None)
     style = style.format(escape="latex").format_index(escape="latex", axis=1).hide(axis="index")
     alignment = "".join("l" if title in TEXTS else "r" for title in texts)
     written = style.to_latex(hrules=True, column_format=alignment).replace("±", "$\\pm$")

@@ -62,7 +62,7 @@ class Run:
         parts = [pd.read_csv(file).groupby("step").first() for file in files if file.stat().st_size]
         log = pd.DataFrame(index=pd.Index([], name="step"))
         for part in parts:
-            earlier = log[log.index < part.index.min()] if len(part) else log
+            earlier: Any = log[log.index < part.index.min()] if len(part) else log
             log = pd.concat([earlier, part])
         return log
 
