@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ldt import pictures, profiling, report
+from ldt import inventory, pictures, profiling, report
 from ldt.assembly import (
     build_data,
     build_loop,
@@ -262,6 +262,7 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
         data = build_data(config)
         data.prepare_data()
         data.setup("validate")
+        inventory.write_inventory(folder)
         pictures.draw_run(summary, folder, data, config.report.pictures)
         write_json(folder / "summary.json", summary | {"drawn": True})
     report.print_run(summary, folder)

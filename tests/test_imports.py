@@ -7,16 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
+# fmt: off
 LEVELS = (  # a module imports from its own level and from those below it
     ("run", "ldt.repeat", "ldt.figures.__main__"),
     ("ldt.experiment", "ldt.runs", "ldt.points"),
     ("ldt.assembly", "ldt.export", "ldt.predict"),
     (
-        *("ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.analysis"),
-        *("ldt.gradcam", "ldt.stability", "ldt.wandb_log", "ldt.dashboard"),
+        "ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.inventory", "ldt.analysis",
+        "ldt.gradcam", "ldt.stability", "ldt.wandb_log", "ldt.dashboard",
     ),
-    ("ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.checkpoints", "ldt.pruned"),
-    ("ldt.detectors", "ldt.profiling", "ldt.report", "ldt.config"),
+    (
+        "ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.report",
+        "ldt.checkpoints", "ldt.pruned",
+    ),
+    ("ldt.detectors", "ldt.profiling", "ldt.config"),
     ("ldt.discriminant", "ldt.records", "ldt.sweeps", "ldt.mmcv_ops", "ldt.mmcv_ext"),
 )
 MMDET = ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics")
@@ -25,12 +29,15 @@ ALLOWED = {
     "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),
     "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config", "ldt.sweeps"),
     "lightning": (
-        *("ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data"),
+        "ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data",
         "ldt.wandb_log",
     ),
+    "plotly": ("ldt.report",),
+    "pandas": ("ldt.report",),
     "wandb": ("ldt.wandb_log",),
     "wandb_workspaces": ("ldt.dashboard",),
 }
+# fmt: on
 
 
 def name(file):
@@ -71,7 +78,8 @@ def imported(file):
         assert statement.level == 0, f"{file}: relative import"
         for alias in statement.names:
             inner = f"{statement.module}.{alias.name}"
-            is_module = (ROOT / Path(*inner.split("."))).with_suffix(".py").is_file()
+            path = ROOT / Path(*inner.split("."))
+            is_module = path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
             yield inner if is_module else statement.module
 
 
