@@ -19,7 +19,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.registry import DefaultScope, registry
 from mmengine.structures import InstanceData
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
@@ -134,13 +134,15 @@ def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
         initialise: run mmdet's weight initialisation (False when weights are loaded next).
 
     Raises:
+        KeyError: a ``type`` is not registered.
         RuntimeError: pretrained weights are asked for and cannot be had.
         ImportError: a module of its ``custom_imports`` cannot be found.
     """
     use_mmdet()
     parts = {key: value for key, value in model.items() if key != "custom_imports"}
     _import(model.get("custom_imports", {"imports": []}))
-    detector = MODELS.build(ConfigDict(parts))
+    with _registered_types_only():
+        detector = MODELS.build(ConfigDict(parts))
     if initialise:
         try:
             detector.init_weights()
@@ -152,6 +154,20 @@ def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
                 "detector.pretrained=false"
             ) from error
     return detector
+
+
+@contextmanager
+def _registered_types_only() -> Iterator[None]:
+    """Within it, mmengine does not take a ``type`` for the path of any Python object.
+
+    It would find and call ``os.system``, so a checkpoint's model config could run anything.
+    """
+    look_up = registry.get_object_from_string
+    registry.get_object_from_string = lambda _: None
+    try:
+        yield
+    finally:
+        registry.get_object_from_string = look_up
 
 
 def _import(custom: dict[str, Any]) -> None:
