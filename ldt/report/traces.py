@@ -16,7 +16,7 @@ PALETTE = ("#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#B8860B", "#7A5195", "#8
 SYMBOLS = ("square", "diamond", "triangle-up", "cross", "star", "circle", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 OURS = "ldt"
-LEGEND_WIDTH, ROW = 1150, 20  # pixels of a line of the legend
+LEGEND_WIDTH, ROW, GAP = 1150, 25, 25  # pixels of the legend: a line, and between its entries
 
 
 class Look(NamedTuple):
@@ -84,9 +84,9 @@ def text(*parts: str) -> str:
 def lay_out(figure: go.Figure, height: int) -> go.Figure:
     """A calm white figure, so many pixels high, with a legend of its own height below it."""
     longest = max((len(trace.name or "") for trace in figure.data if trace.showlegend), default=0)
-    entry = 50 + 7 * longest  # pixels
+    entry = 45 + 6 * longest  # pixels
     count = sum(bool(trace.showlegend) for trace in figure.data)
-    rows = ceil(count / max(1, LEGEND_WIDTH // entry))
+    rows = ceil(count / max(1, LEGEND_WIDTH // (entry + GAP)))
     figure.update_layout(
         height=height + ROW * rows,
         template="none",
@@ -98,7 +98,8 @@ def lay_out(figure: go.Figure, height: int) -> go.Figure:
         legend={
             "font": {"size": 11.5},
             "orientation": "h",
-            "entrywidth": entry,
+            "entrywidth": entry - 40,  # without its line and marker
+            "maxheight": ROW * (rows + 1),
             "y": -58 / (height - 94),
             "x": 0,
             "itemsizing": "constant",
