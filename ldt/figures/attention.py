@@ -69,7 +69,7 @@ def draw_attention(views: Sequence[View], titles: Sequence[str]) -> Figure:
     figure = new_figure(PAGE_CM, (PAGE_CM - 1.5) / columns * sum(shapes) + 1.3)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore
     grid = figure.subplots(len(views), columns, squeeze=False, height_ratios=shapes)
-    image = None
+    image: Any = None
     for row, view in zip(grid, views, strict=True):
         _show(row[0], view, view.truth)
         for axes, looked in zip(row[1:], view.looked, strict=True):
@@ -80,7 +80,7 @@ def draw_attention(views: Sequence[View], titles: Sequence[str]) -> Figure:
             )  # fmt: skip
     for axes, title in zip(grid[0], ("image and objects", *titles), strict=True):
         axes.set_title(title, fontsize=SMALL, pad=2)
-    bar = figure.colorbar(image, ax=grid, ticks=[0, 1], aspect=30, pad=0.01)
+    bar: Any = figure.colorbar(image, ax=grid, ticks=[0, 1], aspect=30, pad=0.01)
     bar.ax.tick_params(labelsize=SMALL, width=0.6, length=2.5)
     bar.solids.set_alpha(1)
     bar.set_label("attention (relative)", fontsize=FONT)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def draw_stability(stages: Sequence[Stage]) -> Figure:
     most = max(_wrapped(stage.name).count("\n") for stage in stages)
     figure = new_figure(PAGE_CM, rows * (PANEL_CM + 0.3 * most) + 0.8)
     grid = figure.subplots(rows, ACROSS, squeeze=False)
-    image = None
+    image: Any = None
     for axes, stage in zip(grid.ravel(), stages, strict=False):
         order = np.argsort(-stage.utilities.mean(0), kind="stable")
         values = np.sqrt(stage.utilities[:, order] / max(stage.utilities.max(), 1e-300))
@@ -68,7 +69,7 @@ def draw_stability(stages: Sequence[Stage]) -> Figure:
         axes.set_axis_off()
     figure.supxlabel("channel, by mean utility", fontsize=FONT)
     figure.supylabel("batch", fontsize=FONT)
-    bar = figure.colorbar(image, ax=grid, ticks=[0, 0.5, 1], aspect=30, pad=0.02)
+    bar: Any = figure.colorbar(image, ax=grid, ticks=[0, 0.5, 1], aspect=30, pad=0.02)
     bar.ax.set_yticklabels(["0", "1/4", "1"])
     bar.ax.tick_params(labelsize=SMALL, width=0.6, length=2.5)
     bar.set_label("utility (of the panel's largest)", fontsize=FONT)
