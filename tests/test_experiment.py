@@ -13,7 +13,7 @@ from short_runs import SCENES, TINY, command, rows, summary, tiny
 from small import composed
 
 import ldt
-from ldt import assembly, experiment, report
+from ldt import assembly, experiment, pictures
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.module import DetectorModule
 
@@ -94,7 +94,7 @@ def test_a_folder_belongs_to_one_configuration(finished, nothing_is_trained):
 def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch):
     config = tiny(tmp_path, "method=none")
     with monkeypatch.context() as patch:
-        patch.setattr(report, "draw_run", lambda *_: 1 / 0)
+        patch.setattr(pictures, "draw_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             experiment.run(config, tmp_path / "run")
     before = summary(tmp_path / "run")
