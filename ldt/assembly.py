@@ -4,7 +4,6 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,8 +25,9 @@ from ldt.callbacks.prune_retrain import PruneRetrain
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import model_config
-from ldt.module import DetectorModule, check_recipe
+from ldt.module import DetectorModule
 from ldt.pruning.budget import Limits
+from ldt.recipe import check_recipe
 
 
 def build_plan(config: DictConfig) -> Plan:
@@ -125,8 +125,8 @@ def build_module(
 @contextlib.contextmanager
 def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     """The logger beside the CSV files, if one is asked for; a W&B run ends as the block does."""
-    logger = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
-    with logger if isinstance(logger, AbstractContextManager) else contextlib.nullcontext():
+    logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
+    with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
             plain: Any = OmegaConf.to_container(config, resolve=True)
             logger.log_hyperparams(plain)

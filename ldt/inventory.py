@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldt.checkpoints import load_pruned, read
-from ldt.detectors import attends, evaluating, neck_forward, quiet, raw_forward
+from ldt.detectors import quiet
 from ldt.profiling import multiply_adds_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.records import write_json
+from ldt.taps import attends, evaluating, neck_forward, raw_forward
 
 
 def write_inventory(folder: Path) -> None:

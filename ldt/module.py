@@ -1,8 +1,7 @@
 """A LightningModule around any mmdet detector."""
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,21 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldt.checkpoints import detector_state
-from ldt.detectors import (
-    attends,
-    build,
-    find_neck,
-    find_predictors,
-    load_weights,
-    neck_forward,
-    neck_maps,
-    objects_of,
-    raw_forward,
-)
+from ldt.detectors import build, objects_of
 from ldt.discriminant import Objects
 from ldt.metrics import DetectionMetrics
 from ldt.pruning import structure
 from ldt.pruning.graph import NORMS, PruningGraph
+from ldt.recipe import learning_rate
+from ldt.taps import attends, find_neck, find_predictors, neck_forward, neck_maps, raw_forward
+from ldt.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +163,7 @@ class DetectorModule(L.LightningModule):
         return _total(self.detector, losses)[0]
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
-        """The coupled groups below ``scope``; call within :func:`ldt.detectors.evaluating`."""
+        """The coupled groups below ``scope``; call within :func:`ldt.taps.evaluating`."""
         forward = partial(neck_forward, name=self.neck_name)
         if not attends(self.detector):
             forward = raw_forward
@@ -249,7 +241,7 @@ class DetectorModule(L.LightningModule):
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
         whole, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
         plain: int = self.recipe["plain_epochs"]
-        factor = _schedule(
+        factor = learning_rate(
             self.recipe | {"schedule": self.schedule},
             max(1, round(whole / epochs * self.phase_epochs)),
             self.lr_scale * self._batch_scale(),
@@ -348,40 +340,3 @@ def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Ten
     """The sum of a loss dict and its parts, by mmdet's rule."""
     total, logs = detector.parse_losses(losses)
     return total, dict(logs)
-
-
-def check_recipe(recipe: Mapping[str, Any]) -> None:
-    """ValueError for a recipe that cannot be trained with, naming its key."""
-    allowed = {"schedule": ("step", "cosine", "constant"), "warmup_shape": ("linear", "quadratic")}
-    for key, choices in allowed.items():
-        if recipe[key] not in choices:
-            raise ValueError(f"recipe.{key}={recipe[key]!r}; choose from {', '.join(choices)}")
-    lr = recipe["optimizer"].get("lr")
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
-        raise ValueError(f"recipe.optimizer.lr={lr!r} must be a positive number")
-
-
-def _schedule(
-    recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
-) -> Callable[[int], float]:
-    """The factor on the learning rate at each step t of a phase of T steps.
-
-    Over the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
-    milestone (``step``), or 1 (``constant``), or m + (1 - m) (1 + cos(pi (t-W)/(T-P-W)))/2 with the
-    share m = ``min_lr``, at which the last ``plain`` = P steps stay (``cosine``, as YOLOX has it).
-    """
-    kind = recipe["schedule"]
-    warmup = min(int(recipe["warmup"]), steps // 5)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return scale * ((step + 1) / warmup) ** (1 + (recipe["warmup_shape"] == "quadratic"))
-        if kind == "step":
-            return scale * 0.1 ** sum(step >= m * steps for m in recipe["milestones"])
-        if kind == "cosine":
-            low = recipe["min_lr"]
-            share = min(1.0, (step - warmup) / max(1, steps - plain - warmup))
-            return scale * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
-        return scale
-
-    return factor

@@ -7,10 +7,10 @@ import numpy as np
 
 from ldt.callbacks.prune_retrain import Calibration
 from ldt.criteria.ldt import LDTCriterion, rank_correlation
-from ldt.detectors import evaluating
 from ldt.figures.channels import stages
 from ldt.figures.stability import Stage
 from ldt.module import DetectorModule
+from ldt.taps import evaluating
 
 
 def batch_utilities(

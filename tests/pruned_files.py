@@ -9,7 +9,7 @@ from small import composed, random_channels, randomise_norms
 
 from ldt.assembly import build_module
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.detectors import evaluating
+from ldt.taps import evaluating
 
 
 def data_of(scenes: Path, scale: tuple[int, int] = (128, 64), **options: Any) -> Any:

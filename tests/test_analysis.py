@@ -7,7 +7,7 @@ import torch
 from test_module import collated, many, module_of
 
 from ldt.analysis import neck_spaces, neck_statistics
-from ldt.detectors import neck_maps
+from ldt.taps import neck_maps
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -15,20 +15,12 @@ from torch import nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.criteria.base import score_groups
-from ldt.detectors import (
-    as_maps,
-    build,
-    evaluating,
-    find_neck,
-    find_predictors,
-    load_weights,
-    model_config,
-    objects_of,
-    raw_forward,
-)
+from ldt.detectors import build, model_config, objects_of
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters, multiply_adds
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.taps import as_maps, evaluating, find_neck, find_predictors, raw_forward
+from ldt.weights import load_weights
 
 GFL = ("gfl_cls", "gfl_reg")
 ATSS = ("atss_centerness", "atss_cls", "atss_reg")

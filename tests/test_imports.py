@@ -20,10 +20,10 @@ LEVELS = (  # a module imports from its own level and from those below it
         "ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.report",
         "ldt.checkpoints", "ldt.pruned",
     ),
-    ("ldt.detectors", "ldt.profiling", "ldt.config"),
-    ("ldt.discriminant", "ldt.records", "ldt.sweeps", "ldt.mmcv_ops", "ldt.mmcv_ext"),
+    ("ldt.detectors", "ldt.weights", "ldt.taps", "ldt.profiling", "ldt.config"),
+    ("ldt.discriminant", "ldt.records", "ldt.recipe", "ldt.sweeps", "ldt.mmcv_ops", "ldt.mmcv_ext"),
 )
-MMDET = ("ldt.detectors", "ldt.module", "ldt.data", "ldt.metrics")
+MMDET = ("ldt.detectors", "ldt.taps", "ldt.module", "ldt.data", "ldt.metrics")
 ALLOWED = {
     "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict"),
     "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),

@@ -9,11 +9,12 @@ from test_pictures import OPTIONS
 
 from ldt import inventory
 from ldt.checkpoints import load_pruned
-from ldt.detectors import build, evaluating, model_config, raw_forward
+from ldt.detectors import build, model_config
 from ldt.profiling import count_parameters, multiply_adds
 from ldt.pruning import structure
 from ldt.pruning.graph import PruningGraph
 from ldt.records import write_text
+from ldt.taps import evaluating, raw_forward
 
 SIZE = (64, 128)
 

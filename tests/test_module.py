@@ -16,8 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.detectors import _config_file, find_neck, model_config
-from ldt.module import DetectorModule, NonFiniteLossError, _schedule, check_recipe
+from ldt.detectors import _config_file, model_config
+from ldt.module import DetectorModule, NonFiniteLossError
+from ldt.recipe import check_recipe, learning_rate
+from ldt.taps import find_neck
 
 SIZE = (64, 128)
 MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]
@@ -172,7 +174,7 @@ def test_mixed_precision_keeps_ldt_finite():
 
 def rates(steps, scale=1.0, **recipe):
     known = {"schedule": "constant", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.0}
-    factor = _schedule(known | {"milestones": [2 / 3, 11 / 12]} | recipe, steps, scale)
+    factor = learning_rate(known | {"milestones": [2 / 3, 11 / 12]} | recipe, steps, scale)
     return [factor(step) for step in range(steps)]
 
 
@@ -208,7 +210,7 @@ def test_a_phase_scales_its_whole_schedule():
 
 def test_a_cosine_stays_at_its_floor_for_the_plain_epochs():
     known = {"schedule": "cosine", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.05}
-    found = [_schedule(known, 100, 1.0, plain=20)(step) for step in range(100)]
+    found = [learning_rate(known, 100, 1.0, plain=20)(step) for step in range(100)]
     assert found[:80] == pytest.approx(rates(80, schedule="cosine", min_lr=0.05))
     assert found[80:] == [pytest.approx(0.05)] * 20
 

@@ -9,9 +9,10 @@ from summaries import row, summary
 
 from ldt import pictures
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.detectors import build, evaluating, model_config, raw_forward
+from ldt.detectors import build, model_config
 from ldt.pruning import structure
 from ldt.pruning.graph import PruningGraph
+from ldt.taps import evaluating, raw_forward
 
 OPTIONS = {
     "backbone": {"depth": 18, "base_channels": 8, "frozen_stages": -1, "norm_eval": False},

@@ -14,7 +14,7 @@ from torch import nn
 
 import ldt
 from ldt.callbacks.checkpoints import LAST, PREVIOUS, WholeCheckpoints, resumable
-from ldt.detectors import load_weights
+from ldt.weights import load_weights
 
 
 class Malicious:

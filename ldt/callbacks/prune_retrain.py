@@ -18,7 +18,6 @@ from ldt.callbacks.plan import Plan
 from ldt.callbacks.processes import check_equal, wrap_anew
 from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors import evaluating, raw_forward
 from ldt.module import DetectorModule, PreparedBatch
 from ldt.pruning.budget import (
     TOLERANCE,
@@ -30,6 +29,7 @@ from ldt.pruning.budget import (
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.removed import Removed
 from ldt.records import write_rows
+from ldt.taps import evaluating, raw_forward
 
 log = logging.getLogger(__name__)
 
