@@ -83,10 +83,10 @@ def text(*parts: str) -> str:
 
 def lay_out(figure: go.Figure, height: int) -> go.Figure:
     """A calm white figure, so many pixels high, with a legend of its own height below it."""
-    longest = max((len(trace.name or "") for trace in figure.data if trace.showlegend), default=0)
-    entry = 45 + 6 * longest  # pixels
-    count = sum(bool(trace.showlegend) for trace in figure.data)
-    rows = ceil(count / max(1, LEGEND_WIDTH // (entry + GAP)))
+    traces: Any = figure.data
+    names = [trace.name or "" for trace in traces if trace.showlegend]
+    entry = 45 + 6 * max(map(len, names), default=0)  # pixels
+    rows = ceil(len(names) / max(1, LEGEND_WIDTH // (entry + GAP)))
     figure.update_layout(
         height=height + ROW * rows,
         template="none",
