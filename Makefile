@@ -8,13 +8,15 @@ STAMP := .venv/installed
 
 install: $(STAMP)
 
-# Where the system lacks the graphics libraries that opencv-python wants, its headless twin serves.
+# Where the system lacks the graphics libraries that opencv-python wants, its headless twin serves;
+# it may be there already (grad-cam asks for it), but has lost the files that both share.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 	  $(BIN)/pip uninstall --quiet --yes opencv-python; \
-	  $(BIN)/pip install --quiet --constraint constraints.txt opencv-python-headless; }
+	  $(BIN)/pip install --quiet --force-reinstall --no-deps --constraint constraints.txt \
+	    opencv-python-headless; }
 	touch $(STAMP)
 
 demo: $(STAMP)

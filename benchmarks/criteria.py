@@ -23,8 +23,9 @@ from ldt_overhead import BATCH, HEIGHT, WIDTH, batch
 from ldt.config import register
 from ldt.criteria.base import score_groups
 from ldt.criteria.chip import channel_independence
-from ldt.detectors import evaluating, model_config, quiet
+from ldt.detectors import model_config, quiet
 from ldt.module import DetectorModule, PreparedBatch
+from ldt.taps import evaluating
 
 CONF = Path(__file__).parents[1] / "conf"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -38,10 +38,11 @@ from ldt.config import RecipeConfig
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
 from ldt.criteria.ldt import LDTCriterion, Source
-from ldt.detectors import evaluating, model_config, quiet, raw_forward
+from ldt.detectors import model_config, quiet
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.taps import evaluating, raw_forward
 
 PARTS = {
     "head": ("roi_head", "bbox_head", "rpn_head", "mask_head", "panoptic_head"),

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldt.detectors import neck_maps, objects_of
+from ldt.detectors import objects_of
 from ldt.discriminant import (
     Objects,
+    channel_ratio,
+    discriminant_directions,
     discriminant_share,
     drop_singletons,
     eigenvalues,
@@ -16,6 +18,8 @@ from ldt.discriminant import (
     scatter,
     stacked_vectors,
 )
+from ldt.figures.discriminants import Space
+from ldt.taps import neck_maps
 
 
 def _neck_outputs(
@@ -27,6 +31,47 @@ def _neck_outputs(
         with neck_maps(detector, neck) as maps:
             detector.extract_feat(images)
         yield maps, objects_of(data["data_samples"], (images.shape[2], images.shape[3]))
+
+
+@torch.no_grad()
+def neck_spaces(
+    detector: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    neck: str = "auto",
+    ridge: float = 0.1,
+    phi: float = 5e-3,
+) -> list[Space]:
+    """Objects, eigenvalues and channels on every scale, as the paper's Fig. 1 shows them.
+
+    Objects of classes with a single one are left out. The discriminants are those of the very
+    objects that are projected on them.
+
+    Args:
+        detector, loader, neck, ridge: as of :func:`neck_statistics`.
+        phi: share of the largest eigenvalue above which a discriminant counts.
+
+    Raises:
+        ValueError: there are not two classes of two objects.
+    """
+    detector.eval()
+    vectors, labels = stacked_vectors(_neck_outputs(detector, loader, neck))
+    return [_space(scale, x_nc, labels, ridge, phi) for scale, x_nc in enumerate(vectors)]
+
+
+def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -> Space:
+    ratio = channel_ratio(x_nc, labels)
+    directions = discriminant_directions(x_nc, labels, phi, ridge).flip(1)  # the largest first
+    keep = drop_singletons(labels)
+    x_nc, labels = x_nc[keep].double(), labels[keep]
+    S_w, S_b, S_t = scatter(x_nc, labels)
+    return Space(
+        scale,
+        ((x_nc - x_nc.mean(0)) @ directions).numpy(),
+        labels.numpy(),
+        eigenvalues(S_w, S_b, ridge).flip(0).numpy(),
+        ratio.numpy(),
+        S_t.diagonal().clamp(min=0).sqrt().numpy(),
+    )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
+from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoints import WholeCheckpoints
 from ldt.callbacks.ema import ExponentialMovingAverage
@@ -24,9 +25,9 @@ from ldt.callbacks.prune_retrain import PruneRetrain
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors import model_config
-from ldt.module import DetectorModule, check_recipe
+from ldt.module import DetectorModule
 from ldt.pruning.budget import Limits
-from ldt.wandb_log import WandbRun
+from ldt.recipe import check_recipe
 
 
 def build_plan(config: DictConfig) -> Plan:
@@ -52,18 +53,25 @@ def build_loop(config: DictConfig, plan: Plan, folder: Path) -> PruneRetrain:
     """The prune-retrain loop of a configuration, with its criterion."""
     method = config.method
     check_recipe(config.recipe)
-    if method.criterion:
-        _check_types("method.criterion", get_class(method.criterion._target_), method.criterion)
+    criterion = build_criterion(config)
     if method.gradual:
         _check_types("method.gradual", GradualPruning, method.gradual)
     return PruneRetrain(
         plan,
-        instantiate(method.criterion),
+        criterion,
         folder,
         gradual=GradualPruning(**method.gradual) if method.gradual else None,
         latency_runs=config.report.latency_runs,
         validate_every=config.trainer.validate_every,
     )
+
+
+def build_criterion(config: DictConfig) -> Importance | None:
+    """The criterion of a configuration; None where nothing is pruned."""
+    given = config.method.criterion
+    if given:
+        _check_types("method.criterion", get_class(given._target_), given)
+    return instantiate(given)
 
 
 def _check_types(where: str, kind: Any, given: DictConfig) -> None:
@@ -110,14 +118,15 @@ def build_module(
         neck=detector["neck"],
         predictors=detector["predictors"],
         checkpoint=detector["checkpoint"],
+        resize=data.resize,
     )
 
 
 @contextlib.contextmanager
 def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     """The logger beside the CSV files, if one is asked for; a W&B run ends as the block does."""
-    logger = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
-    with logger if isinstance(logger, WandbRun) else contextlib.nullcontext():
+    logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
+    with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
             plain: Any = OmegaConf.to_container(config, resolve=True)
             logger.log_hyperparams(plain)

@@ -13,6 +13,9 @@ from ldt.pruning import structure
 def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The detector of a checkpoint, with its pruned structure and weights, in eval mode.
 
+    A detector of one's own parts (``custom_imports`` of its mmdet config) needs their modules on
+    the Python path; they are imported.
+
     Args:
         path: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
         device: where to put it.
@@ -23,6 +26,7 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or was not written by ldt.
+        ImportError: a module of the detector's own config cannot be found.
     """
     checkpoint = read(path)
     about = checkpoint["ldt"]
@@ -53,6 +57,27 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "ldt" not in checkpoint:
         raise ValueError(f"{str(path)!r} was not written by ldt: it has no structure record")
     return checkpoint
+
+
+def resize_steps(path: str | Path) -> list[dict[str, Any]]:
+    """The steps between reading and packing an image that a checkpoint's detector was trained with.
+
+    Returns:
+        Transforms as mmdet's configs write them.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_pruned`, or the checkpoint does not tell them.
+    """
+    checkpoint = read(path)
+    if steps := checkpoint["ldt"].get("resize"):
+        return steps
+    height, width = checkpoint["ldt"]["input_size"]
+    raise ValueError(
+        f"{str(path)!r} does not tell how its images were brought to {width}x{height} pixels: an "
+        "earlier version wrote it. Add what it was trained with: file = torch.load(path); "
+        'file["ldt"]["resize"] = [{"type": "Resize", "scale": '
+        f'({width}, {height}), "keep_ratio": True}}]; torch.save(file, path)'
+    )
 
 
 def detector_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ COLUMNS = (
     *("config:dataset.value.name", "config:prune.value.rate", "config:seed.value"),
     *(f"summary:round/{key}" for key in RESULTS),
 )
-PICTURES = ("pictures/detections", "pictures/channels", "pictures/map_vs_params")
+PICTURES = ("pictures/detections", "pictures/channels", "pictures/metric_vs_params")
 FRONT = (
     "A point is a run after its last round. The line is the best mAP among all runs of at most "
     "that cost: the runs at which it rises are the Pareto front."

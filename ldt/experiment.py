@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ldt import pictures, profiling, report
+from ldt import inventory, pictures, profiling, report
 from ldt.assembly import (
     build_data,
     build_loop,
@@ -152,11 +153,13 @@ def _execute(
 ) -> dict[str, Any]:
     plan = build_plan(config)
     _check_choices(config)
-    if config.base == "shared" and plan.rounds and plan.base_epochs:
-        checkpoint = _shared_base(config, plain, folder.parent)
+    if config.base == "shared" and plan.base_epochs:
+        base = _shared_base(config, plain, folder.parent)
+        if not plan.rounds:
+            return _adopt(base, folder)
         continued = {
             "recipe": {"epochs": 0},
-            "detector": {"checkpoint": str(checkpoint)},
+            "detector": {"checkpoint": str(base / "round-0.ckpt")},
             "ldt": {"warmup_epochs": 0},  # the base has had it
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
@@ -224,7 +227,7 @@ def _check_choices(config: DictConfig) -> None:
 
 
 def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path:
-    """The trained base of all runs that differ only in what they prune; a run of its own."""
+    """The folder of the trained base of all runs that differ only in what they prune."""
     base = config.copy()
     base.ldt.enabled = plain["ldt"]["enabled"]
     base.method = MethodConfig(name="none")
@@ -237,7 +240,19 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     folder = study / base.run_name
     if read_json(folder / "summary.json").get("status") != "finished":
         run(base, folder)
-    return folder / "round-0.ckpt"
+    return folder
+
+
+def _adopt(base: Path, folder: Path) -> dict[str, Any]:
+    """The summary of a run that is the shared base and no more; it gets the base's files."""
+    summary = read_json(base / "summary.json") | {"run": folder.name, "drawn": False}
+    if rank_zero_only.rank == 0:
+        for name in ("round-0.ckpt", "rounds.csv", "split.json", "environment.json"):
+            shutil.copyfile(base / name, folder / name)
+        for logs in base.glob("logs*"):
+            shutil.copytree(logs, folder / logs.name, dirs_exist_ok=True)
+        write_json(folder / "summary.json", summary)
+    return summary
 
 
 @rank_zero_only
@@ -247,6 +262,7 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
         data = build_data(config)
         data.prepare_data()
         data.setup("validate")
+        inventory.write_inventory(folder)
         pictures.draw_run(summary, folder, data, config.report.pictures)
         write_json(folder / "summary.json", summary | {"drawn": True})
     report.print_run(summary, folder)

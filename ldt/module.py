@@ -1,9 +1,8 @@
 """A LightningModule around any mmdet detector."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,21 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldt.checkpoints import detector_state
-from ldt.detectors import (
-    attends,
-    build,
-    find_neck,
-    find_predictors,
-    load_weights,
-    neck_forward,
-    neck_maps,
-    objects_of,
-    raw_forward,
-)
+from ldt.detectors import build, objects_of
 from ldt.discriminant import Objects
 from ldt.metrics import DetectionMetrics
 from ldt.pruning import structure
 from ldt.pruning.graph import NORMS, PruningGraph
+from ldt.recipe import learning_rate
+from ldt.taps import attends, find_neck, find_predictors, neck_forward, neck_maps, raw_forward
+from ldt.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +62,8 @@ class DetectorModule(L.LightningModule):
         predictors: layers whose outputs are never pruned; None finds them.
         checkpoint: weights to start from.
         initialise: run mmdet's weight initialisation.
+        resize: the steps that bring an image to the network's input size, as mmdet's configs write
+            them; checkpoints carry them.
 
     Attributes:
         detector: the mmdet detector.
@@ -91,11 +85,12 @@ class DetectorModule(L.LightningModule):
         predictors: Sequence[str] | None = None,
         checkpoint: str | None = None,
         initialise: bool = True,
+        resize: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
         self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
-        self.neck_name = neck
+        self.neck_name, self.resize = neck, list(resize)
         self.detector = build(model, initialise=initialise and checkpoint is None)
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
@@ -132,7 +127,8 @@ class DetectorModule(L.LightningModule):
 
     def prepare(self, batch: dict[str, Any], training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
-        data = self._preprocessed(batch, training)
+        with nullcontext() if training else _no_batch_augments(self.detector):
+            data = self._preprocessed(batch, training=True)  # makes all that a loss needs
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
         return PreparedBatch(images, samples, objects_of(samples, shape))
@@ -167,7 +163,7 @@ class DetectorModule(L.LightningModule):
         return _total(self.detector, losses)[0]
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
-        """The coupled groups below ``scope``; call within :func:`ldt.detectors.evaluating`."""
+        """The coupled groups below ``scope``; call within :func:`ldt.taps.evaluating`."""
         forward = partial(neck_forward, name=self.neck_name)
         if not attends(self.detector):
             forward = raw_forward
@@ -245,7 +241,7 @@ class DetectorModule(L.LightningModule):
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
         whole, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
         plain: int = self.recipe["plain_epochs"]
-        factor = _schedule(
+        factor = learning_rate(
             self.recipe | {"schedule": self.schedule},
             max(1, round(whole / epochs * self.phase_epochs)),
             self.lr_scale * self._batch_scale(),
@@ -273,6 +269,7 @@ class DetectorModule(L.LightningModule):
             "predictors": self.predictors,
             "neck": self.neck_name,
             "input_size": list(self.input_size),
+            "resize": self.resize,
             "phase": {
                 "phase_epochs": self.phase_epochs,
                 "lr_scale": self.lr_scale,
@@ -297,6 +294,42 @@ class DetectorModule(L.LightningModule):
             setattr(self, key, value)
 
 
+def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModule:
+    """The module of a checkpoint's content (:func:`ldt.checkpoints.read`), in eval mode.
+
+    Args:
+        checkpoint: a round's.
+        recipe: of its run.
+
+    Raises:
+        ValueError: as :meth:`DetectorModule.on_load_checkpoint`.
+    """
+    about = checkpoint["ldt"]
+    module = DetectorModule(
+        about["model"],
+        about["classes"],
+        recipe,
+        about["input_size"],
+        neck=about["neck"],
+        predictors=about["predictors"],
+        initialise=False,
+    )
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()
+
+
+@contextmanager
+def _no_batch_augments(detector: Any) -> Iterator[None]:
+    """Within it, mmdet's preprocessor leaves batches as they are in training too."""
+    preprocess = detector.data_preprocessor
+    augments, preprocess.batch_augments = preprocess.batch_augments, None
+    try:
+        yield
+    finally:
+        preprocess.batch_augments = augments
+
+
 def _is_random(module: nn.Module) -> bool:
     """Whether a module computes with the batch's statistics, or at random, in training mode."""
     dropping = type(module).__name__.startswith("Drop")
@@ -307,40 +340,3 @@ def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Ten
     """The sum of a loss dict and its parts, by mmdet's rule."""
     total, logs = detector.parse_losses(losses)
     return total, dict(logs)
-
-
-def check_recipe(recipe: Mapping[str, Any]) -> None:
-    """ValueError for a recipe that cannot be trained with, naming its key."""
-    allowed = {"schedule": ("step", "cosine", "constant"), "warmup_shape": ("linear", "quadratic")}
-    for key, choices in allowed.items():
-        if recipe[key] not in choices:
-            raise ValueError(f"recipe.{key}={recipe[key]!r}; choose from {', '.join(choices)}")
-    lr = recipe["optimizer"].get("lr")
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
-        raise ValueError(f"recipe.optimizer.lr={lr!r} must be a positive number")
-
-
-def _schedule(
-    recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
-) -> Callable[[int], float]:
-    """The factor on the learning rate at each step t of a phase of T steps.
-
-    Over the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
-    milestone (``step``), or 1 (``constant``), or m + (1 - m) (1 + cos(pi (t-W)/(T-P-W)))/2 with the
-    share m = ``min_lr``, at which the last ``plain`` = P steps stay (``cosine``, as YOLOX has it).
-    """
-    kind = recipe["schedule"]
-    warmup = min(int(recipe["warmup"]), steps // 5)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return scale * ((step + 1) / warmup) ** (1 + (recipe["warmup_shape"] == "quadratic"))
-        if kind == "step":
-            return scale * 0.1 ** sum(step >= m * steps for m in recipe["milestones"])
-        if kind == "cosine":
-            low = recipe["min_lr"]
-            share = min(1.0, (step - warmup) / max(1, steps - plain - warmup))
-            return scale * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
-        return scale
-
-    return factor

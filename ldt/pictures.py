@@ -1,22 +1,33 @@
 """The pictures of a finished run, in its folder."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from ldt.analysis import neck_spaces
 from ldt.checkpoints import load_pruned, read
 from ldt.data.datamodule import DetectionDataModule
+from ldt.figures.attention import Looked, View
 from ldt.figures.channels import draw_channels
 from ldt.figures.curves import draw_curve
 from ldt.figures.detections import Boxes, Scene, draw_detections
+from ldt.figures.discriminants import Space, draw_discriminants
+from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
+from ldt.gradcam import heat
 from ldt.pruning import structure
 from ldt.report import number
 
+log = logging.getLogger(__name__)
+
 SHOWN_PARTS = ("backbone", "neck")
+ENOUGH = 256  # validation images whose objects are shown
 
 
 def draw_run(
@@ -25,11 +36,12 @@ def draw_run(
     """Write a run's figures into ``<folder>/pictures``.
 
     ``detections.png`` (ground truth, base and last round on some validation images),
-    ``map_vs_params.png`` and, where something was pruned, ``channels.png``.
+    ``metric_vs_params.png``; where something was pruned, ``channels.png`` and ``shrinking.png``;
+    with LDT, ``discriminants.png`` of the base, unless there are too few objects.
 
     Args:
         summary: of the run.
-        folder: the run's directory, with ``round-<t>.ckpt`` of the first and the last round.
+        folder: the run's directory, with ``round-<t>.ckpt`` of every round.
         data: set up; its validation images are shown.
         pictures: validation images in ``detections.png``, evenly spread; 0 leaves it out.
 
@@ -41,37 +53,99 @@ def draw_run(
         raise ValueError(
             f"report.pictures={pictures} must be 0 (no pictures of detections) or more"
         )
-    target, rows = folder / "pictures", summary["rounds"]
-    ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
-    files = [folder / f"round-{row['round']}.ckpt" for row in ends]
+    target, rows, metric = folder / "pictures", summary["rounds"], summary["metric"]
+    files = [folder / f"round-{row['round']}.ckpt" for row in rows]
+    ends = [0, -1] if len(rows) > 1 else [0]
     if pictures:
-        titles = [_title(row, summary["metric"]) for row in ends]
-        figure = draw_detections(_scenes(files, data, pictures), data.classes, titles)
-        save(figure, target / "detections.png")
-    save(draw_curve(rows, summary["metric"]), target / "map_vs_params.png")
+        titles = [title(rows[end], metric) for end in ends]
+        shown = scenes([files[end] for end in ends], data, pictures)
+        save(draw_detections(shown, data.classes, titles), target / "detections.png")
+    save(draw_curve(rows, metric), target / "metric_vs_params.png")
     if len(files) > 1:
-        original, kept = (_channels(file) for file in files)
-        save(draw_channels(original, kept), target / "channels.png")
+        networks = [channels(file) for file in files]
+        save(draw_channels(networks[0], networks[-1]), target / "channels.png")
+        names = [side_title(row, metric) for row in rows]
+        save(draw_shrinking(networks, names), target / "shrinking.png")
+    if summary.get("ldt"):
+        _draw_base(files[0], rows[0], metric, data, target / "discriminants.png")
 
 
-def _title(row: Mapping[str, Any], metric: str) -> str:
-    name = "base" if row["round"] == 0 else f"round {row['round']}"
+def _draw_base(
+    checkpoint: Path, row: Mapping[str, Any], metric: str, data: DetectionDataModule, file: Path
+) -> None:
+    try:
+        found = spaces(checkpoint, data, ENOUGH)
+    except ValueError as error:
+        log.warning("no %s: %s", file.name, error)
+        return
+    best = max(found, key=lambda space: space.power)
+    save(draw_discriminants([best], [title(row, metric)], data.classes), file)
+
+
+def title(row: Mapping[str, Any], metric: str, name: str | None = None) -> str:
+    """Two lines: the round's name (or another one), and its metric and size."""
+    name = name or ("base" if row["round"] == 0 else f"round {row['round']}")
     return f"{name}\n{number(row.get(metric), 3)} {metric}, {number(row['params'], 2, 1e-6)} M"
 
 
-def _channels(checkpoint: Path) -> dict[str, int]:
+def side_title(row: Mapping[str, Any], metric: str) -> str:
+    """:func:`title` in three short lines."""
+    return title(row, metric).replace(", ", "\n")
+
+
+def channels(checkpoint: Path) -> dict[str, int]:
     """Output channels of the layers of backbone and neck, in network order."""
     sizes = structure.channels(read(checkpoint)["ldt"]["structure"])
     return {name: n for name, n in sizes.items() if name.split(".")[0] in SHOWN_PARTS}
 
 
-def _scenes(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[Scene]:
+def spaces(checkpoint: Path, data: DetectionDataModule, images: int | None = None) -> list[Space]:
+    """The objects of the (first) validation images on every scale of a checkpoint's detector.
+
+    Raises:
+        ValueError: there are not two classes of two objects.
+    """
+    detector, neck = _load(checkpoint)
+    loader = data.probe_dataloader("val", data.val_batch_size)
+    batches = None if images is None else max(1, images // data.val_batch_size)
+    return neck_spaces(detector, islice(loader, batches), neck)
+
+
+def scenes(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[Scene]:
     """Validation images, evenly spread, with the detections of each checkpoint's detector."""
+    items = _items(data, pictures)
+    found = [_detect(_load(file)[0], items) for file in files]
+    return [_scene(item, list(boxes)) for item, *boxes in zip(items, *found, strict=True)]
+
+
+def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[View]:
+    """Validation images, evenly spread, with what each checkpoint's detector looks at."""
+    items = _items(data, pictures)
+    looked = []
+    for file in files:
+        detector, neck = _load(file)
+        maps = [heat(detector, item, neck) for item in items]
+        looked.append([
+            Looked(_content(item, found), corners)
+            for item, (found, corners) in zip(items, maps, strict=True)
+        ])  # fmt: skip
+    shown = [_scene(item, []) for item in items]
+    return [
+        View(scene.pixels, scene.size, scene.truth.corners, list(seen))
+        for scene, *seen in zip(shown, *looked, strict=True)
+    ]
+
+
+def _load(checkpoint: Path) -> tuple[nn.Module, str]:
+    """The detector, on a GPU where there is one, and the name of its neck."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_pruned(checkpoint, device), read(checkpoint)["ldt"].get("neck", "auto")
+
+
+def _items(data: DetectionDataModule, pictures: int) -> list[dict[str, Any]]:
     dataset: Any = data.val_dataloader().dataset
     count = min(pictures, len(dataset))
-    items = [dataset[int((i + 0.5) * len(dataset) / count)] for i in range(count)]
-    found = [_detect(load_pruned(file), items) for file in files]
-    return [_scene(item, list(boxes)) for item, *boxes in zip(items, *found, strict=True)]
+    return [dataset[int((i + 0.5) * len(dataset) / count)] for i in range(count)]
 
 
 @torch.no_grad()
@@ -98,13 +172,20 @@ def _corners(instances: Any) -> np.ndarray:
 
 def _scene(item: dict[str, Any], found: Sequence[Boxes]) -> Scene:
     """The network's input without its padding, and what belongs to it."""
-    sample, pixels = item["data_samples"], item["inputs"]
-    (height, width), (scale_x, scale_y) = sample.ori_shape[:2], sample.scale_factor
-    content = pixels[:, : round(height * scale_y), : round(width * scale_x)]
+    sample = item["data_samples"]
+    pixels = item["inputs"].flip(0).permute(1, 2, 0).numpy(force=True)  # BGR to RGB
+    height, width = sample.ori_shape[:2]
     return Scene(
-        content.flip(0).permute(1, 2, 0).numpy(force=True),  # BGR to RGB
+        _content(item, pixels),
         (height, width),
         _boxes(sample.gt_instances),
         _corners(sample.ignored_instances),
         found,
     )
+
+
+def _content(item: dict[str, Any], whole: np.ndarray) -> np.ndarray:
+    """The part of a map [h, w, ...] over the network's input that is no padding."""
+    sample = item["data_samples"]
+    (height, width), (scale_x, scale_y) = sample.ori_shape[:2], sample.scale_factor
+    return whole[: round(height * scale_y), : round(width * scale_x)]

@@ -71,6 +71,27 @@ def multiply_adds(
     Raises:
         ValueError: when `shape` does not have four positive sizes.
     """
+    return _counted(model, forward, shape).get_total_flops() // 2
+
+
+def multiply_adds_by_module(
+    model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
+) -> dict[str, int]:
+    """Return the same by module name; a module's share holds its children's.
+
+    Modules that compute nothing are left out; "" is the whole model.
+    """
+    counts = _counted(model, forward, shape).get_flop_counts()
+    root = type(model).__name__
+    return {
+        "" if name == "Global" else name.removeprefix(f"{root}."): sum(found.values()) // 2
+        for name, found in counts.items()
+    }
+
+
+def _counted(
+    model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
+) -> FlopCounterMode:
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape={shape}: need four positive sizes (N, C, H, W): (1, 3, 640, 640)")
     tensors = chain(model.parameters(), model.buffers())
@@ -85,7 +106,7 @@ def multiply_adds(
     finally:
         for module, mode in training:
             module.training = mode
-    return counter.get_total_flops() // 2
+    return counter
 
 
 def latency(

@@ -9,22 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldt.config import Config
 from ldt.experiment import run
-
-
-def load(folder: Path) -> DictConfig:
-    """The resolved configuration of a run, checked against the schema.
-
-    Raises:
-        FileNotFoundError: the folder holds no run.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}; give the directory of a run, runs/<study>/<run>")
-    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
-    assert isinstance(config, DictConfig)
-    return config
+from ldt.runs import load_config
 
 
 def renamed(config: DictConfig, folder: Path) -> DictConfig:
@@ -46,7 +32,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="directory of the run to repeat")
     parser.add_argument("folder", type=Path, help="directory for the repetition")
     given = parser.parse_args()
-    run(renamed(load(given.run), given.folder), given.folder)
+    run(renamed(load_config(given.run), given.folder), given.folder)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from short_runs import rows, tiny
 
-from ldt import experiment, profiling, report
+from ldt import experiment, pictures, profiling
 from ldt.callbacks import checkpoints, prune_retrain
 from ldt.module import DetectorModule
 from ldt.pruning.graph import PruningGraph
@@ -41,7 +41,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "half a checkpoint": (checkpoints.torch, "save"),
     "moving a file": (os, "replace"),
     "summary": (experiment, "write_json"),
-    "drawing": (report, "draw_run"),
+    "drawing": (pictures, "draw_run"),
 }
 
 

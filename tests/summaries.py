@@ -1,6 +1,8 @@
 """Summaries of made-up runs."""
 
-from ldt.records import write_json
+from omegaconf import OmegaConf
+
+from ldt.records import write_json, write_rows
 
 
 def row(round_, **changed):
@@ -41,3 +43,14 @@ def summary(*rows, **changed):
 def finished(study, name, **changed):
     (study / name).mkdir()
     write_json(study / name / "summary.json", summary(run=name, **changed))
+
+
+def configured(study, name, config, log=(), **changed):
+    """A finished run with its configuration and its training log."""
+    finished(study, name, **changed)
+    folder = study / name
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    if log:
+        (folder / "logs").mkdir()
+        write_rows(folder / "logs" / "metrics.csv", list(log))
+    return folder

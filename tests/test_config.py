@@ -212,10 +212,11 @@ EXPERIMENTS = sorted(file.stem for file in Path(CONF, "experiment").glob("*.yaml
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_composes_and_has_a_study_of_its_own(name):
+def test_every_experiment_composes_and_has_a_study(name):
     found = composed_with_hydra(f"experiment={name}")
-    assert found.study == name
-    assert found.hydra.sweeper.params
+    paper = "paper_small" if name.endswith("_small") else "paper"  # its tables share their bases
+    assert found.study == (name if name in ("roadscenes", "search") else paper)
+    assert found.hydra.sweeper.params or found.hydra.sweeper.grids
 
 
 def test_the_comparison_names_methods_and_detectors_that_exist():

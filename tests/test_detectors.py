@@ -1,5 +1,6 @@
 """Laws of building mmdet detectors, of finding where to tap them, and of their weights."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,12 @@ from torch import nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.criteria.base import score_groups
-from ldt.detectors import (
-    as_maps,
-    build,
-    evaluating,
-    find_neck,
-    find_predictors,
-    load_weights,
-    model_config,
-    objects_of,
-    raw_forward,
-)
+from ldt.detectors import build, model_config, objects_of
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters, multiply_adds
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.taps import as_maps, evaluating, find_neck, find_predictors, raw_forward
+from ldt.weights import load_weights
 
 GFL = ("gfl_cls", "gfl_reg")
 ATSS = ("atss_centerness", "atss_cls", "atss_reg")
@@ -152,6 +145,22 @@ def test_the_config_survives_a_checkpoint(name, tmp_path):
     config = config_of(name)
     torch.save(config, tmp_path / "config.pt")
     assert torch.load(tmp_path / "config.pt", weights_only=True) == config
+
+
+def test_modules_that_a_config_imports_are_imported_where_it_is_built(tmp_path, monkeypatch):
+    part = "from mmdet.registry import MODELS\n@MODELS.register_module()\ndef Ours(a): return a"
+    (tmp_path / "ours_alone.py").write_text(part)
+    file = tmp_path / "config.py"
+    file.write_text("custom_imports = dict(imports=['ours_alone'])\nmodel = dict(type='Ours', a=3)")
+    with monkeypatch.context() as path:
+        path.syspath_prepend(tmp_path)
+        model = model_config(str(file), {}, 3, pretrained=False)
+        assert build(model, initialise=False) == 3
+    del sys.modules["ours_alone"]
+    with pytest.raises(ImportError, match=r"imports \['ours_alone'\].*PYTHONPATH"):
+        build(model)
+    with pytest.raises(ValueError, match=r"cannot be read .*ours_alone"):
+        model_config(str(file), {}, 3, pretrained=False)
 
 
 def test_options_change_the_model_and_classes_every_head():

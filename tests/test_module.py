@@ -1,9 +1,13 @@
 """Laws of the wrapper around a detector: its losses, its optimizer and its checkpoints."""
 
+from typing import Any
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
@@ -12,8 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.detectors import _config_file, find_neck, model_config
-from ldt.module import DetectorModule, NonFiniteLossError, _schedule, check_recipe
+from ldt.detectors import _config_file, model_config
+from ldt.module import DetectorModule, NonFiniteLossError
+from ldt.recipe import check_recipe, learning_rate
+from ldt.taps import find_neck
 
 SIZE = (64, 128)
 MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]
@@ -78,6 +84,21 @@ def test_the_total_is_mmdets_sum_and_the_terms():
     torch.testing.assert_close(total, own + squared)
     total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
+    module, data = module_of(), many()
+    preprocess: Any = module.detector.data_preprocessor
+    preprocess.pad_mask = True
+    preprocess.batch_augments = [lambda inputs, samples: (2 * inputs, samples)]
+    size = data["inputs"][0].shape[-2:]
+    for sample in data["data_samples"]:
+        ones = np.ones((len(sample.gt_instances), size[0] - 8, size[1]), dtype=np.uint8)
+        sample.gt_instances.masks = BitmapMasks(ones, size[0] - 8, size[1])
+    ready = module.prepare(data)
+    assert all(s.gt_instances.masks.masks.shape[1:] == size for s in ready.samples)
+    trained = module.prepare(data, training=True)
+    assert torch.equal(trained.images, 2 * ready.images)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -153,7 +174,7 @@ def test_mixed_precision_keeps_ldt_finite():
 
 def rates(steps, scale=1.0, **recipe):
     known = {"schedule": "constant", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.0}
-    factor = _schedule(known | {"milestones": [2 / 3, 11 / 12]} | recipe, steps, scale)
+    factor = learning_rate(known | {"milestones": [2 / 3, 11 / 12]} | recipe, steps, scale)
     return [factor(step) for step in range(steps)]
 
 
@@ -189,7 +210,7 @@ def test_a_phase_scales_its_whole_schedule():
 
 def test_a_cosine_stays_at_its_floor_for_the_plain_epochs():
     known = {"schedule": "cosine", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.05}
-    found = [_schedule(known, 100, 1.0, plain=20)(step) for step in range(100)]
+    found = [learning_rate(known, 100, 1.0, plain=20)(step) for step in range(100)]
     assert found[:80] == pytest.approx(rates(80, schedule="cosine", min_lr=0.05))
     assert found[80:] == [pytest.approx(0.05)] * 20
 

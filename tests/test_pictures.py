@@ -9,9 +9,10 @@ from summaries import row, summary
 
 from ldt import pictures
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.detectors import build, evaluating, model_config, raw_forward
+from ldt.detectors import build, model_config
 from ldt.pruning import structure
 from ldt.pruning.graph import PruningGraph
+from ldt.taps import evaluating, raw_forward
 
 OPTIONS = {
     "backbone": {"depth": 18, "base_channels": 8, "frozen_stages": -1, "norm_eval": False},
@@ -81,7 +82,12 @@ def link(run, target):
 def test_a_run_is_drawn(run, data, tmp_path):
     folder = link(run[0], tmp_path)
     pictures.draw_run(summary(), folder, data, pictures=2)
-    assert written(folder) == ["channels.png", "detections.png", "map_vs_params.png"]
+    assert written(folder) == [
+        "channels.png",
+        "detections.png",
+        "metric_vs_params.png",
+        "shrinking.png",
+    ]
     for name in written(folder):
         assert matplotlib.image.imread(folder / "pictures" / name).std() > 0
 
@@ -89,13 +95,31 @@ def test_a_run_is_drawn(run, data, tmp_path):
 def test_no_pictures_leaves_out_the_detections_only(run, data, tmp_path):
     folder = link(run[0], tmp_path)
     pictures.draw_run(summary(), folder, data, pictures=0)
-    assert written(folder) == ["channels.png", "map_vs_params.png"]
+    assert written(folder) == ["channels.png", "metric_vs_params.png", "shrinking.png"]
+
+
+def test_the_base_of_a_run_with_ldt_shows_its_discriminants(run, data, tmp_path, caplog):
+    (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
+    pictures.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
+    assert written(tmp_path) == ["discriminants.png", "metric_vs_params.png"]
+
+
+def test_too_few_objects_for_discriminants_are_told(run, data, tmp_path, caplog, monkeypatch):
+    (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
+    nothing = data.val_dataloader().dataset[0]
+    nothing["data_samples"].gt_instances = nothing["data_samples"].gt_instances[:1]
+    batch = {"inputs": [nothing["inputs"]], "data_samples": [nothing["data_samples"]]}
+    monkeypatch.setattr(data, "probe_dataloader", lambda *_: [batch])
+    pictures.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
+    assert written(tmp_path) == ["metric_vs_params.png"]
+    assert "no discriminants.png" in caplog.text
+    assert "use more images" in caplog.text
 
 
 def test_a_run_that_pruned_nothing_needs_one_checkpoint_and_shows_no_channels(run, data, tmp_path):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
     pictures.draw_run(summary(row(0)), tmp_path, data, pictures=1)
-    assert written(tmp_path) == ["detections.png", "map_vs_params.png"]
+    assert written(tmp_path) == ["detections.png", "metric_vs_params.png"]
 
 
 def test_a_negative_number_of_pictures_is_refused(run, data, tmp_path):
@@ -105,19 +129,19 @@ def test_a_negative_number_of_pictures_is_refused(run, data, tmp_path):
 
 def test_the_drawn_channels_are_those_of_the_pruned_network(run):
     folder, pruned = run
-    kept = pictures._channels(folder / "round-1.ckpt")
+    kept = pictures.channels(folder / "round-1.ckpt")
     convolutions = {
         name: module.out_channels
         for name, module in pruned.named_modules()
         if isinstance(module, torch.nn.Conv2d) and name.startswith(("backbone", "neck"))
     }
     assert list(kept.items()) == list(convolutions.items())
-    assert sum(kept.values()) < sum(pictures._channels(folder / "round-0.ckpt").values())
+    assert sum(kept.values()) < sum(pictures.channels(folder / "round-0.ckpt").values())
 
 
 @pytest.mark.parametrize("asked", [1, 3, 5, 50])
 def test_scenes_are_spread_over_the_split_and_hold_its_annotations(run, data, asked):
-    scenes = pictures._scenes([run[0] / "round-0.ckpt"], data, asked)
+    scenes = pictures.scenes([run[0] / "round-0.ckpt"], data, asked)
     count = min(asked, 5)
     assert len(scenes) == count
     dataset = data.val_dataloader().dataset

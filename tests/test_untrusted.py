@@ -1,18 +1,20 @@
 """Files that are not ours: nothing in them is executed."""
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
 from torch import nn
 
 import ldt
 from ldt.callbacks.checkpoints import LAST, PREVIOUS, WholeCheckpoints, resumable
-from ldt.detectors import load_weights
+from ldt.weights import load_weights
 
 
 class Malicious:
@@ -44,6 +46,24 @@ def test_the_trap_would_have_worked(tmp_path: Path):
     torch.save(Malicious(tmp_path / "trap"), file)
     torch.load(file, weights_only=False)
     assert (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "backbone", "norm_cfg"])
+def test_a_model_config_cannot_call_what_is_not_registered(tmp_path: Path, part: str):
+    trap = tmp_path / "trap"
+    call = {"type": "subprocess.run", "args": ["touch", str(trap)]}
+    resnet = {"type": "ResNet", "depth": 18, "norm_cfg": call}
+    evil = {
+        "model": call,
+        "backbone": {"type": "RetinaNet", "backbone": call, "neck": None, "bbox_head": None},
+        "norm_cfg": {"type": "RetinaNet", "backbone": resnet, "neck": None, "bbox_head": None},
+    }
+    assert MODELS.get("subprocess.run") is subprocess.run  # mmengine alone would call it
+    about = {"model": evil[part], "classes": [], "structure": {}}
+    torch.save({"state_dict": {}, "ldt": about}, tmp_path / "evil.ckpt")
+    with pytest.raises(KeyError, match=r"is not in|Cannot find"):
+        ldt.load_pruned(tmp_path / "evil.ckpt")
+    assert not trap.exists()
 
 
 def test_a_published_file_loads_with_its_logs(tmp_path: Path):

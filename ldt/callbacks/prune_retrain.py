@@ -14,11 +14,11 @@ from torch_pruning.pruner.importance import Importance
 from ldt import profiling
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.gradual import GradualPruning
+from ldt.callbacks.measure import count, timed, told
 from ldt.callbacks.plan import Plan
 from ldt.callbacks.processes import check_equal, wrap_anew
 from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors import evaluating, raw_forward
 from ldt.module import DetectorModule, PreparedBatch
 from ldt.pruning.budget import (
     TOLERANCE,
@@ -30,6 +30,7 @@ from ldt.pruning.budget import (
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.removed import Removed
 from ldt.records import write_rows
+from ldt.taps import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class PruneRetrain(L.Callback):
         assert isinstance(pl_module, DetectorModule)
         if self._unpruned:
             return
-        self._unpruned = self._count(pl_module)
+        self._unpruned = count(pl_module)
         for name, layer in pl_module.detector.named_modules():
             width = getattr(layer, "out_channels", None)
             if isinstance(width, int):
@@ -203,7 +204,7 @@ class PruneRetrain(L.Callback):
     # What ---------------------------------------------------------------------------------
 
     def _finish_round(self, trainer: L.Trainer, module: Any) -> None:
-        counts = self._count(module)
+        counts = count(module)
         path = self.folder / f"round-{self.round}.ckpt"
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
@@ -213,7 +214,7 @@ class PruneRetrain(L.Callback):
         row["multiply_adds_rate"] = 1 - counts["flops"] / self._unpruned["flops"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
-            row.update(self._latency(module))
+            row.update(timed(module, self.latency_runs))
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
@@ -226,21 +227,7 @@ class PruneRetrain(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
         if trainer.is_global_zero:
-            self._say(row, module.input_size)
-
-    def _say(self, row: dict[str, Any], size: tuple[int, int]) -> None:
-        log.info(
-            "round %d: AP %.3f, mAP %.3f, %.2f M parameters (-%.1f %%), "
-            "%.2f GMACs at %dx%d (-%.1f %%)",
-            self.round,
-            self._metrics.get("AP", float("nan")),
-            self._metrics.get("mAP", float("nan")),
-            row["params"] / 1e6,
-            100 * row["params_rate"],
-            row["multiply_adds"] / 1e9,
-            *size,
-            100 * row["multiply_adds_rate"],
-        )
+            log.info(told(row, module.input_size))
 
     def _begin_round(self, trainer: L.Trainer, module: Any) -> None:
         self.round += 1
@@ -325,7 +312,7 @@ class PruneRetrain(L.Callback):
         plan, whole = self.plan, self._unpruned[self.plan.budget]
         return {
             "costs": CostModel(graph, plan.budget),
-            "save": plan.gone(after) * whole - (whole - self._count(module)[plan.budget]),
+            "save": plan.gone(after) * whole - (whole - count(module)[plan.budget]),
             "tolerance": TOLERANCE * whole,
             "ranking": plan.ranking,
             "limits": plan.limits,
@@ -343,7 +330,7 @@ class PruneRetrain(L.Callback):
 
     def _check_rate(self, module: Any) -> None:
         budget = self.plan.budget
-        achieved = 1 - self._count(module)[budget] / self._unpruned[budget]
+        achieved = 1 - count(module)[budget] / self._unpruned[budget]
         asked = self.plan.gone(self.round)
         if abs(achieved - asked) > TOLERANCE:
             raise RuntimeError(
@@ -362,31 +349,6 @@ class PruneRetrain(L.Callback):
                 f"only {cut:,} of the {all_:,} parameters in prune.scope="
                 f"{list(self.plan.scope)} can be cut. Left whole: {listed}"
             )
-
-    def _count(self, module: DetectorModule) -> dict[str, int]:
-        shape = (1, 3, module.input_size[0], module.input_size[1])
-        return {
-            "params": profiling.count_parameters(module.detector),
-            "flops": profiling.multiply_adds(
-                module.detector, lambda x: raw_forward(module.detector, x), shape
-            ),
-        }
-
-    def _latency(self, module: DetectorModule) -> dict[str, Any]:
-        image = module.example()
-        with evaluating(module.detector):
-            found = profiling.latency(
-                lambda: raw_forward(module.detector, image),
-                runs=self.latency_runs,
-                device=image.device,
-            )
-        return {
-            "latency_ms": round(found.median_ms, 3),
-            "latency_p10_ms": round(found.p10_ms, 3),
-            "latency_p90_ms": round(found.p90_ms, 3),
-            "threads": found.threads,
-            "device": found.device,
-        }
 
 
 def _check_scope(scope: tuple[str, ...], detector: nn.Module) -> None:

@@ -211,6 +211,8 @@ class DetectionDataModule(LightningDataModule, ABC):
         keep_ratio: fit the image inside `scale`; False stretches it to `scale`.
         classes: names in the order of the labels; empty for the data set's usual ones.
 
+    `resize` holds the steps between reading and packing an image, as mmdet's configs write them.
+
     Raises ValueError for an option out of range, at construction.
     """
 
@@ -246,7 +248,7 @@ class DetectionDataModule(LightningDataModule, ABC):
             given = getattr(self, option)
             if given < least:
                 raise ValueError(f"{option}={given} is too small; allowed: {least} or more")
-        self._resize = resize_steps(self.scale, self.keep_ratio, self.pad)
+        self.resize = resize_steps(self.scale, self.keep_ratio, self.pad)
         self._datasets: dict[str, BaseDataset] = {}
         self._sampler: EpochSampler | None = None
         self._mix = True
@@ -285,7 +287,7 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader:
         """Validation images in order; ground truth in the original image's coordinates."""
-        images = with_pipeline(self.dataset("val"), test_steps(self._resize))
+        images = with_pipeline(self.dataset("val"), test_steps(self.resize))
         return self._loader(images, self.val_batch_size)
 
     def calibration_dataloader(self, images: int, batch_size: int) -> DataLoader:
@@ -326,15 +328,15 @@ class DetectionDataModule(LightningDataModule, ABC):
             self._sampler.mix = mix
 
     def _plain(self, split: Split) -> BaseDataset:
-        return with_pipeline(self.dataset(split), plain_steps(self._resize))
+        return with_pipeline(self.dataset(split), plain_steps(self.resize))
 
     def _training_images(self) -> BaseDataset | MultiImageMixDataset:
         if self.augment != "mosaic":
-            steps = plain_steps(self._resize, self.augment)
+            steps = plain_steps(self.resize, self.augment)
             return with_pipeline(self.dataset("train"), steps)
         load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
         single = with_pipeline(self.dataset("train"), load)
-        return MultiImageMixDataset(single, mosaic_steps(self.scale, self._resize))
+        return MultiImageMixDataset(single, mosaic_steps(self.scale, self.resize))
 
     def _loader(
         self, dataset: Any, batch_size: int, sampler: EpochSampler | None = None

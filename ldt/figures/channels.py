@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, LIGHT, SMALL, new_figure
+from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, LIGHT, SMALL, new_figure, tidy
 
 GAP = 0.9  # rows between two stages
-ROW_CM = (0.13, 0.3)  # least and most height of a row
+ROW_CM = (0.15, 0.3)  # least and most height of a row
 TALLEST_CM = 12.0  # rows shrink to fit into this, down to their least height
 
 
@@ -44,8 +44,8 @@ def draw_channels(original: Mapping[str, int], kept: Mapping[str, int]) -> Figur
         kept: the same layers of the pruned network.
 
     Returns:
-        A figure 8 cm wide, as tall as the layers need: two bars a layer, a label and the share of
-        kept channels for every stage.
+        A figure as wide as a column, as tall as the layers need: two bars a layer, a label and the
+        share of kept channels for every stage.
 
     Raises:
         ValueError: there is no layer, or the two networks do not have the same layers.
@@ -79,14 +79,12 @@ def _name_stages(
     """Stage names on the left, shares of kept channels on the right."""
     centres = [(stage.places[0] + stage.places[-1]) / 2 for stage in groups]
     axes.set_yticks(centres, [stage.name for stage in groups])
-    axes.tick_params(labelsize=SMALL, width=0.6, length=2.5)
+    tidy(axes)
     axes.tick_params(axis="y", length=0)
     _beside(axes, "kept", -0.7, "bottom")
     for stage, centre in zip(groups, centres, strict=True):
         share = sum(kept[n] for n in stage.layers) / sum(original[n] for n in stage.layers)
         _beside(axes, f"{share:.0%}", centre, "center")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def _beside(axes: Any, text: str, place: float, align: str) -> None:

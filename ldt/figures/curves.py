@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
-from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, SMALL, new_figure
+from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, SMALL, new_figure, tidy
 
 LABELS = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50 (IoU 0.5)", "mAP": "mAP (IoU 0.5)"}
 MOST_NAMES = 6  # markers with a name; of more, only the first and the last
@@ -23,7 +23,7 @@ def draw_curve(rounds: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         metric: name of the metric.
 
     Returns:
-        A figure 8 cm wide; the line's data are (parameters in millions, metric).
+        A figure as wide as a column; the line's data are (parameters in millions, metric).
 
     Raises:
         ValueError: there is no round.
@@ -47,9 +47,9 @@ def draw_curve(rounds: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     axes.set_ylabel(LABELS.get(metric, metric), fontsize=FONT)
     share = axes.secondary_xaxis("top", functions=_percent_of(base["params"] / 1e6))
     share.set_xlabel("parameters left (% of the base)", fontsize=FONT)
-    for part in (axes, share):
-        part.tick_params(labelsize=SMALL, width=0.6, length=2.5)
-    axes.spines["right"].set_visible(False)
+    tidy(axes)
+    tidy(share)
+    share.spines["top"].set_visible(True)
     return figure
 
 

@@ -11,11 +11,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from ldt.figures.style import COLUMN_CM, PALETTE, SMALL, new_figure
+from ldt.figures.hits import hits
+from ldt.figures.style import PAGE_CM, PALETTE, SMALL, new_figure
 from ldt.figures.tags import place_tags
 
-LABEL = 3.5  # points: class and score at a box
 IGNORED = "#C8C8C8"
+ALONE = "#D4001A"  # the arrow at an object that no other detector found
+DARKER = "#303030"  # behind light lines
+ACROSS = 4  # panels in a row; three of them, where there are more
+ARROW = 15.0  # points
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,11 @@ def draw_detections(
     titles: Sequence[str],
     threshold: float = 0.3,
 ) -> Figure:
-    """A row for each image: ground truth, then each detector's boxes.
+    """For each image the ground truth, then each detector's boxes, at most four in a row.
+
+    Dashed white frames are objects that a detector misses; a red arrow points to an object that it
+    alone finds (where there are several). Found means: covered by a drawn box of its class, with
+    an intersection over union of 0.5.
 
     Args:
         scenes: the images; all have ``len(titles)`` entries in ``found``.
@@ -67,9 +75,9 @@ def draw_detections(
         threshold: detections with this score or less are left out.
 
     Returns:
-        A figure 8 cm wide. Boxes are tagged with class and score in per cent. Up to six classes
-        are tagged in short, and the legend has the full names of those that are seen; of more
-        classes, some share a colour, so the tags have the full names and the legend has none.
+        A figure as wide as a page. Boxes are tagged with class and score in per cent. Up to six
+        classes are tagged in short, and the legend has the full names of those that are seen; of
+        more classes, some share a colour, so the tags have the full names and the legend has none.
 
     Raises:
         ValueError: there is no image, or an image has detections of more or fewer detectors.
@@ -79,26 +87,64 @@ def draw_detections(
             f"{len(scenes)} images with detections of {[len(s.found) for s in scenes]} detectors, "
             f"{len(titles)} titles; give at least one image and one title a detector"
         )
-    columns = 1 + len(titles)
-    shapes = [min(scene.size[0] / scene.size[1], 1.0) for scene in scenes]  # portraits: narrower
-    height = COLUMN_CM / columns * sum(shapes) + 0.05 * len(shapes) + 0.9
-    figure = new_figure(COLUMN_CM, height)
+    columns = 1 + len(titles) if len(titles) < ACROSS else 3
+    rows = -(-(1 + len(titles)) // columns)
+    titled = len(scenes) if rows > 1 else 1  # images with titles of their own
+    shapes = [min(scene.size[0] / scene.size[1], 1.0) for scene in scenes for _ in range(rows)]
+    height = PAGE_CM / columns * sum(shapes) + 0.1 * len(shapes) + 0.8 * titled * rows + 0.9
+    figure = new_figure(PAGE_CM, height)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore
-    grid = figure.subplots(len(scenes), columns, squeeze=False, height_ratios=shapes)
+    grid = figure.subplots(len(shapes), columns, squeeze=False, height_ratios=shapes)
     names = short_names(classes) if len(classes) <= len(PALETTE) else list(classes)
     seen: set[int] = set()
-    for row, scene in zip(grid, scenes, strict=True):
-        panels = [scene.truth, *(_above(boxes, threshold) for boxes in scene.found)]
-        for axes, boxes in zip(row, panels, strict=True):
+    marks: set[str] = set()
+    for index, scene in enumerate(scenes):
+        panels = grid[index * rows : (index + 1) * rows].ravel()
+        drawn = [scene.truth, *(_above(boxes, threshold) for boxes in scene.found)]
+        for axes, boxes in zip(panels, drawn, strict=False):
             _show(axes, scene)
-            _draw_boxes(axes, boxes, names, COLUMN_CM / columns)
+            _draw_boxes(axes, boxes, names, PAGE_CM / columns)
             seen.update(boxes.labels.tolist())
-        _draw_ignored(row[0], scene.ignored)
-    for axes, title in zip(grid[0], ("ground truth", *titles), strict=True):
-        axes.set_title(title, fontsize=SMALL, pad=2)
-    explained = sorted(seen) if len(classes) <= len(PALETTE) else []
-    _legend(figure, classes, explained, any(len(scene.ignored) for scene in scenes))
+        _draw_ignored(panels[0], scene.ignored)
+        marks |= _mark(panels[1:], scene, drawn[1:])
+        for axes, title in zip(panels, ("ground truth", *titles), strict=False):
+            if index < titled:
+                axes.set_title(title, fontsize=SMALL, pad=2)
+        for axes in panels[len(drawn) :]:
+            axes.set_axis_off()
+    if any(len(scene.ignored) for scene in scenes):
+        marks.add("ignored")
+    _legend(figure, classes, sorted(seen) if len(classes) <= len(PALETTE) else [], marks)
     return figure
+
+
+def _mark(panels: Any, scene: Scene, found: Sequence[Boxes]) -> set[str]:
+    """Frame what each detector misses, point to what it alone finds; which of both there is."""
+    truth = scene.truth
+    hit = np.array([hits(truth.corners, truth.labels, b.corners, b.labels) for b in found])
+    marks = set()
+    for axes, own in zip(panels, hit, strict=False):
+        for corners in truth.corners[~own]:
+            _frame(axes, corners, edgecolor="white", **_broken(3, 2))
+            marks.add("missed")
+        for corners in truth.corners[own & (hit.sum(0) == 1) & (len(hit) > 1)]:
+            _point_at(axes, corners, scene.size)
+            marks.add("found by this one only")
+    return marks
+
+
+def _point_at(axes: Any, corners: np.ndarray, size: tuple[int, int]) -> None:
+    """An arrow from the middle of the image's width to the box's side; tags are above or below."""
+    x1, y1, x2, y2 = corners.tolist()
+    comes_from_left = x1 + x2 > size[1]
+    axes.annotate(
+        "", (x1 if comes_from_left else x2, (y1 + y2) / 2),
+        (-ARROW if comes_from_left else ARROW, 0), textcoords="offset points",
+        arrowprops={
+            "arrowstyle": "simple,head_length=0.5,head_width=0.6,tail_width=0.25",
+            "facecolor": ALONE, "edgecolor": "white", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0,
+        },
+    )  # fmt: skip
 
 
 def short_names(classes: Sequence[str]) -> list[str]:
@@ -142,24 +188,23 @@ def _draw_boxes(axes: Any, boxes: Boxes, names: Sequence[str], width_cm: float) 
     if boxes.scores is not None:
         texts = [f"{t} {100 * s:.0f}" for t, s in zip(texts, boxes.scores, strict=True)]
     width, height = axes.get_xlim()[1], axes.get_ylim()[0]
-    pixels = LABEL * max(width, height) / (width_cm / 2.54 * 72)  # of one em
+    pixels = SMALL * max(width, height) / (width_cm / 2.54 * 72)  # of one em
     widths = [0.62 * pixels * len(text) for text in texts]
     tags = place_tags(boxes.corners, widths, 1.1 * pixels, (height, width))
     for corners, label, text, tag in zip(boxes.corners, boxes.labels, texts, tags, strict=True):
-        _frame(axes, corners, edgecolor=colour(label), linewidth=0.7)
+        _frame(axes, corners, edgecolor=colour(label), linewidth=1.2)
         _tag(axes, tag, text, colour(label))
 
 
 def _draw_ignored(axes: Any, regions: np.ndarray) -> None:
     for corners in regions:
-        _frame(
-            axes,
-            corners,
-            edgecolor=IGNORED,
-            linewidth=0.6,
-            linestyle=(0, (3, 2)),
-            path_effects=[Stroke(linewidth=1.2, foreground="#404040"), Normal()],  # on light skies
-        )
+        _frame(axes, corners, edgecolor=IGNORED, **_broken(1, 1.5))
+
+
+def _broken(dash: float, gap: float) -> dict[str, Any]:
+    """The style of a broken line that shows on dark and on light."""
+    behind = [Stroke(linewidth=1.5, foreground=DARKER), Normal()]
+    return {"linewidth": 0.8, "linestyle": (0, (dash, gap)), "path_effects": behind}
 
 
 def _frame(axes: Any, corners: np.ndarray, **style: Any) -> None:
@@ -176,7 +221,7 @@ def _tag(axes: Any, place: np.ndarray, text: str, background: str) -> None:
         text,
         ha="center",
         va="center_baseline",
-        fontsize=LABEL,
+        fontsize=SMALL,
         color="black" if bright else "white",
         bbox={"facecolor": background, "edgecolor": "none", "pad": 0.2, "alpha": 0.8},
         parse_math=False,
@@ -184,10 +229,18 @@ def _tag(axes: Any, place: np.ndarray, text: str, background: str) -> None:
     )
 
 
-def _legend(figure: Figure, classes: Sequence[str], labels: list[int], ignored: bool) -> None:
+def _legend(figure: Figure, classes: Sequence[str], labels: list[int], marks: set[str]) -> None:
     handles = [Line2D([], [], color=colour(i), linewidth=2.5, label=classes[i]) for i in labels]
-    if ignored:
-        handles.append(Line2D([], [], color=IGNORED, linestyle="--", label="ignored"))
+    looks: dict[str, dict[str, Any]] = {
+        "missed": {**_broken(3, 2), "color": "white"},
+        "found by this one only": {
+            "color": ALONE, "marker": ">", "markersize": 5, "linewidth": 1.5
+        },
+        "ignored": {**_broken(1, 1.5), "color": IGNORED},
+    }  # fmt: skip
+    for name, look in looks.items():
+        if name in marks:
+            handles.append(Line2D([], [], label=name, **look))
     if handles:
         figure.legend(
             handles=handles,

@@ -71,6 +71,35 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
                 setattr(module, name, buffer.new_zeros(state[dot + name].shape))
 
 
+def changes(
+    model: nn.Module, structure: Structure, state: Mapping[str, Tensor]
+) -> tuple[Structure, dict[str, str]]:
+    """What of a record and of a state dict differs from a model as its config builds it.
+
+    Args:
+        model: as its config builds it; stays as it is.
+        structure: from :func:`record` on the pruned model.
+        state: the pruned model's state dict.
+
+    Returns:
+        The entries of ``structure`` that the model does not have already, and the shapes of the
+        tensors that have another one in the model, as text (``8x3x7x7``): all that
+        :func:`apply_changes` needs beside the model.
+    """
+    built, whole = record(model), model.state_dict()
+    sizes = {name: found for name, found in structure.items() if found != built.get(name)}
+    other = {key: state[key].shape for key, own in whole.items() if state[key].shape != own.shape}
+    return sizes, {key: "x".join(map(str, shape)) for key, shape in other.items()}
+
+
+def apply_changes(model: nn.Module, sizes: Structure, shapes: Mapping[str, str]) -> None:
+    """Give a freshly built model a pruned structure from :func:`changes`, as :func:`rebuild`."""
+    pruned = {
+        key: torch.empty(*map(int, text.split("x")), device="meta") for key, text in shapes.items()
+    }
+    rebuild(model, sizes, model.state_dict() | pruned)
+
+
 def _shape(state: Mapping[str, Tensor], key: str, built: torch.Size) -> torch.Size:
     if key not in state:
         raise ValueError(f"the checkpoint has no tensor {key!r}; it belongs to another detector")

@@ -13,10 +13,10 @@ from ldt import experiment
 from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.plan import Plan
 from ldt.criteria.base import Criterion
-from ldt.detectors import raw_forward
 from ldt.module import DetectorModule
 from ldt.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
+from ldt.taps import raw_forward
 
 # The plan -------------------------------------------------------------------------------------
 

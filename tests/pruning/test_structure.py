@@ -1,6 +1,7 @@
 """Laws of the structure record: a cut network comes back bit by bit from plain data."""
 
 import io
+import json
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from small import REAL, SMALL, case, random_channels
 from torch import nn
 
-from ldt.pruning.structure import SIZES, channels, rebuild, record
+from ldt.pruning.structure import SIZES, apply_changes, changes, channels, rebuild, record
 
 
 def on_disk(value: Any) -> Any:
@@ -43,6 +44,22 @@ def test_a_cut_network_is_rebuilt_bit_by_bit(name: str) -> None:
     images = subject.batches[0].images
     for one, other in zip(subject.outputs(images), fresh.outputs(images), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "gfl_tiny", "yolox_nano"])
+def test_what_changed_is_enough_to_rebuild_and_nothing_where_nothing_was_cut(name: str) -> None:
+    subject, fresh = case(name), case(name, seed=2)
+    model = subject.model
+    assert changes(fresh.model, record(model), model.state_dict()) == ({}, {})
+    graph = subject.graph()
+    graph.remove(random_channels(graph, seed=0))
+    told = changes(fresh.model, record(model), model.state_dict())
+    assert 0 < len(told[0]) <= len(record(model))
+    assert json.loads(json.dumps(told)) == list(told)  # plain data
+
+    apply_changes(fresh.model, *told)
+    fresh.model.load_state_dict(model.state_dict(), strict=True)
+    assert sizes(fresh.model) == sizes(model)
 
 
 def test_a_rebuilt_network_can_be_cut_again() -> None:

@@ -10,45 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldt.records import read_json
+from ldt.report.study import load_study
 
-NOT_SET = "(not set)"
 METRICS = ("AP", "AP50", "mAP")
 BUDGETS = {"params": "parameters", "flops": "multiply-adds"}
 PLAIN_WIDTH = 200  # characters, where the output is no terminal: nothing is cut off
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two nested dicts differ.
-
-    Args:
-        old: plain data; dicts may hold dicts.
-        new: the same.
-
-    Returns:
-        (dotted key, old value, new value), sorted by key; a key that one side does not have shows
-        as ``(not set)`` there. Lists are compared whole.
-    """
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted({*old, *new}):
-        there, now = old.get(key, NOT_SET), new.get(key, NOT_SET)
-        if there == now and (key in old) == (key in new):
-            continue
-        if _nests(there, key in old, now, key in new):
-            inner = differences(there if key in old else {}, now if key in new else {})
-            found += [(f"{key}.{name}", *values) for name, *values in inner]
-        else:
-            found.append((key, there, now))
-    return sorted(found, key=lambda difference: difference[0])
-
-
-def _nests(there: Any, has_old: bool, now: Any, has_new: bool) -> bool:
-    """Whether the difference lies below the key: dicts on both sides, or on the only side."""
-    sides = [value for value, has in ((there, has_old), (now, has_new)) if has]
-    return all(isinstance(value, dict) for value in sides) and any(sides)
-
-
-# Tables -------------------------------------------------------------------------------------
 
 
 def print_run(summary: Mapping[str, Any], folder: Path) -> None:
@@ -123,64 +89,6 @@ def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
 def number(value: float | None, digits: int, scale: float = 1.0) -> str:
     """A number for a table; "-" where nothing was measured."""
     return "-" if value is None or isnan(value) else f"{value * scale:.{digits}f}"
-
-
-# Studies ------------------------------------------------------------------------------------
-
-
-def load_study(study: Path) -> list[dict[str, Any]]:
-    """One flat row for each run of a study, sorted by name.
-
-    Args:
-        study: the directory that holds the runs' directories.
-
-    Returns:
-        Rows with ``run`` and ``status``: ``finished``, ``failed`` (also where ``summary.json``
-        cannot be read) or ``unfinished``. Failed ones have ``error``. Finished ones have the run's
-        fields (``detector``, ``dataset``, ``method``, ``metric``, ``seed``, ``input_size``,
-        ``asked_rate``, ``rounds``, ``budget``), the last round's row under its own keys, and the
-        base's row under ``base_<key>``.
-
-    Raises:
-        FileNotFoundError: there is no such directory.
-    """
-    if not study.is_dir():
-        raise FileNotFoundError(f"no study at {study}; expected there: one directory for each run")
-    runs = [
-        folder
-        for folder in sorted(study.iterdir())
-        if (folder / "summary.json").is_file() or (folder / "config.yaml").is_file()
-    ]
-    return [_study_row(folder) for folder in runs]
-
-
-def _study_row(folder: Path) -> dict[str, Any]:
-    file = folder / "summary.json"
-    try:
-        return _flat(folder.name, read_json(file))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
-        text = f"{file} is damaged ({type(error).__name__}: {error}); remove it to run again"
-        return {"run": folder.name, "status": "failed", "error": text}
-
-
-def _flat(run: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    status = summary.get("status")
-    if status == "failed":
-        return {"run": run, "status": status, "error": str(summary["error"])}
-    if status != "finished":
-        return {"run": run, "status": "unfinished"}
-    keys = ("study", "detector", "dataset", "method", "metric", "seed", "input_size")
-    base, last, plan = summary["rounds"][0], summary["rounds"][-1], summary["plan"]
-    return {
-        "run": run,
-        "status": status,
-        **{key: summary[key] for key in keys},
-        "asked_rate": plan["rate"],
-        "rounds": plan["rounds"],
-        "budget": plan["budget"],
-        **last,
-        **{f"base_{key}": value for key, value in base.items()},
-    }
 
 
 def print_study(study: Path) -> int:

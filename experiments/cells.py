@@ -1,0 +1,225 @@
+"""The cells of an experiment: what the paper reports, the job that measures it, its runs so far.
+
+A cell is a row of `expected.csv`. Its columns are overrides that tell the job, then numbers of the
+paper (:data:`METRICS`). A run belongs to a cell when its configuration is the job's, whatever its
+directory is called, so that studies can be shared and stray runs do not count.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ldt.config import DETAILS, register
+from ldt.records import read_json, read_rows
+from ldt.report import differences, load_study
+from ldt.sweeps import jobs
+
+ROOT = Path(__file__).parents[1]
+METRICS = {  # column of expected.csv: key of a run's round, factor to the column's unit
+    "AP": ("AP", 100),
+    "mAP": ("mAP", 100),
+    "removed": ("rate", 100),
+    "multiply_adds_G": ("multiply_adds", 1e-9),
+    "flops_G": ("multiply_adds", 2e-9),
+    "params_M": ("params", 1e-6),
+    "cpu_ms": ("cpu_ms", 1),
+    "gpu_ms": ("gpu_ms", 1),
+}
+SMALL = {  # what stands for the paper's in `<experiment>_small`
+    "detector": {
+        "gfl": "gfl_tiny",
+        "atss": "atss_tiny",
+        "yolox_s": "yolox_nano",
+        "yolof": "yolof_tiny",
+    },
+    "dataset": {"kitti": "roadscenes", "coco": "roadscenes"},
+    "method": {"group_fisher_gradual": "group_fisher"},
+}
+_ASIDE = ("study", "seed", "run_name", "base", "logger", "objectives", "report", "trainer")
+
+
+@dataclass
+class Run:
+    """A finished run: its row of the study, directory and flat configuration."""
+
+    row: dict[str, Any]
+    folder: Path
+    config: dict[str, Any]
+
+
+@dataclass
+class Cell:
+    """A row of the experiment's table.
+
+    Attributes:
+        keys: which row it is, by column.
+        paper: the paper's number of each metric, None where it gives none.
+        job: overrides that run it, without the seed.
+        config: the job's configuration, flat.
+        seeds: those of the experiment.
+        runs: the first run of each seed, by seed.
+    """
+
+    keys: dict[str, Any]
+    paper: dict[str, float | None]
+    job: list[str]
+    config: dict[str, Any]
+    seeds: list[int]
+    runs: dict[int, Run] = field(default_factory=dict)
+
+    def values(self, metric: str, prefix: str = "") -> list[float]:
+        """The metric of each run that measured it, in the paper's unit.
+
+        Args:
+            metric: of :data:`METRICS`.
+            prefix: ``base_`` for the runs' own unpruned detectors.
+        """
+        key, factor = METRICS[metric]
+        rows = [run.row for _, run in sorted(self.runs.items())]
+        return [factor * row[prefix + key] for row in rows if prefix + key in row]
+
+    @property
+    def missing(self) -> list[int]:
+        """Seeds of the experiment without a run."""
+        return [seed for seed in self.seeds if seed not in self.runs]
+
+
+def load_cells(name: str, size: str, given: Sequence[str] = ()) -> tuple[list[Cell], str]:
+    """The cells of an experiment, without runs, and its study.
+
+    Args:
+        name: a file of conf/experiment; its expected numbers are in experiments/<name>.
+        size: ``full``, or ``small`` for the cells that the small sibling has.
+        given: further overrides, as they were given to run.py.
+
+    Raises:
+        FileNotFoundError: there is no such experiment.
+    """
+    option = name if size == "full" else f"{name}_small"
+    if not (ROOT / f"conf/experiment/{option}.yaml").is_file():
+        known = ", ".join(sorted(file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")))
+        raise FileNotFoundError(f"no conf/experiment/{option}.yaml; there are {known}")
+    study, found = compose_jobs(option, given)
+    rows = read_rows(ROOT / "experiments" / name / "expected.csv") or _rows_of(found)
+    cells = []
+    for row in rows:
+        keys = {k: v for k, v in row.items() if k not in METRICS}
+        paper = {k: None if row[k] == "" else row[k] for k in row if k in METRICS}
+        here = keys if size == "full" else _small(keys)
+        own = [(job, config) for job, config in found if _tells(here, config)]
+        if own:
+            job = [override for override in own[0][0] if not override.startswith("seed=")]
+            seeds = sorted({config["seed"] for _, config in own})
+            cells.append(Cell(keys, paper, job, essence(own[0][1]), seeds))
+    return cells, study
+
+
+def compose_jobs(option: str, given: Sequence[str]) -> tuple[str, list[tuple[list[str], Any]]]:
+    """The study of an experiment, and overrides and resolved configuration of each of its jobs.
+
+    Args:
+        option: a file of conf/experiment.
+        given: further overrides, as they were given to run.py.
+    """
+    register()
+    told = {_key(override) for override in given}
+    composed: dict[tuple[str, ...], Any] = {}
+    found = []
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        first = [f"experiment={option}"]
+        whole = compose("config", [*first, *given], return_hydra_config=True)
+        sweeper = whole.hydra.sweeper
+        for job in jobs(sweeper.params or {}, sweeper.get("grids", ()), given):
+            # one composition, which is slow, for all that differ in plain values only
+            chosen = tuple(o for o in job if _key(o) in told or (ROOT / "conf" / _key(o)).is_dir())
+            if chosen not in composed:
+                composed[chosen] = compose("config", [*first, *chosen])
+            values = [override for override in job if override not in chosen]
+            found.append((job, _plain(composed[chosen], values)))
+    return whole.study, found
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _plain(config: Any, values: list[str]) -> dict[str, Any]:
+    """The resolved configuration; its name, which only a run knows, is left empty."""
+    merged = OmegaConf.merge(config, OmegaConf.from_dotlist(values), {"run_name": ""})
+    plain: Any = OmegaConf.to_container(merged, resolve=True)
+    return plain
+
+
+def _rows_of(found: Sequence[tuple[list[str], Any]]) -> list[dict[str, Any]]:
+    """Rows for an experiment that is not the paper's: what its jobs sweep."""
+    rows: list[dict[str, Any]] = []
+    for job, config in found:
+        keys = [key for key in map(_key, job) if key != "seed"]
+        row = {key: _select(config, key) for key in keys} | {"AP": "", "mAP": ""}
+        if row not in rows:
+            rows.append(row)
+    return rows
+
+
+def _small(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: SMALL.get(key, {}).get(value, value) for key, value in keys.items()}
+
+
+def _select(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; the name of a group."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part] if value else None
+    return value.get("name") if isinstance(value, dict) else value
+
+
+def _tells(keys: dict[str, Any], config: dict[str, Any]) -> bool:
+    words = {"true": True, "false": False}
+    return all(_select(config, k) == words.get(v, v) for k, v in keys.items() if v != "")
+
+
+def essence(plain: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key and value of everything that decides what a configuration measures."""
+    flat = {key: value for key, _, value in differences({}, plain)}
+    idle = ["prune"] if flat["method.name"] == "none" else []
+    idle += [] if plain["ldt"]["enabled"] else [f"ldt.{k}" for k in plain["ldt"] if k != "enabled"]
+    aside = (*_ASIDE, *DETAILS, *idle)
+    return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{a}.") for a in aside)}
+
+
+def load_runs(studies: Sequence[Path]) -> Iterator[Run]:
+    """The finished runs of studies; FileNotFoundError where there is none."""
+    for study in studies:
+        for row in load_study(study):
+            folder = study / row["run"]
+            if row["status"] == "finished" and (folder / "config.yaml").is_file():
+                plain: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+                yield Run(row | _latencies(row, folder), folder, essence(plain))
+
+
+def _latencies(row: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Latency by the kind of its device: the run's own, then what was measured afterwards."""
+    gpus = read_json(folder / "environment.json").get("environment", {}).get("gpus", "")
+    found = {}
+    for prefix in ("base_", ""):
+        if f"{prefix}latency_ms" in row:
+            kind = "gpu_ms" if row[f"{prefix}device"] in gpus.split(", ") else "cpu_ms"
+            found[prefix + kind] = row[f"{prefix}latency_ms"]
+    return found | read_json(folder / "latency.json")
+
+
+def fill(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
+    """Give every cell its runs."""
+    for run in runs:
+        for cell in cells:
+            if not differing(cell, run):
+                cell.runs.setdefault(run.row["seed"], run)
+
+
+def differing(cell: Cell, run: Run) -> list[str]:
+    """Keys that both know and that differ; keys that one of them lacks are younger than a run."""
+    return [k for k, value in cell.config.items() if k in run.config and run.config[k] != value]

@@ -1,0 +1,183 @@
+"""Draws the paper's figures from the directories of runs.
+
+python -m ldt.figures detections runs/compare/<run> runs/compare/<another run> --images 4
+
+A run is given by its directory (at its last round) or by one of its round-<t>.ckpt files.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ldt import pictures
+from ldt.assembly import build_criterion
+from ldt.criteria.ldt import LDTCriterion
+from ldt.detectors import quiet
+from ldt.figures.attention import draw_attention
+from ldt.figures.channels import draw_channels
+from ldt.figures.comparison import draw_comparisons
+from ldt.figures.detections import draw_detections
+from ldt.figures.discriminants import draw_discriminants
+from ldt.figures.shrinking import animate_shrinking, draw_shrinking
+from ldt.figures.stability import draw_stability
+from ldt.figures.style import save
+from ldt.points import panels
+from ldt.runs import Run, open_run
+from ldt.stability import batch_utilities
+
+
+def discriminants(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
+    """Fig. 1: classes, eigenvalues and channels of one or two runs' bases."""
+    if len(runs) > 2:
+        raise ValueError(f"{len(runs)} runs; discriminants are drawn of one or two")
+    bases = [run if run.named else run.at(0) for run in runs]
+    found = [pictures.spaces(run.checkpoint, runs[0].data, given.images) for run in bases]
+    scales = min(len(spaces) for spaces in found)
+    if given.scale is not None and not 0 <= given.scale < scales:
+        raise ValueError(f"--scale {given.scale}; the neck has the scales 0 to {scales - 1}")
+    power = [sum(spaces[scale].power for spaces in found) for scale in range(scales)]
+    scale = power.index(max(power)) if given.scale is None else given.scale
+    shown = [spaces[scale] for spaces in found]
+    return draw_discriminants(shown, _names(bases), runs[0].data.classes)
+
+
+def attention(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
+    """Fig. 4: what detectors look at, on the same images; of a single run, base and last round."""
+    runs = _ends(runs)
+    files = [run.checkpoint for run in runs]
+    return draw_attention(pictures.views(files, runs[0].data, given.images or 3), _titles(runs))
+
+
+def detections(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
+    """Fig. 5: what detectors find, on the same images; of a single run, base and last round."""
+    runs = _ends(runs)
+    data, files = runs[0].data, [run.checkpoint for run in runs]
+    scenes = pictures.scenes(files, data, given.images or 4)
+    return draw_detections(scenes, data.classes, _titles(runs))
+
+
+def stability(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
+    """Fig. 6: utilities of the base's channels in every batch of calibration images."""
+    run = _only(runs)
+    run = run if run.named else run.at(0)
+    criterion, prune = build_criterion(run.config), run.config.prune
+    if not isinstance(criterion, LDTCriterion):
+        criterion = LDTCriterion()
+    images = given.images or prune.images
+    loader = run.data.calibration_dataloader(images, prune.batch_size)
+    return draw_stability(batch_utilities(run.module(), criterion, loader, list(prune.scope)))
+
+
+def channels(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
+    """Channels of every layer that a run kept."""
+    run = _only(runs)
+    return draw_channels(pictures.channels(run.at(0).checkpoint), pictures.channels(run.checkpoint))
+
+
+def shrinking(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
+    """The width of every layer from round to round."""
+    return draw_shrinking(*_rounds(_only(runs)))
+
+
+DRAWN: dict[str, Callable[[Sequence[Run], argparse.Namespace], Figure]] = {
+    function.__name__: function
+    for function in (discriminants, attention, detections, stability, channels, shrinking)
+}
+NAMES = ("curves", *DRAWN)
+
+
+def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
+    """Networks and names of a run's rounds."""
+    rounds = [run.at(row["round"]) for row in run.rows]
+    names = [pictures.side_title(each.row, run.metric) for each in rounds]
+    return [pictures.channels(each.checkpoint) for each in rounds], names
+
+
+def _only(runs: Sequence[Run]) -> Run:
+    if len(runs) != 1:
+        raise ValueError(f"{len(runs)} runs; this figure is drawn of one")
+    return runs[0]
+
+
+def _ends(runs: Sequence[Run]) -> Sequence[Run]:
+    alone = len(runs) == 1 and not runs[0].named and runs[0].round > 0
+    return [runs[0].at(0), runs[0]] if alone else runs
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """``without LDT`` and ``with LDT`` where that tells runs apart, else what they are."""
+    kinds = ["with LDT" if run.config.ldt.enabled else "without LDT" for run in runs]
+    return kinds if len(set(kinds)) == len(runs) else [run.folder.name for run in runs]
+
+
+def _titles(runs: Sequence[Run]) -> list[str]:
+    """Method (or base), metric and size of each run."""
+    names = ["base" if run.round == 0 else run.config.method.name for run in runs]
+    names = [
+        f"{name}, LDT" if run.config.ldt.enabled and name != "ldt" else name
+        for name, run in zip(names, runs, strict=True)
+    ]
+    return [
+        pictures.title(run.row, run.metric, name) for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def draw(name: str, paths: Sequence[Path], given: argparse.Namespace) -> list[Path]:
+    """Draw one figure; the files that were written.
+
+    Args:
+        name: one of :data:`NAMES`.
+        paths: runs, or studies for ``curves``.
+        given: ``out``, ``images`` and ``scale`` of the command line.
+
+    Raises:
+        FileNotFoundError: there is no run or no checkpoint.
+        ValueError: too many or too few runs, or nothing to draw.
+    """
+    out: Path | None = given.out
+    if name == "curves":
+        file = out or paths[0] / "pictures" / "curves.png"
+        save(draw_comparisons(panels(paths)), file)
+        return [file]
+    runs = [open_run(path) for path in paths]
+    folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
+    files = [out or folder / "pictures" / f"{name}.png"]
+    if name == "shrinking":
+        files = [out] if out else [files[0], files[0].with_suffix(".gif")]
+    for file in files:
+        if name == "shrinking" and file.suffix == ".gif":
+            animate_shrinking(*_rounds(_only(runs)), file)
+        else:
+            save(DRAWN[name](runs, given), file)
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        "python -m ldt.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=NAMES, help="of the figure")
+    parser.add_argument("run", type=Path, nargs="+", help="directory of a run; curves: of studies")
+    parser.add_argument("--out", type=Path, help="file; else pictures/<name>.png of run or study")
+    parser.add_argument("--images", type=int, help="how many images are shown or looked at")
+    parser.add_argument("--scale", type=int, help="discriminants: neck scale, else the strongest")
+    given = parser.parse_args(arguments)
+    if given.images is not None and given.images < 1:
+        parser.error(f"--images {given.images}; 1 or more")
+    quiet()
+    try:
+        files = draw(given.name, given.run, given)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        sys.exit(f"{error}")
+    for file in files:
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What training has done to the neck's output, the paper's Fig. 1: classes and channels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ldt.figures.style import (
+    DARK,
+    FONT,
+    GREY,
+    MARKERS,
+    PAGE_CM,
+    PALETTE,
+    SMALL,
+    new_figure,
+    tidy,
+)
+
+LEAST = 1e-4  # of the largest eigenvalue or ratio: what is below is not shown
+SCATTER_CM, LINES_CM = 6.0, 5.0
+LOOKS = (  # of the first and the second detector
+    {"color": GREY, "marker": "o", "linestyle": "--"},
+    {"color": DARK, "marker": "^", "linestyle": "-"},
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The objects of a data split on one scale of a detector's neck.
+
+    Attributes:
+        scale: index of the scale.
+        points: [N, K] the centred object vectors in the top discriminants, the largest first; in
+            units of the (ridged) standard deviation within classes.
+        labels: [N] whole numbers.
+        eigenvalues: [C] of eq. 9, the largest first.
+        ratio: [C] discriminating power of each channel alone.
+        activity: [C] standard deviation of each channel over the objects.
+    """
+
+    scale: int
+    points: np.ndarray
+    labels: np.ndarray
+    eigenvalues: np.ndarray
+    ratio: np.ndarray
+    activity: np.ndarray
+
+    @property
+    def most(self) -> int:
+        """#classes - 1, the number of discriminants that there can be."""
+        return len(np.unique(self.labels)) - 1
+
+    @property
+    def power(self) -> float:
+        """The sum of the discriminants' eigenvalues."""
+        return float(self.eigenvalues[: self.most].clip(min=0).sum())
+
+
+def draw_discriminants(
+    spaces: Sequence[Space], titles: Sequence[str], classes: Sequence[str]
+) -> Figure:
+    """Objects in the first two discriminants, eigenvalues, and the channels' power and activity.
+
+    Args:
+        spaces: of one or two detectors, on the same scale.
+        titles: their names.
+        classes: names in label order. The most frequent six have a colour, the others are grey.
+
+    Returns:
+        A figure as wide as a page: a scatter plot for each detector with common axes, then the
+        eigenvalues, and ratio and activity of the channels, both in falling order of the ratio.
+
+    Raises:
+        ValueError: there are not one or two spaces with a title each.
+    """
+    if len(spaces) not in (1, 2) or len(titles) != len(spaces):
+        raise ValueError(
+            f"{len(spaces)} detectors with {len(titles)} titles; give one or two with a title each"
+        )
+    figure = new_figure(PAGE_CM, LINES_CM + 1 if len(spaces) == 1 else SCATTER_CM + LINES_CM + 1)
+    mosaic = "0era" if len(spaces) == 1 else "000111\neerraa"
+    panels = figure.subplot_mosaic(mosaic)
+    shown = _frequent(spaces)
+    for index, (space, title) in enumerate(zip(spaces, titles, strict=True)):
+        _scatter(panels[str(index)], space, title, shown, classes)
+    if len(spaces) == 2:
+        _share_limits(panels["0"], panels["1"])
+    for space, title, look in zip(spaces, titles, LOOKS[-len(spaces) :], strict=True):
+        look = look | {"markersize": 2.0, "linewidth": 1.0, "label": title.split("\n")[0]}
+        _lines(panels["e"], panels["r"], panels["a"], space, look)
+    _explain(panels, spaces)
+    handles, names = panels["0"].get_legend_handles_labels()
+    if len(spaces) == 2:
+        lines, labels = panels["e"].get_legend_handles_labels()
+        handles, names = handles + lines, names + labels
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=len(names), fontsize=SMALL, frameon=False,
+        columnspacing=1.2, handletextpad=0.4,
+    )  # fmt: skip
+    return figure
+
+
+def _frequent(spaces: Sequence[Space]) -> list[int]:
+    labels, counts = np.unique(np.concatenate([s.labels for s in spaces]), return_counts=True)
+    return sorted(labels[np.argsort(-counts, kind="stable")][: len(PALETTE)].tolist())
+
+
+def _scatter(
+    axes: Any, space: Space, title: str, shown: Sequence[int], classes: Sequence[str]
+) -> None:
+    """Two discriminants; of a single one, the other axis parts the classes."""
+    x = space.points[:, 0]
+    alone = space.points.shape[1] == 1
+    y = np.searchsorted(np.unique(space.labels), space.labels) if alone else space.points[:, 1]
+    rest = ~np.isin(space.labels, shown)
+    axes.scatter(x[rest], y[rest], s=4, c="#D0D0D0", linewidths=0)
+    for order, label in enumerate(shown):
+        own = space.labels == label
+        axes.scatter(
+            x[own], y[own], s=9, c=PALETTE[order], marker=MARKERS[order],
+            edgecolors="black", linewidths=0.2, alpha=0.8, label=classes[label],
+        )  # fmt: skip
+    values = ", ".join(f"{value:.2g}" for value in space.eigenvalues[: space.points.shape[1]][:2])
+    axes.set_title(f"{title}\nscale {space.scale}, $\\lambda$ = {values}", fontsize=FONT)
+    axes.set_xlabel("first discriminant\n(std. within classes)", fontsize=FONT)
+    axes.set_ylabel("class" if alone else "second discriminant", fontsize=FONT)
+    if alone:
+        axes.set_yticks([])
+    tidy(axes)
+
+
+def _share_limits(one: Any, other: Any) -> None:
+    for low_high, change in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        both = [getattr(axes, low_high)() for axes in (one, other)]
+        for axes in (one, other):
+            getattr(axes, change)(min(low for low, _ in both), max(high for _, high in both))
+
+
+def _lines(eigenvalues: Any, ratio: Any, activity: Any, space: Space, look: Any) -> None:
+    order = np.argsort(-space.ratio, kind="stable")
+    index = np.arange(1, len(order) + 1)
+    for axes, values in ((eigenvalues, space.eigenvalues), (ratio, space.ratio[order])):
+        axes.plot(index, np.where(values > LEAST * values.max(), values, np.nan), **look)
+        axes.set_yscale("log")
+    activity.plot(index, space.activity[order], **look | {"linestyle": "none"})
+
+
+def _explain(panels: Any, spaces: Sequence[Space]) -> None:
+    names = {
+        "e": ("discriminant", "eigenvalue"),
+        "r": ("channel, by ratio", "ratio $S_b/S_w$ of channel"),
+        "a": ("channel, by ratio", "activity (std.)"),
+    }
+    for key, (x, y) in names.items():
+        panels[key].set_xlabel(x, fontsize=FONT)
+        panels[key].set_ylabel(y, fontsize=FONT)
+        panels[key].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        tidy(panels[key])
+    panels["a"].set_ylim(0, None)
+    most, channels = spaces[0].most, min(len(space.eigenvalues) for space in spaces)
+    if most < channels:
+        panels["e"].axvline(most + 0.5, color="black", linewidth=0.6, linestyle=":")
+        panels["e"].annotate(
+            "#classes $-$ 1", (most + 0.5, 1), (3, -2), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", fontsize=SMALL,
+        )  # fmt: skip

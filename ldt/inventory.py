@@ -1,0 +1,101 @@
+"""What every layer of a run's detectors has, round by round, and which layers are cut together.
+
+`python -m ldt.inventory runs/<study>/<run> ...` writes it for runs that lack it.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldt.checkpoints import load_pruned, read
+from ldt.detectors import quiet
+from ldt.profiling import multiply_adds_by_module
+from ldt.pruning.graph import PruningGraph
+from ldt.records import write_json
+from ldt.taps import attends, evaluating, neck_forward, raw_forward
+
+
+def write_inventory(folder: Path) -> None:
+    """Write ``structure.json`` into a run's folder, made from its checkpoints.
+
+    ``rounds`` has for each round a dict per layer with parameters: ``in`` and ``out`` channels (0
+    for norms and scales), ``params``, and ``multiply_adds`` of one image of the run's input size;
+    ``groups`` has the layers of each coupled group by its root layer's name.
+
+    Args:
+        folder: of a run, with ``config.yaml`` and ``round-<t>.ckpt``.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint of the base.
+        ValueError: a checkpoint is damaged.
+    """
+    files = sorted(folder.glob("round-*.ckpt"), key=_round)
+    rounds = {str(_round(file)): layers(load_pruned(file), _size(file)) for file in files}
+    record = {"rounds": rounds, "groups": _groups(folder)}
+    write_json(folder / "structure.json", record)
+
+
+def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """``in``, ``out``, ``params`` and ``multiply_adds`` of every layer that has parameters.
+
+    Args:
+        detector: an mmdet detector.
+        size: (H, W) of the input.
+    """
+    costs = multiply_adds_by_module(detector, partial(raw_forward, detector), (1, 3, *size))
+    found = {}
+    for name, layer in detector.named_modules():
+        params = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        if params:
+            channels = {"in": _width(layer, "in"), "out": _width(layer, "out")}
+            found[name] = channels | {"params": params, "multiply_adds": costs.get(name, 0)}
+    return found
+
+
+def _width(layer: Any, side: str) -> int:
+    return getattr(layer, f"{side}_channels", getattr(layer, f"{side}_features", 0))
+
+
+def _round(file: Path) -> int:
+    return int(file.stem.removeprefix("round-"))
+
+
+def _size(file: Path) -> tuple[int, int]:
+    height, width = read(file)["ldt"]["input_size"]
+    return height, width
+
+
+def _groups(folder: Path) -> dict[str, list[str]]:
+    """The coupled groups of the base below the run's ``prune.scope``."""
+    file = folder / "round-0.ckpt"
+    detector, about = load_pruned(file), read(file)["ldt"]
+    image = next(detector.parameters()).new_zeros(1, 3, *_size(file))
+    forward: Any = partial(neck_forward, name=about["neck"]) if attends(detector) else raw_forward
+    scope = OmegaConf.load(folder / "config.yaml").prune.scope
+    with evaluating(detector):
+        graph = PruningGraph(detector, forward, image, list(scope), never=about["predictors"])
+    return {
+        name: list(dict.fromkeys(member.name for member in group.members))
+        for name, group in graph.groups.items()
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m ldt.inventory", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="runs/<study>/<run>")
+    quiet()
+    for folder in parser.parse_args().runs:
+        try:
+            write_inventory(folder)
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
+        print(folder / "structure.json")
+
+
+if __name__ == "__main__":
+    main()

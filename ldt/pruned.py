@@ -1,0 +1,33 @@
+"""The type that an exported config names: mmdet builds a pruned detector by it.
+
+Imported by ``custom_imports`` of such a config.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmdet.registry import MODELS
+from torch import nn
+
+from ldt.detectors import build
+from ldt.pruning import structure
+
+
+@MODELS.register_module(name="PrunedDetector")
+def pruned_detector(
+    detector: str, sizes: structure.Structure, shapes: Mapping[str, str], **model: Any
+) -> nn.Module:
+    """An ordinary mmdet detector with a pruned structure, its weights still to be loaded.
+
+    Args:
+        detector: the type of the unpruned detector.
+        sizes: of the layers that pruning changed (:func:`ldt.pruning.structure.changes`).
+        shapes: of the tensors that pruning changed.
+        model: the other keys of the unpruned detector's config.
+
+    Raises:
+        ValueError: ``sizes`` or ``shapes`` belong to another detector.
+    """
+    built = build({"type": detector, **model}, initialise=False)
+    structure.apply_changes(built, sizes, shapes)
+    return built

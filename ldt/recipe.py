@@ -1,0 +1,42 @@
+"""How a detector is trained: what a recipe may hold, and its learning rate at every step."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> None:
+    """ValueError for a recipe that cannot be trained with, naming its key."""
+    allowed = {"schedule": ("step", "cosine", "constant"), "warmup_shape": ("linear", "quadratic")}
+    for key, choices in allowed.items():
+        if recipe[key] not in choices:
+            raise ValueError(f"recipe.{key}={recipe[key]!r}; choose from {', '.join(choices)}")
+    lr = recipe["optimizer"].get("lr")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
+        raise ValueError(f"recipe.optimizer.lr={lr!r} must be a positive number")
+
+
+def learning_rate(
+    recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
+) -> Callable[[int], float]:
+    """The factor on the learning rate at each step t of a phase of T steps.
+
+    Over the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
+    milestone (``step``), or 1 (``constant``), or m + (1 - m) (1 + cos(pi (t-W)/(T-P-W)))/2 with the
+    share m = ``min_lr``, at which the last ``plain`` = P steps stay (``cosine``, as YOLOX has it).
+    """
+    kind = recipe["schedule"]
+    warmup = min(int(recipe["warmup"]), steps // 5)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return scale * ((step + 1) / warmup) ** (1 + (recipe["warmup_shape"] == "quadratic"))
+        if kind == "step":
+            return scale * 0.1 ** sum(step >= m * steps for m in recipe["milestones"])
+        if kind == "cosine":
+            low = recipe["min_lr"]
+            share = min(1.0, (step - warmup) / max(1, steps - plain - warmup))
+            return scale * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
+        return scale
+
+    return factor

@@ -1,0 +1,220 @@
+"""Runs that differ in nothing but their seed, aggregated: what methods are compared by."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from ldt.config import DETAILS
+from ldt.report.runs import Run
+
+ASIDE = ("seed", "run_name", "study", "logger", "objectives", *DETAILS)  # the cell's seeds share it
+MOST_NAMED = 2  # keys in which variants of a method may differ for all of them to be in its label
+LONGEST_LABEL = 48  # characters
+Config = dict[str, Any]  # flat: dotted key -> value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Finished runs of one configuration with several seeds.
+
+    Attributes:
+        dataset, detector, budget: their names.
+        method: its name; ``unpruned`` or ``unpruned, LDT losses`` for runs that prune nothing.
+        rate: the asked share of the budget to remove; 0 where nothing is pruned.
+        metric: the data set's headline metric.
+        config: flat, without the keys that cells ignore.
+        runs: sorted by seed.
+        changed: keys in which the cell differs from what most runs of its method have there.
+        label: the method, with ``changed`` where it has variants.
+    """
+
+    dataset: str
+    detector: str
+    budget: str
+    method: str
+    rate: float
+    metric: str
+    config: Config
+    runs: tuple[Run, ...]
+    changed: Mapping[str, Any]
+    label: str
+
+    @property
+    def pruned(self) -> bool:
+        """Whether anything was removed."""
+        return self.rate > 0
+
+    @property
+    def block(self) -> tuple[str, str, str, float]:
+        """What cells have in common that may be compared number by number."""
+        return self.dataset, self.detector, self.budget, self.rate
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Config:
+    """A nested dict with dotted keys; lists are values, and nulls are left out.
+
+    A key that a run's configuration did not have yet is null in that of a later one.
+    """
+    flat: Config = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{name}.")
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def cells(runs: Iterable[Run]) -> list[Cell]:
+    """The finished runs by configuration, unpruned ones first, then by rate and label."""
+    grouped: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.finished:
+            grouped[_identity(run)].append(run)
+    blocks: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
+    for members in grouped.values():
+        cell = _cell(sorted(members, key=lambda run: (run.row["seed"], run.name)))
+        blocks[(*cell.block[:3], cell.method)].append(cell)
+    labelled = [cell for block in blocks.values() for cell in _label(block)]
+    return sorted(labelled, key=lambda cell: (*cell.block, cell.label))
+
+
+def _identity(run: Run) -> str:
+    facts = [run.row[key] for key in ("dataset", "detector", "method", "budget", "asked_rate")]
+    return json.dumps([facts, _config(run)], sort_keys=True, default=str)
+
+
+def _config(run: Run) -> Config:
+    return {
+        key: value
+        for key, value in flatten(run.config).items()
+        if not any(key == aside or key.startswith(f"{aside}.") for aside in ASIDE)
+    }
+
+
+def _cell(runs: Sequence[Run]) -> Cell:
+    row = runs[0].row
+    pruned = row["rounds"] > 0
+    losses = runs[0].summary.get("ldt", False)
+    method = row["method"] if pruned else "unpruned, LDT losses" if losses else "unpruned"
+    return Cell(
+        dataset=row["dataset"],
+        detector=row["detector"],
+        budget=row["budget"],
+        method=method,
+        rate=row["asked_rate"] if pruned else 0.0,
+        metric=row["metric"],
+        config=_config(runs[0]),
+        runs=tuple(runs),
+        changed={},
+        label=method,
+    )
+
+
+def varying(configs: Sequence[tuple[Config, int]]) -> dict[str, Counter[str]]:
+    """The keys in which configurations differ, with how many runs have each value.
+
+    Args:
+        configs: flat configurations, and the number of runs that have them.
+
+    Returns:
+        For every such key its values as text, a missing one as ``(not set)``.
+    """
+    keys = sorted({key for config, _ in configs for key in config})
+    counted: dict[str, Counter[str]] = {key: Counter() for key in keys}
+    for config, runs in configs:
+        for key in keys:
+            counted[key][shown(config, key)] += runs
+    return {key: values for key, values in counted.items() if len(values) > 1}
+
+
+def shown(config: Config, key: str) -> str:
+    """A value as text: as YAML and JSON write it."""
+    if key not in config:
+        return "(not set)"
+    value = config[key]
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _label(block: Sequence[Cell]) -> list[Cell]:
+    """Name what sets variants of a method apart: all of it if that is little, or a number."""
+    keys = varying([(_variant(cell), len(cell.runs)) for cell in block])
+    usual = {key: values.most_common(1)[0][0] for key, values in keys.items()}
+    numbers: dict[str, int] = {}
+    named = []
+    for cell in block:
+        values = {key: shown(cell.config, key) for key in keys}
+        number = numbers.setdefault(json.dumps(values), len(numbers) + 1)
+        changed = {
+            key: value
+            for key, value in values.items()
+            if value != usual[key] or len(keys) <= MOST_NAMED
+        }
+        text = ", ".join(f"{key.split('.')[-1]}={value}" for key, value in changed.items())
+        label = f"{cell.method} ({text})" if text else cell.method
+        if len(label) > LONGEST_LABEL:
+            label = f"{cell.method} #{number}"
+        named.append(replace(cell, changed=changed, label=label))
+    return named
+
+
+def _variant(cell: Cell) -> Config:
+    return {key: value for key, value in cell.config.items() if key != "prune.rate"}
+
+
+# Numbers ------------------------------------------------------------------------------------
+
+
+def summarise(found: Sequence[Cell]) -> pd.DataFrame:
+    """A row per cell: means over its runs and their sample standard deviations.
+
+    Columns: ``dataset``, ``detector``, ``method`` (the label), ``budget``, ``rate`` (asked),
+    ``seeds``, ``metric`` (the name of the headline metric), then for every number that a round
+    records (``AP``, ``params`` ...) the last round's mean under its name and the deviation under
+    ``<name>_std``, nan for a single seed; ``base`` is the headline metric before pruning. Runs
+    of equal configuration and seed count as one.
+    """
+    rows = [{"cell": i, **_numbers(run)} for i, cell in enumerate(found) for run in cell.runs]
+    seeds: Any = pd.DataFrame(rows).groupby(["cell", "seed"]).mean()
+    means = seeds.groupby("cell").mean()
+    numbers = pd.concat([means, seeds.groupby("cell").std().add_suffix("_std")], axis="columns")
+    order = [name for key in means for name in (key, f"{key}_std")]
+    counts = seeds.groupby("cell").size()
+    about = [_about(cell, int(counts[index])) for index, cell in enumerate(found)]
+    return pd.concat([pd.DataFrame(about), numbers[order]], axis="columns")
+
+
+def _about(cell: Cell, seeds: int) -> dict[str, Any]:
+    return {
+        "dataset": cell.dataset,
+        "detector": cell.detector,
+        "method": cell.label,
+        "budget": cell.budget,
+        "rate": cell.rate,
+        "seeds": seeds,
+        "metric": cell.metric,
+    }
+
+
+def _numbers(run: Run) -> dict[str, float]:
+    first, last = run.summary["rounds"][0], run.summary["rounds"][-1]
+    numbers = {
+        key: value
+        for key, value in last.items()
+        if isinstance(value, (int, float)) and key not in ("round", "rate", "threads")
+    }
+    return {"seed": run.row["seed"], "base": first.get(run.row["metric"], float("nan")), **numbers}
+
+
+def notes(found: Sequence[Cell]) -> list[str]:
+    """What the numbered labels stand for, one line each."""
+    told = {
+        cell.label: ", ".join(f"{key}={value}" for key, value in cell.changed.items())
+        for cell in found
+        if cell.label == f"{cell.method} #{cell.label.rpartition('#')[2]}"
+    }
+    return [f"{label}: {text}" for label, text in told.items()]

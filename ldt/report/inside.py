@@ -1,0 +1,195 @@
+"""Interactive figures of one run: what its cuts were based on, and what they left."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from ldt.figures.style import DARK, GREY, LIGHT
+from ldt.report.runs import Cut, Run
+from ldt.report.traces import faded, lay_out, text
+
+ROW = 17  # pixels of a layer's bar
+GONE = "#D55E00"
+PARTS = ("#0B4F79", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
+COSTS = {"params": "parameters", "multiply_adds": "multiply-adds"}
+
+
+def kept_channels(run: Run) -> go.Figure:
+    """The channels of every coupled group: bars of the base, and what each round left of them.
+
+    Raises:
+        ValueError: the run has cut nothing.
+    """
+    cuts = _cuts(run)
+    names = sorted(cuts[min(cuts)])
+    figure = go.Figure()
+    for index, (label, left) in enumerate(_left(cuts).items()):
+        shade = LIGHT if index == 0 else faded(DARK, (index / len(cuts)) ** 0.8)
+        figure.add_bar(
+            y=[text(name) for name in names],
+            x=[left[name] for name in names],
+            name=label,
+            orientation="h",
+            marker={"color": shade},
+            hovertemplate="%{y}: %{x} channels<extra></extra>",
+            showlegend=True,
+        )
+    figure.update_layout(barmode="overlay", bargap=0.25)
+    figure.update_xaxes(title_text="channels")
+    return _of_layers(figure, len(names))
+
+
+def _cuts(run: Run) -> Mapping[int, Mapping[str, Cut]]:
+    if not run.cuts:
+        raise ValueError(f"{run.name} has cut nothing: there is no scores-<t>.npz in {run.folder}")
+    return run.cuts
+
+
+def _left(cuts: Mapping[int, Mapping[str, Cut]]) -> dict[str, dict[str, int]]:
+    """The channels of each group, before the first round and after each."""
+    first = cuts[min(cuts)]
+    left = {"base": {name: len(cut.scores) for name, cut in first.items()}}
+    for index, groups in cuts.items():
+        sizes = {name: len(cut.scores) - len(cut.removed) for name, cut in groups.items()}
+        left[f"after round {index}"] = left["base"] | sizes
+    return left
+
+
+def _of_layers(figure: go.Figure, count: int) -> go.Figure:
+    """A figure with a row per layer, the input on top."""
+    lay_out(figure, 110 + ROW * count)
+    figure.update_yaxes(autorange="reversed", ticks="", showgrid=False, automargin=True)
+    return figure
+
+
+def utilities(run: Run, cut: int = 1) -> go.Figure:
+    """The scores that a round ranked channels by, group by group, in shares of a group's mean.
+
+    Args:
+        run: with ``scores-<cut>.npz``.
+        cut: the round.
+
+    Raises:
+        ValueError: the run has not cut in this round.
+    """
+    cuts = _cuts(run)
+    if cut not in cuts:
+        raise ValueError(f"{run.name} has not cut in round {cut}; its rounds are {list(cuts)}")
+    kept, gone = [], []
+    for name, (scores, removed) in sorted(cuts[cut].items()):
+        relative = scores / (np.abs(scores).mean() or 1.0)
+        dropped = np.isin(np.arange(len(scores)), removed)
+        kept += [(text(name), value) for value in relative[~dropped]]
+        gone += [(text(name), value) for value in relative[dropped]]
+    figure = go.Figure()
+    for label, points, colour in (("kept", kept, DARK), ("removed", gone, GONE)):
+        figure.add_scatter(
+            x=[value for _, value in points],
+            y=[name for name, _ in points],
+            mode="markers",
+            marker={"symbol": "line-ns", "size": 10, "line": {"color": colour, "width": 1.2}},
+            name=label,
+            hovertemplate="%{y}: %{x:.3g}<extra></extra>",
+            showlegend=True,
+        )
+    positive = all(value > 0 for _, value in kept + gone)
+    scale = "log" if positive else "linear"  # some criteria give negative scores
+    figure.update_xaxes(title_text="score (1: the mean of its group)", type=scale)
+    return _of_layers(figure, len(cuts[cut]))
+
+
+def layer_channels(run: Run) -> go.Figure:
+    """Output channels of every layer before pruning and after the last round.
+
+    Raises:
+        FileNotFoundError: there is no ``structure.json``.
+    """
+    return _before_after(run, "out", "output channels")
+
+
+def layer_costs(run: Run, cost: str = "params") -> go.Figure:
+    """``params`` or ``multiply_adds`` of every layer before pruning and after the last round."""
+    return _before_after(run, cost, COSTS[cost])
+
+
+def _before_after(run: Run, key: str, title: str) -> go.Figure:
+    rounds: Any = run.layers[key].unstack("round", sort=False)
+    rounds = rounds[rounds.iloc[:, 0] > 0]
+    if key != "out":
+        rounds = rounds[run.layers.loc[rounds.columns[0], "out"].reindex(rounds.index) > 0]
+    figure = go.Figure()
+    ends = {"before": (rounds.columns[0], LIGHT), "after": (rounds.columns[-1], DARK)}
+    for label, (index, colour) in ends.items():
+        figure.add_bar(
+            x=rounds[index],
+            y=[text(name) for name in rounds.index],
+            name=label,
+            orientation="h",
+            marker={"color": colour},
+            hovertemplate="%{y}: %{x:,}<extra></extra>",
+            showlegend=True,
+        )
+    figure.update_layout(barmode="overlay", bargap=0.25)
+    figure.update_xaxes(title_text=title)
+    return _of_layers(figure, len(rounds))
+
+
+def parts(run: Run) -> pd.DataFrame:
+    """Parameters and multiply-adds of each part of the network, before and after.
+
+    Returns:
+        A row per part and one for the ``whole``; columns (cost, ``before`` | ``after`` |
+        ``removed``), the last one a share.
+
+    Raises:
+        FileNotFoundError: there is no ``structure.json``.
+    """
+    rounds = run.layers.index.get_level_values("round")
+    found = {}
+    for cost in COSTS:
+        costs: Any = run.layers.groupby(["part", "round"], sort=False)[cost].sum()
+        sums = costs.unstack("round")
+        sums.loc["whole"] = sums.sum()
+        before, after = sums[rounds.min()], sums[rounds.max()]
+        found |= {
+            (COSTS[cost], "before"): before.astype(int),
+            (COSTS[cost], "after"): after.astype(int),
+            (COSTS[cost], "removed"): 1 - after / before,
+        }
+    return pd.DataFrame(found)
+
+
+def part_costs(runs: Sequence[Run], cost: str = "params") -> go.Figure:
+    """What is left of each part of the network, a bar per run; the first is the unpruned network.
+
+    Args:
+        runs: pruned versions of one network.
+        cost: ``params`` or ``multiply_adds``.
+
+    Raises:
+        ValueError: no run was given.
+        FileNotFoundError: one has no ``structure.json``.
+    """
+    if not runs:
+        raise ValueError("no runs to draw; give pruned versions of one network")
+    title = COSTS[cost]
+    tables = {text(run.row.get("method", run.name), run.name): parts(run)[title] for run in runs}
+    first = next(iter(tables.values()))
+    bars = {"unpruned": first["before"], **{name: table["after"] for name, table in tables.items()}}
+    figure = go.Figure()
+    for part, colour in zip(first.index.drop("whole"), PARTS * len(first), strict=False):
+        figure.add_bar(
+            y=list(bars),
+            x=[values[part] for values in bars.values()],
+            name=text(part),
+            orientation="h",
+            marker={"color": colour, "line": {"color": GREY, "width": 0}},
+            hovertemplate="%{x:,}",
+            showlegend=True,
+        )
+    figure.update_layout(barmode="stack", bargap=0.35)
+    figure.update_xaxes(title_text=title)
+    return _of_layers(figure, 3 * len(bars))

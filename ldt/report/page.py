@@ -1,0 +1,199 @@
+"""A study as one HTML page that needs no network."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from ldt.report import curves
+from ldt.report.cells import Cell, cells, flatten, varying
+from ldt.report.papers import SIZES, Column, Value, compare, percent
+from ldt.report.pictures import album
+from ldt.report.runs import Run
+from ldt.report.terminal import BUDGETS, METRICS, number
+
+MEGABYTES = 20.0  # of pictures
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+}
+
+
+def page(study: Path, runs: Sequence[Run], megabytes: float = MEGABYTES) -> str:
+    """The report of a study.
+
+    Args:
+        study: its folder; the title has its name.
+        runs: of the study, at least one of them finished.
+        megabytes: of pictures; the number of those that are left out is told.
+
+    Returns:
+        HTML with everything inside: plotly's JavaScript once, figures, tables, pictures.
+    """
+    found = cells(runs)
+    environment = Environment(
+        loader=PackageLoader("ldt.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = _html
+    return environment.get_template("page.html").render(
+        study=study.name,
+        made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        facts=_facts(runs, found),
+        cells=compare(found),
+        rows=[_row(cell, run) for cell in found for run in cell.runs],
+        panels=_panels(found),
+        losses=_losses(found),
+        places=_places(found),
+        album=album([run for cell in found for run in cell.runs], megabytes),
+        labels={run.name: cell.label for cell in found for run in cell.runs},
+        differing=_differing(found),
+        variants=_variants(found),
+        others=[run.row for run in runs if not run.finished],
+    )
+
+
+def _html(figure: go.Figure) -> Markup:
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
+
+
+# What was compared --------------------------------------------------------------------------
+
+
+def _facts(runs: Sequence[Run], found: Sequence[Cell]) -> dict[str, str]:
+    """Terms and what the study has of them."""
+    done = [run for run in runs if run.finished]
+    states = [run.row["status"] for run in runs]
+    counts = (
+        f"{states.count(state)} {state}"
+        for state in ("finished", "failed", "unfinished")
+        if state in states
+    )
+    sizes = dict.fromkeys("{} x {}".format(*run.row["input_size"]) for run in done)
+    rates = sorted({(cell.budget, cell.rate) for cell in found if cell.pruned})
+    return {
+        "runs": ", ".join(counts),
+        "data sets": _listed(cell.dataset for cell in found),
+        "detectors": _listed(cell.detector for cell in found),
+        "methods": _listed(run.row["method"] for run in done if run.row["rounds"]) or "none",
+        "removed": _listed(f"{percent(rate)} of {BUDGETS[budget]}" for budget, rate in rates)
+        or "-",
+        "seeds": _listed(str(seed) for seed in sorted({run.row["seed"] for run in done})),
+        "input (height x width)": _listed(sizes),
+        "code": _listed(_code(run) for run in done),
+    }
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _code(run: Run) -> str:
+    git = run.summary.get("git") or {}
+    return git.get("commit", "unknown")[:8] + (" with changes" if git.get("dirty") else "")
+
+
+def _places(found: Sequence[Cell]) -> list[str]:
+    """Where latencies were measured; of several places they cannot be compared."""
+    rows = (run.row for cell in found for run in cell.runs)
+    places = (f"{row['device']}, {_threads(row['threads'])}" for row in rows if "device" in row)
+    return list(dict.fromkeys(places))
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+# Tables -------------------------------------------------------------------------------------
+
+
+def _row(cell: Cell, run: Run) -> dict[str, Value]:
+    """A run as a line of the table of runs."""
+    row = run.row
+    names = dict.fromkeys((*METRICS, cell.metric))
+    before = row.get(f"base_{cell.metric}")
+    values = {
+        "run": Value(run.name, run.name),
+        "method": Value(cell.label, cell.label),
+        "detector": Value(cell.detector, cell.detector),
+        "seed": Value(str(row["seed"]), row["seed"]),
+        "headline": Value(cell.metric, cell.metric),
+        "before": _number(before, Column("", "", 3)),
+    }
+    after = (*(Column(name, name, 3) for name in names), *SIZES)
+    measured = {column.title: _number(row.get(column.key), column) for column in after}
+    removed = _number(row.get("rate"), Column("", "", 1, 100))
+    return values | measured | {"removed (%)": removed}
+
+
+def _number(value: float | None, column: Column) -> Value:
+    text = number(value, column.digits, column.scale)
+    return Value(text, "" if text == "-" or value is None else value)
+
+
+# Figures ------------------------------------------------------------------------------------
+
+
+def _pairs(found: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells of each detector and data set; only these share axes."""
+    pairs: dict[str, list[Cell]] = defaultdict(list)
+    for cell in found:
+        pairs[f"{cell.detector} · {cell.dataset}"].append(cell)
+    return pairs
+
+
+def _panels(found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The figures of each detector and data set."""
+    return [
+        {
+            "name": name,
+            "trade_off": curves.trade_off(own),
+            "by_round": curves.by_round(own) if any(cell.pruned for cell in own) else None,
+        }
+        for name, own in _pairs(found).items()
+    ]
+
+
+def _losses(found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The loss terms of each detector and data set that has a log."""
+    return [
+        {"name": name, "figure": curves.training(own)}
+        for name, own in _pairs(found).items()
+        if any(key.startswith("train/loss") for c in own for run in c.runs for key in run.log)
+    ]
+
+
+# Configurations -----------------------------------------------------------------------------
+
+
+def _differing(found: Sequence[Cell]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Keys in which the finished runs differ, with the runs of each value, the most first.
+
+    What follows from another detector or data set is left out but for their names.
+    """
+    keys = {"detector.name", "dataset.name"}
+    for own in _pairs(found).values():
+        keys |= set(varying(_configs(own)))
+    counted = varying(_configs(found))
+    shown = sorted((keys - {"run_name", "study"}) & set(counted))
+    return [(key, counted[key].most_common()) for key in shown]
+
+
+def _configs(found: Sequence[Cell]) -> list[tuple[dict[str, Any], int]]:
+    return [(flatten(run.config), 1) for cell in found for run in cell.runs]
+
+
+def _variants(found: Sequence[Cell]) -> list[Cell]:
+    """One cell for each label that stands for a variant of a method."""
+    return list({(cell.label, cell.detector): cell for cell in found if cell.changed}.values())

@@ -1,0 +1,150 @@
+"""The comparison as a table: text cells for the page, Markdown and LaTeX; numbers for CSV."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ldt.report.cells import Cell, notes, summarise
+from ldt.report.terminal import BUDGETS, METRICS, number
+
+
+class Column(NamedTuple):
+    """A measured column: where it comes from, how it is written, and which way is better."""
+
+    key: str
+    title: str
+    digits: int
+    scale: float = 1.0
+    better: int = 0  # 1: more, -1: less, 0: not compared
+
+
+class Value(NamedTuple):
+    """A cell of a table: its text, what it is sorted by, whether it is the best of its block."""
+
+    text: str
+    sort: float | str
+    best: bool = False
+
+
+SIZES = (
+    Column("params", "parameters (M)", 3, 1e-6, -1),
+    Column("multiply_adds", "multiply-adds (G)", 3, 1e-9, -1),
+    Column("latency_ms", "latency (ms)", 1, 1.0, -1),
+)
+TEXTS = ("dataset", "detector", "method", "removed", "seeds")
+Table = list[dict[str, Value]]  # a row per cell, by column title
+
+
+def percent(share: float) -> str:
+    """A share of 1 as it was asked for."""
+    return f"{share * 100:g} %"
+
+
+def columns(found: Sequence[Cell]) -> list[Column]:
+    """What is shown: the headline metric before, the metrics after, and the costs."""
+    names = dict.fromkeys((*METRICS, *(cell.metric for cell in found)))
+    after = [Column(name, name, 3, 1.0, 1) for name in names]
+    return [Column("base", "before", 3), *after, *SIZES]
+
+
+def compare(found: Sequence[Cell]) -> Table:
+    """A row per cell: mean ± standard deviation over its seeds.
+
+    Best are, in each column, the pruned cells whose mean is the best, at the shown precision, of
+    those with the same data set, detector, budget and rate; the budget itself is not compared.
+    """
+    means = summarise(found)
+    shown = [column for column in columns(found) if column.key in means]
+    best = _best(found, means, shown)
+    return [
+        _texts(cell, row["seeds"])
+        | {
+            column.title: Value(
+                _plus_minus(row, column), row[column.key], (index, column.key) in best
+            )
+            for column in shown
+        }
+        for index, (cell, row) in enumerate(zip(found, means.to_dict("records"), strict=True))
+    ]
+
+
+def _texts(cell: Cell, seeds: int) -> dict[str, Value]:
+    removed = f"{percent(cell.rate)} of {BUDGETS[cell.budget]}" if cell.pruned else "-"
+    values = (cell.dataset, cell.detector, cell.label, removed, str(seeds))
+    sort = (*values[:3], cell.rate, seeds)
+    rows = zip(TEXTS, values, sort, strict=True)
+    return {title: Value(text, key) for title, text, key in rows}
+
+
+def _plus_minus(means: dict[str, Any], column: Column) -> str:
+    mean, deviation = (
+        number(means[key], column.digits, column.scale) for key in (column.key, f"{column.key}_std")
+    )
+    constant = column in SIZES and not deviation.strip("0.")  # sizes are often all the same
+    return mean if deviation == "-" or constant else f"{mean} ± {deviation}"
+
+
+def _best(
+    found: Sequence[Cell], means: pd.DataFrame, shown: Sequence[Column]
+) -> set[tuple[int, str]]:
+    """(row, column key) of the best pruned cells of each block that has several."""
+    blocks: dict[Any, list[int]] = defaultdict(list)
+    for index, cell in enumerate(found):
+        if cell.pruned:
+            blocks[cell.block].append(index)
+    best = set()
+    for (_, _, budget, _), indices in blocks.items():
+        bound = "params" if budget == "params" else "multiply_adds"
+        for column in shown:
+            rounded = (means[column.key].iloc[indices] * column.scale).round(column.digits)
+            top = rounded.max() if column.better > 0 else rounded.min()
+            if column.better and column.key != bound and len(indices) > 1:
+                best |= {(index, column.key) for index in rounded.index[rounded == top]}
+    return best
+
+
+# Formats ------------------------------------------------------------------------------------
+
+
+def write(found: Sequence[Cell], kind: str) -> str:
+    """The comparison as ``markdown``, ``latex`` or ``csv``.
+
+    CSV has all numbers of :func:`ldt.report.cells.summarise`, unrounded, in plain units.
+    """
+    return {"markdown": _markdown, "latex": _latex, "csv": _csv}[kind](found)
+
+
+def _markdown(found: Sequence[Cell]) -> str:
+    table = compare(found)
+    titles = list(table[0])
+    rule = ["---" if title in TEXTS else "---:" for title in titles]
+    rows = [[_marked(value) for value in row.values()] for row in table]
+    lines = [f"| {' | '.join(line)} |\n" for line in (titles, rule, *rows)]
+    return "".join(lines) + "".join(f"\n{note}\n" for note in notes(found))
+
+
+def _marked(value: Value) -> str:
+    text = value.text.replace("|", "\\|")
+    return f"**{text}**" if value.best else text
+
+
+def _latex(found: Sequence[Cell]) -> str:
+    table = compare(found)
+    texts = pd.DataFrame([{title: value.text for title, value in row.items()} for row in table])
+    bold = pd.DataFrame([[_style(value) for value in row.values()] for row in table])
+    style: Any = texts.style.apply(lambda _: bold.set_axis(texts.columns, axis=1), axis=None)
+    style = style.format(escape="latex").format_index(escape="latex", axis=1).hide(axis="index")
+    alignment = "".join("l" if title in TEXTS else "r" for title in texts)
+    written = style.to_latex(hrules=True, column_format=alignment).replace("±", "$\\pm$")
+    told = "".join(f"% {note}\n" for note in notes(found))
+    return f"% \\usepackage{{booktabs}}\n{told}{written}"
+
+
+def _style(value: Value) -> str:
+    return "textbf:--rwrap;" if value.best else ""
+
+
+def _csv(found: Sequence[Cell]) -> str:
+    return summarise(found).to_csv(index=False, lineterminator="\n")

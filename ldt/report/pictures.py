@@ -1,0 +1,65 @@
+"""The pictures of runs, small enough for one page."""
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ldt.report.runs import Run
+
+WIDEST = 1400  # pixels of an embedded picture
+QUALITY = 82  # of WebP
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded picture: its file's name, its run, and its data as an URL."""
+
+    name: str
+    run: Run
+    url: str
+
+
+@dataclass(frozen=True)
+class Album:
+    """Pictures by file name, and how many more there are than the page may hold."""
+
+    pictures: dict[str, list[Picture]]
+    left_out: int
+
+
+def album(runs: Iterable[Run], megabytes: float) -> Album:
+    """All pictures of the runs' ``pictures/`` folders, scaled down, up to a total size.
+
+    Where they are too many, each kind gets the same number of runs, in the order of the runs.
+
+    Args:
+        runs: in order.
+        megabytes: of all pictures as they stand in the page.
+    """
+    files = [(file, run) for run in runs for file in sorted(run.folder.glob("pictures/*.png"))]
+    kinds = dict.fromkeys(sorted(file.name for file, _ in files))
+    queues = {kind: [(f, run) for f, run in files if f.name == kind] for kind in kinds}
+    found: dict[str, list[Picture]] = {kind: [] for kind in kinds}
+    room = megabytes * 1e6
+    for place in range(max(map(len, queues.values()), default=0)):
+        for kind, queue in queues.items():
+            if room > 0 and place < len(queue):
+                file, run = queue[place]
+                picture = Picture(file.stem, run, _url(file))
+                room -= len(picture.url)
+                if room >= 0:
+                    found[kind].append(picture)
+    shown = {kind.removesuffix(".png"): own for kind, own in found.items() if own}
+    return Album(shown, len(files) - sum(map(len, shown.values())))
+
+
+def _url(file: str | io.BytesIO | object) -> str:
+    """A picture as WebP in a data URL."""
+    with Image.open(file) as image:  # type: ignore[arg-type]
+        image.thumbnail((WIDEST, 4 * WIDEST))
+        data = io.BytesIO()
+        image.convert("RGB").save(data, "WEBP", quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

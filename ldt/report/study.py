@@ -1,0 +1,67 @@
+"""The runs of a study as flat rows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldt.records import read_json
+
+
+def load_study(study: Path) -> list[dict[str, Any]]:
+    """One flat row for each run of a study, sorted by name.
+
+    Args:
+        study: the directory that holds the runs' directories.
+
+    Returns:
+        Rows with ``run`` and ``status``: ``finished``, ``failed`` (also where ``summary.json``
+        cannot be read) or ``unfinished``. Failed ones have ``error``. Finished ones have the run's
+        fields (``detector``, ``dataset``, ``method``, ``metric``, ``seed``, ``input_size``,
+        ``asked_rate``, ``rounds``, ``budget``), the last round's row under its own keys, and the
+        base's row under ``base_<key>``.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    return [study_row(folder) for folder in folders(study)]
+
+
+def folders(study: Path) -> list[Path]:
+    """The directories of a study's runs, sorted; FileNotFoundError where there is no study."""
+    if not study.is_dir():
+        raise FileNotFoundError(f"no study at {study}; expected there: one directory for each run")
+    return [
+        folder
+        for folder in sorted(study.iterdir())
+        if (folder / "summary.json").is_file() or (folder / "config.yaml").is_file()
+    ]
+
+
+def study_row(folder: Path) -> dict[str, Any]:
+    """One run as a row of :func:`load_study`."""
+    file = folder / "summary.json"
+    try:
+        return _flat(folder.name, read_json(file))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
+        text = f"{file} is damaged ({type(error).__name__}: {error}); remove it to run again"
+        return {"run": folder.name, "status": "failed", "error": text}
+
+
+def _flat(run: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    status = summary.get("status")
+    if status == "failed":
+        return {"run": run, "status": status, "error": str(summary["error"])}
+    if status != "finished":
+        return {"run": run, "status": "unfinished"}
+    keys = ("study", "detector", "dataset", "method", "metric", "seed", "input_size")
+    base, last, plan = summary["rounds"][0], summary["rounds"][-1], summary["plan"]
+    return {
+        "run": run,
+        "status": status,
+        **{key: summary[key] for key in keys},
+        "asked_rate": plan["rate"],
+        "rounds": plan["rounds"],
+        "budget": plan["budget"],
+        **last,
+        **{f"base_{key}": value for key, value in base.items()},
+    }

@@ -1,0 +1,49 @@
+"""Sweeps that are unions of grids: hardly a table of the paper is one full product."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+
+def jobs(
+    params: Mapping[str, object], grids: Sequence[Mapping[str, object]], given: Sequence[str]
+) -> list[list[str]]:
+    """The overrides of every job of a sweep, each job once, in the order of the grids.
+
+    Args:
+        params: swept keys with their values, ``{"prune.rate": "0.5,0.7"}``, part of every grid.
+        grids: each gives the product of its values; none is one empty grid.
+        given: overrides of the command line. A value that grids list is run in those grids only,
+            any other in all of them; a grid that is left without a value of a key drops out.
+
+    Returns:
+        A list of overrides for each job.
+    """
+    tables = [_values(f"{k}={v}" for k, v in {**params, **grid}.items()) for grid in grids or [{}]]
+    for key, wanted in _values(given).items():
+        listed = {value for table in tables for value in table.get(key, ())}
+        for table in tables:
+            own = table.get(key, ())
+            table[key] = [value for value in wanted if value in own or value not in listed]
+        tables = [table for table in tables if table[key]]
+    found = (job for table in tables for job in product(*map(_written, table.items())))
+    return [list(job) for job in dict.fromkeys(found)]
+
+
+def _values(overrides: Iterable[str]) -> dict[str, list[str]]:
+    """The values of each key; the last override of a key counts."""
+    found = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        values = (
+            list(override.sweep_string_iterator())
+            if override.is_sweep_override()
+            else [override.get_value_element_as_str()]
+        )
+        found[override.get_key_element()] = values
+    return found
+
+
+def _written(item: tuple[str, list[str]]) -> list[str]:
+    key, values = item
+    return [f"{key}={value}" for value in values]

@@ -1,0 +1,153 @@
+"""Which runs are seeds of one another, what they are called, and their numbers."""
+
+import math
+
+import numpy as np
+import pytest
+from summaries import configured, row
+
+from ldt.report import load_runs
+from ldt.report.cells import cells, flatten, summarise
+from ldt.report.papers import compare, write
+
+
+def config(seed=0, **changed):
+    method = {"name": "ldt", "ranking": "global"}
+    return {
+        "seed": seed,
+        "method": method,
+        "recipe": {"epochs": 9},
+        "dataset": {"root": "/x"},
+    } | changed
+
+
+def pruned(study, name, ap, seed=0, keys=None, **changed):
+    rounds = [row(0, AP=0.5), row(1, AP=ap, params=changed.pop("params", 100_000))]
+    configured(study, name, config(seed, **(keys or {})), seed=seed, rounds=rounds, **changed)
+
+
+def test_runs_that_differ_in_seed_and_place_only_are_one_cell(tmp_path):
+    pruned(tmp_path, "a", 0.3, seed=0)
+    pruned(tmp_path, "b", 0.4, seed=1, keys={"dataset": {"root": "/y"}, "run_name": "b"})
+    (cell,) = cells(load_runs(tmp_path))
+    assert cell.label == "ldt"
+    means = summarise([cell]).iloc[0]
+    assert means["seeds"] == 2
+    assert math.isclose(means["AP"], 0.35)
+    assert math.isclose(means["AP_std"], np.std([0.3, 0.4], ddof=1))
+    assert math.isclose(means["base"], 0.5)
+
+
+def test_runs_of_equal_seed_count_as_one(tmp_path):
+    for name, ap, seed in (("a", 0.2, 0), ("b", 0.4, 0), ("c", 0.5, 1)):
+        pruned(tmp_path, name, ap, seed)
+    means = summarise(cells(load_runs(tmp_path))).iloc[0]
+    assert means["seeds"] == 2
+    assert math.isclose(means["AP"], 0.4)  # of 0.3 and 0.5
+
+
+def test_a_single_seed_has_no_deviation(tmp_path):
+    pruned(tmp_path, "a", 0.3)
+    found = cells(load_runs(tmp_path))
+    assert math.isnan(summarise(found)["AP_std"].iloc[0])
+    assert compare(found)[0]["AP"].text == "0.300"
+
+
+def test_other_settings_make_other_cells_and_are_named(tmp_path):
+    for name, ranking in (("a", "global"), ("b", "uniform")):
+        pruned(tmp_path, name, 0.3, keys={"method": {"name": "ldt", "ranking": ranking}})
+    assert [c.label for c in cells(load_runs(tmp_path))] == [
+        "ldt (ranking=global)",
+        "ldt (ranking=uniform)",
+    ]
+
+
+def test_many_differences_are_numbered_and_noted(tmp_path):
+    pruned(tmp_path, "a", 0.3, seed=0)
+    pruned(tmp_path, "a2", 0.3, seed=1)
+    keys = {"recipe": {f"{letter}_quite_long_key": 1 for letter in "abc"}}
+    pruned(tmp_path, "b", 0.3, keys=keys)
+    found = cells(load_runs(tmp_path))
+    assert [cell.label for cell in found] == ["ldt", "ldt #2"]
+    assert "a_quite_long_key=1" in write(found, "markdown").splitlines()[-1]
+
+
+def test_rates_of_one_setting_share_a_label(tmp_path):
+    for name, rate in (("a", 0.5), ("b", 0.7)):
+        plan = {"rate": rate, "rounds": 1, "budget": "params"}
+        pruned(tmp_path, name, 0.3, keys={"prune": {"rate": rate}}, plan=plan)
+    found = cells(load_runs(tmp_path))
+    assert [(cell.label, cell.rate) for cell in found] == [("ldt", 0.5), ("ldt", 0.7)]
+
+
+def test_runs_without_rounds_are_unpruned(tmp_path):
+    plan = {"rate": 0.5, "rounds": 0, "budget": "params"}
+    for name, losses in (("a", True), ("b", False)):
+        changed = {"method": "none", "ldt": losses, "rounds": [row(0)], "plan": plan}
+        configured(tmp_path, name, config(ldt={"enabled": losses}), **changed)
+    found = cells(load_runs(tmp_path))
+    assert [cell.label for cell in found] == ["unpruned", "unpruned, LDT losses"]
+    assert not any(cell.pruned for cell in found)
+
+
+def test_a_null_is_as_good_as_a_missing_key():
+    assert flatten({"a": {"b": None, "c": [1]}, "d": {}}) == {"a.c": [1]}
+
+
+# Tables for papers ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Two methods of one rate and a third of another; the first has two seeds."""
+    pruned(tmp_path, "a0", 0.3, 0, method="l1")
+    pruned(tmp_path, "a1", 0.4, 1, method="l1")
+    pruned(tmp_path, "b", 0.36, method="ldt_x", latency_ms=3)
+    plan = {"rate": 0.7, "rounds": 1, "budget": "params"}
+    pruned(tmp_path, "c", 0.9, method="ldt_x", plan=plan)
+    return cells(load_runs(tmp_path))
+
+
+def test_the_best_of_equal_rate_is_marked_and_what_stands_alone_is_not(three):
+    marked = {(row["method"].text, row["removed"].sort): row["AP"].best for row in compare(three)}
+    assert marked == {("l1", 0.5): False, ("ldt_x", 0.5): True, ("ldt_x", 0.7): False}
+    assert not any(row["parameters (M)"].best for row in compare(three))  # the budget itself
+
+
+def test_ties_at_the_shown_precision_are_all_best(tmp_path):
+    pruned(tmp_path, "a", 0.30001, method="l1")
+    pruned(tmp_path, "b", 0.30002, method="px")
+    assert [row["AP"].best for row in compare(cells(load_runs(tmp_path)))] == [True, True]
+
+
+def test_markdown_has_a_line_a_cell_and_bold_for_the_best(three):
+    lines = write(three, "markdown").splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + len(three)
+    assert "0.350 ± 0.071" in lines[2]
+    assert "**0.360**" in lines[3]
+
+
+def test_latex_is_escaped_and_bold(three):
+    text = write(three, "latex")
+    assert "ldt\\_x" in text
+    assert "50 \\% of parameters" in text
+    assert "\\textbf{0.360}" in text
+    assert "0.350 $\\pm$ 0.071" in text
+    body = text[text.index("\\midrule") : text.index("\\bottomrule")]
+    assert body.count("\\\\") == len(three)
+
+
+def test_csv_has_the_unrounded_numbers(three):
+    import io
+
+    import pandas as pd
+
+    read = pd.read_csv(io.StringIO(write(three, "csv")))
+    assert np.allclose(read["AP"], [0.35, 0.36, 0.9])
+    assert read["params"].tolist() == [100_000] * 3
+
+
+def test_pipes_in_a_name_do_not_break_the_table(tmp_path):
+    pruned(tmp_path, "a", 0.3, method="a|b")
+    assert "a\\|b" in write(cells(load_runs(tmp_path)), "markdown")

@@ -1,0 +1,238 @@
+"""The page of a study: complete, safe, and alive in a browser."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from browser import needs_chromium, opened
+from PIL import Image
+from summaries import configured, row
+
+from ldt.records import write_json
+from ldt.report import load_runs
+from ldt.report.__main__ import main
+from ldt.report.cells import cells
+from ldt.report.curves import MOST_POINTS, by_round, pareto, thinned, trade_off, training
+from ldt.report.page import page
+from ldt.report.pictures import album
+
+EVIL = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
+APS = {"chip": (0.31, 0.33), "ldt": (0.38, 0.36), "l1": (0.2, 0.25)}
+
+
+def log(seed):
+    return [{"step": s, "train/loss": 3 / s + seed, "train/loss_ld": -s} for s in (10, 20, 30)]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three methods, two seeds each, with logs and pictures; a failed run and an unfinished one."""
+    for method, aps in APS.items():
+        for seed, ap in enumerate(aps):
+            config = {"seed": seed, "method": {"name": method}, "recipe": {"note": EVIL}}
+            rounds = [
+                row(0, latency_ms=20),
+                row(1, AP=ap),
+                row(2, AP=ap - 0.02, latency_ms=5 + seed),
+            ]
+            name = f"{method}-s{seed}"
+            folder = configured(
+                tmp_path, name, config, log(seed), method=method, seed=seed, rounds=rounds
+            )
+            (folder / "pictures").mkdir()
+            noise = np.random.default_rng(seed).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+            for kind in ("channels", "detections"):
+                Image.fromarray(noise).save(folder / "pictures" / f"{kind}.png")
+    for name in ("broken", "started"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+    write_json(
+        tmp_path / "broken/summary.json", {"status": "failed", "error": f"ValueError: {EVIL}"}
+    )
+    return tmp_path
+
+
+# Figures --------------------------------------------------------------------------------------
+
+
+def test_the_front_has_what_no_other_point_beats():
+    x, y = [3, 1, 2, 1, 4], [0.5, 0.2, 0.5, 0.3, 0.4]
+    assert pareto(x, y) == [3, 2]
+    assert pareto([], []) == []
+
+
+def test_nothing_outside_of_the_front_is_undominated():
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, 50))
+    front = set(pareto(x.tolist(), y.tolist()))
+    for i in range(50):
+        beaten = any(
+            (x[j] <= x[i] and y[j] > y[i]) or (x[j] < x[i] and y[j] >= y[i]) for j in range(50)
+        )
+        assert (i in front) == (not beaten)
+
+
+def named(figure, name):
+    return [trace for trace in figure.data if trace.name == name]
+
+
+def test_lines_join_the_means_over_seeds_and_bands_have_their_width(study):
+    figure = trade_off(cells(load_runs(study)))
+    _, band, line = named(figure, "ldt")[:3]  # dots, band, line of the first panel
+    assert np.allclose(line.x, [0.21, 0.63])
+    assert np.allclose(line.y, [0.35, 0.4])
+    spread = np.std([0.36, 0.34], ddof=1)
+    assert np.allclose(band.y, [0.35 + spread, 0.4, 0.4, 0.35 - spread])
+
+
+def test_the_unpruned_detector_is_dashed_in_every_panel(study):
+    lines = named(trade_off(cells(load_runs(study))), "unpruned")
+    assert len(lines) == 3
+    assert all(line.line.dash == "dash" and np.allclose(line.y, 0.4) for line in lines)
+
+
+def test_rounds_and_training_have_a_panel_for_each_quantity(study):
+    found = cells(load_runs(study))
+    assert [note.text for note in by_round(found).layout.annotations][1:] == [
+        "parameters (M)", "multiply-adds (G)", "latency (ms)",
+    ]  # fmt: skip
+    figure = training(found)
+    assert [note.text for note in figure.layout.annotations] == ["loss", "loss_ld"]
+    assert len(figure.data) == 2 * 6
+    with pytest.raises(ValueError, match=r"no run has logged train/none"):
+        training(found, "train/none")
+    with pytest.raises(ValueError, match="no finished run"):
+        trade_off([])
+
+
+def test_long_curves_are_thinned_to_their_means():
+    import pandas as pd
+
+    curve = pd.Series(np.arange(1000.0), index=np.arange(1000) * 10)
+    thin = thinned(curve)
+    assert len(thin) <= MOST_POINTS
+    assert thin.index[-1] == 9990
+    assert np.isclose(thin.mean(), curve.mean())
+
+
+# Pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_beyond_the_limit_are_counted(study):
+    runs = load_runs(study)
+    whole = album(runs, 20)
+    assert {kind: len(own) for kind, own in whole.pictures.items()} == {
+        "channels": 6,
+        "detections": 6,
+    }
+    assert whole.left_out == 0
+    size = len(whole.pictures["channels"][0].url)
+    some = album(runs, 3.5 * size / 1e6)
+    assert sum(map(len, some.pictures.values())) == 12 - some.left_out == 3
+    assert album(runs, 0).left_out == 12
+
+
+# The page -------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_everything_and_links_to_nothing(study):
+    text = page(study, load_runs(study), 0)
+    assert text.count("Plotly.newPlot(") >= 3
+    for name in (*(f"{m}-s{s}" for m in APS for s in (0, 1)), "broken", "started"):
+        assert name in text
+    assert "12 more pictures" in text
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(http|//)""", text)
+
+
+def test_text_of_configurations_and_errors_is_escaped(study):
+    text = page(study, load_runs(study))
+    assert EVIL not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_command_writes_the_page_into_the_study(study, capsys):
+    main([str(study)])
+    assert capsys.readouterr().out.strip() == str(study / "report.html")
+    assert (study / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert len(load_runs(study)) == 8  # the report is not taken for a run
+
+
+def test_tables_are_printed_or_written(study, capsys, tmp_path):
+    main([str(study), "--format", "markdown"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("| dataset |")
+    main([str(study), "--format", "markdown", "--out", str(tmp_path / "new/table.md")])
+    assert (tmp_path / "new/table.md").read_text() == printed
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("nowhere", "no study at .*nowhere; .* has: .*broken"),
+        ("ldt-s0", "ldt-s0 is a run; give its study"),
+        ("empty", "no finished run in .*empty, which holds 0 runs"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(study, capsys, place, told):
+    (study / "empty").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(study / place)])
+    assert re.search(told, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_a_study_of_failures_tells_them(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    write_json(
+        tmp_path / "a/summary.json", {"status": "failed", "error": "ValueError: rate too high"}
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert "a: ValueError: rate too high" in capsys.readouterr().err
+
+
+# In a browser ---------------------------------------------------------------------------------
+
+
+def column(page, index):
+    cells = page.locator(f"#cells tbody td:nth-child({index})")
+    return [float(text.split()[0]) for text in cells.all_inner_texts()]
+
+
+@needs_chromium
+def test_in_a_browser_it_is_quiet_drawn_sortable_and_safe(study):
+    pytest.importorskip("playwright")
+    main([str(study)])
+    with opened(study / "report.html") as tab:
+        page = tab.page
+        assert tab.complaints == []
+        assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
+        assert page.title() == f"{study.name}: comparison of runs"
+        assert page.locator(".js-plotly-plot").count() == 3
+        assert page.locator(".js-plotly-plot .scatterlayer .trace .points path").count() > 50
+        heading = page.locator("#cells thead th", has_text=re.compile("^AP$"))
+        place = page.locator("#cells thead th").all_inner_texts().index("AP") + 1
+        for order in ("ascending", "descending"):
+            heading.locator("button").click()
+            assert heading.get_attribute("aria-sort") == order
+            values = column(page, place)
+            assert values == sorted(values, reverse=order == "descending")
+        assert len(set(values)) == 3
+        page.locator("#pictures button").first.click()
+        assert page.locator("dialog").is_visible()
+        assert tab.complaints == []
+
+
+@needs_chromium
+def test_what_was_not_measured_is_sorted_last(study):
+    pytest.importorskip("playwright")
+    file = study / "l1-s0/summary.json"
+    known = json.loads(file.read_text())
+    del known["rounds"][-1]["latency_ms"]
+    write_json(file, known)
+    main([str(study)])
+    with opened(study / "report.html") as tab:
+        heading = tab.page.locator("#all-runs thead th", has_text="latency")
+        for _ in range(2):
+            heading.locator("button").click()
+            assert tab.page.locator("#all-runs tbody tr").last.inner_text().startswith("l1-s0")

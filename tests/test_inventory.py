@@ -1,0 +1,76 @@
+"""The inventory of a run's layers agrees with what is counted for the whole."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from test_pictures import OPTIONS
+
+from ldt import inventory
+from ldt.checkpoints import load_pruned
+from ldt.detectors import build, model_config
+from ldt.profiling import count_parameters, multiply_adds
+from ldt.pruning import structure
+from ldt.pruning.graph import PruningGraph
+from ldt.records import write_text
+from ldt.taps import evaluating, raw_forward
+
+SIZE = (64, 128)
+
+
+def save(detector, model, path):
+    about = {
+        "model": model,
+        "classes": ["Car", "Pedestrian", "Cyclist"],
+        "structure": structure.record(detector),
+        "predictors": [],
+        "neck": "neck",
+        "input_size": list(SIZE),
+    }
+    state = {f"detector.{key}": value for key, value in detector.state_dict().items()}
+    torch.save({"state_dict": state, "ldt": about}, path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with checkpoints of a base and of what a cut left of it."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", OPTIONS, 3, pretrained=False)
+    detector = build(model)
+    save(detector, model, folder / "round-0.ckpt")
+    with evaluating(detector):
+        graph = PruningGraph(detector, raw_forward, torch.zeros(1, 3, *SIZE), ["backbone"])
+        graph.remove({n: list(range(g.size // 2)) for n, g in graph.groups.items() if g.parts == 1})
+    save(detector, model, folder / "round-1.ckpt")
+    write_text(folder / "config.yaml", "prune: {scope: [backbone]}\n")
+    inventory.write_inventory(folder)
+    return folder
+
+
+def test_the_layers_add_up_to_the_network(run):
+    rounds = json.loads((run / "structure.json").read_text())["rounds"]
+    assert list(rounds) == ["0", "1"]
+    for index, layers in rounds.items():
+        detector = load_pruned(run / f"round-{index}.ckpt")
+        forward = partial(raw_forward, detector)
+        whole = multiply_adds(detector, forward, (1, 3, *SIZE))
+        assert sum(layer["params"] for layer in layers.values()) == count_parameters(detector)
+        assert sum(layer["multiply_adds"] for layer in layers.values()) == whole
+    before, after = (rounds[index]["backbone.layer1.0.conv1"] for index in "01")
+    assert (before["out"], after["out"]) == (8, 4)
+
+
+def test_groups_tell_which_layers_are_cut_together(run):
+    groups = json.loads((run / "structure.json").read_text())["groups"]
+    (stem,) = (members for members in groups.values() if "backbone.conv1" in members)
+    assert {"backbone.layer1.0.conv2", "backbone.layer1.1.conv2"} <= set(stem)  # one residual sum
+    assert all(name.startswith("backbone.") for name in groups)
+
+
+def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["inventory", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        inventory.main()
+    assert "no checkpoint at" in capsys.readouterr().err

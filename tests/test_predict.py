@@ -1,0 +1,145 @@
+"""Detections in one's own images: what the run saw, in the images' own pixels."""
+
+import contextlib
+import io
+import json
+import sys
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pruned_files import data_of, pruned_checkpoint
+from pycocotools.coco import COCO
+
+import ldt
+from ldt.predict import Predictor, find_images, main, predict
+
+SIZES = {"wide.png": (64, 150), "tall.jpg": (333, 41), "tiny.bmp": (9, 7)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> Any:
+    return data_of(tmp_path_factory.mktemp("scenes"), scale=(100, 70))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    file = tmp_path_factory.mktemp("run") / "round-1.ckpt"
+    return pruned_checkpoint(file, data, "detector=gfl_tiny")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for name, size in SIZES.items():
+        pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
+        assert cv2.imwrite(str(tmp_path / "images" / name), pixels)
+    (tmp_path / "images/notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ldt.predict", *map(str, arguments)])
+    main()
+
+
+def test_an_image_is_seen_as_in_validation(data, checkpoint):
+    detector, predictor = ldt.load_pruned(checkpoint), Predictor(checkpoint)
+    for item in data.val_dataloader().dataset:
+        batch = {"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]}
+        with torch.no_grad():
+            expected = detector.test_step(batch)[0].pred_instances
+        pixels, sample = predictor(item["data_samples"].img_path)
+        found: Any = sample.pred_instances
+        assert len(found) > 0
+        assert torch.equal(found.bboxes, expected.bboxes)
+        assert torch.equal(found.scores, expected.scores)
+        assert pixels.shape == (*item["data_samples"].ori_shape, 3)
+
+
+def test_a_folder_of_any_sizes_gives_pictures_and_cocos_format(
+    checkpoint, folder, tmp_path, monkeypatch
+):
+    command(monkeypatch, checkpoint, folder, "--out", tmp_path / "out", "--threshold", "0.5")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(tmp_path / "out/images.json")
+        results = truth.loadRes(str(tmp_path / "out/predictions.json"))
+    images = {truth.imgs[i]["file_name"]: truth.imgs[i] for i in truth.imgs}
+    assert set(images) == {str(folder / name) for name in SIZES}
+    for name, (height, width) in SIZES.items():
+        about = images[str(folder / name)]
+        assert (about["height"], about["width"]) == (height, width)
+        found = results.loadAnns(results.getAnnIds(imgIds=[about["id"]]))
+        assert found
+        for one in found:
+            x, y, w, h = one["bbox"]
+            assert min(x, y) >= 0
+            assert (x + w, y + h) <= (width + 1e-2, height + 1e-2)
+            assert 0 <= one["score"] <= 1
+    assert [c["name"] for c in truth.dataset["categories"]] == ["Car", "Pedestrian", "Cyclist"]
+    pictures = sorted((tmp_path / "out/pictures").iterdir())
+    drawn = {p.stem.partition("-")[2]: cv2.imread(str(p)) for p in pictures}
+    assert {f"{stem}": p.shape[:2] for stem, p in drawn.items() if p is not None} == {
+        name.partition(".")[0]: size for name, size in SIZES.items()
+    }
+
+
+def test_numbers_are_those_of_the_detector(checkpoint, folder, tmp_path):
+    predict(checkpoint, [folder / "wide.png"], tmp_path / "out")
+    _, sample = Predictor(checkpoint)(folder / "wide.png")
+    found: Any = sample.pred_instances
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    boxes = torch.tensor([row["bbox"] for row in rows])
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    torch.testing.assert_close(corners, found.bboxes)
+    assert [row["category_id"] - 1 for row in rows] == found.labels.tolist()
+    assert [row["score"] for row in rows] == found.scores.tolist()
+    assert {row["image_id"] for row in rows} == {1}
+
+
+def test_boxes_above_the_threshold_are_drawn_and_no_others(checkpoint, folder, tmp_path):
+    image = folder / "grey.png"
+    assert cv2.imwrite(str(image), np.full((64, 64, 3), 128, np.uint8))
+    changes = {}
+    for name, threshold in (("all", 0.0), ("none", 1.0)):
+        predict(checkpoint, [image], tmp_path / name, threshold)
+        picture = cv2.imread(str(tmp_path / name / "pictures/0001-grey.jpg"))
+        assert picture is not None
+        changes[name] = np.abs(picture.astype(int) - 128).mean()
+    assert changes["none"] < 1
+    assert changes["all"] > 5
+
+
+def test_images_of_a_folder_come_by_name_and_files_as_given(folder):
+    names = [file.name for file in find_images([folder])]
+    assert names == sorted(SIZES)
+    assert find_images([folder / "wide.png", folder / "tall.jpg"])[0].name == "wide.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/gone.png"], "no image or folder at .*gone.png"),
+        (["{empty}"], "no image in the folder .*empty.*looked for: .jpg"),
+        (["{folder}/notes.txt"], "cannot read the image .*notes.txt"),
+        (["{folder}", "--threshold", "30"], "--threshold 30.0: a score from 0 to 1"),
+    ],
+)
+def test_wrong_arguments_end_the_command_with_a_line(
+    arguments, message, checkpoint, folder, tmp_path, monkeypatch
+):
+    (tmp_path / "empty").mkdir()
+    given = [text.format(folder=folder, empty=tmp_path / "empty") for text in arguments]
+    with pytest.raises(SystemExit, match=message):
+        command(monkeypatch, checkpoint, *given, "--out", tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_of_ours_is_told(folder, tmp_path, monkeypatch):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
+    for name, message in (("foreign.pth", "was not written by ldt"), ("gone", "no checkpoint at")):
+        with pytest.raises(SystemExit, match=message):
+            command(monkeypatch, tmp_path / name, folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
