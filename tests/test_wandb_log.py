@@ -1,12 +1,12 @@
 """Jobs as W&B runs: what arrives at a server that speaks W&B's protocol, and in what state."""
 
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 import wandb_here
+from browser import needs_chromium, opened
 from omegaconf import OmegaConf
 from short_runs import rows, summary, tiny
 
@@ -17,7 +17,6 @@ from ldt.wandb_log import WandbRun, rank_zero_only, run_id
 METHODS = ("l1", "random")
 ONLINE = ["logger=wandb", "logger.mode=online", "prune=oneshot", "trainer.log_every_n_steps=1"]
 ABOUT = {"study": "compare", "name": "one", "project": "ldt"}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -135,26 +134,23 @@ def test_a_finished_job_leaves_its_run_alone(server, sweep):
 
 
 @pytest.mark.slow
+@needs_chromium
 def test_the_compare_page_shows_the_runs(server, sweep, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    chosen = ",".join(runs(sweep).values())
-    page = f"{server.url}/compare/default/ldt?runs={chosen}"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'b'}"]
-    flags += ["--window-size=1400,1800", "--virtual-time-budget=20000"]
-    shot = tmp_path / "compare.png"
-    done = subprocess.run(
-        [browser, *flags, f"--screenshot={shot}", "--dump-dom", page],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    for folder in runs(sweep):
-        assert folder.name in done.stdout
-    for chart in ("mAP", "params", "loss_cls"):
-        assert f"<h4>{chart}</h4>" in done.stdout
-    metrics = {metric for identity in runs(sweep).values() for metric in server.history(identity)}
-    assert done.stdout.count("<canvas") == len(metrics)
+    jobs = runs(sweep)
+    metrics = {metric for identity in jobs.values() for metric in server.history(identity)}
+    with opened(f"{server.url}/compare/default/ldt?runs={','.join(jobs.values())}") as found:
+        charts = found.page.locator(".chart-container canvas")
+        found.page.wait_for_function(
+            "count => document.querySelectorAll('.chart-container canvas').length >= count",
+            arg=len(metrics),
+        )
+        assert charts.count() == len(metrics)
+        listed = found.page.locator(".checkbox-wrapper").all_inner_texts()
+        assert all("finished" in text for text in listed if text.split()[0] in METHODS)
+        assert {text.split()[0] for text in listed} >= {folder.name for folder in jobs}
+        titles = set(found.page.locator("h4").all_inner_texts())
+        assert {"mAP", "params", "loss_cls"} <= titles
+        found.page.screenshot(path=str(tmp_path / "compare.png"))
 
 
 # Ends other than success ----------------------------------------------------------------------
