@@ -37,7 +37,7 @@ class WandbRun(WandbLogger):
         checkpoint: log the last round's checkpoint as an artifact.
 
     Raises:
-        ValueError: another mode, or ``online`` without an API key.
+        ValueError: another mode, or ``online`` without an account.
     """
 
     def __init__(
@@ -53,8 +53,6 @@ class WandbRun(WandbLogger):
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"logger.mode={mode!r}; choose from {', '.join(MODES)}")
-        if mode == "online":
-            account()
         self.folder, self.checkpoint = Path(save_dir), checkpoint
         about: dict[str, Any] = {"group": study, "name": name, "id": run_id(study, name)}
         about |= {"project": project, "entity": entity, "tags": list(tags), "mode": mode}
@@ -106,7 +104,10 @@ class WandbRun(WandbLogger):
 
 def _begin(save_dir: str, about: dict[str, Any]) -> wandb.Run:
     """A run of its own, also where the run of the job that needs a shared base is open."""
-    run = wandb.init(dir=save_dir, resume="allow", reinit="create_new", **about)
+    try:
+        run = wandb.init(dir=save_dir, resume="allow", reinit="create_new", **about)
+    except wandb.Error as error:
+        raise _no_account(error) from error
     for metrics, axis in AXES.items():
         run.define_metric(axis)
         run.define_metric(metrics, step_metric=axis)
@@ -127,7 +128,11 @@ def account() -> wandb.Api:
     try:
         return wandb.Api()
     except wandb.Error as error:
-        raise ValueError(
-            f"no W&B account can be used here: {error} Type `wandb login`, or set WANDB_API_KEY "
-            "(and WANDB_BASE_URL for a server of your own); logger.mode=offline needs none"
-        ) from error
+        raise _no_account(error) from error
+
+
+def _no_account(error: wandb.Error) -> ValueError:
+    return ValueError(
+        f"no W&B account can be used here: {error} Type `wandb login`, or set WANDB_API_KEY (and "
+        "WANDB_BASE_URL for a server of your own); logger.mode=offline needs none"
+    )

@@ -35,8 +35,8 @@ class Opened:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Opened]:
-    """A file in a headless Chromium."""
+def opened(place: Path | str) -> Iterator[Opened]:
+    """A file, or the page at an address, in a headless Chromium."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -45,6 +45,6 @@ def opened(file: Path) -> Iterator[Opened]:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.set_default_timeout(PATIENCE)
         found = Opened(page)
-        page.goto(file.resolve().as_uri())
+        page.goto(place.resolve().as_uri() if isinstance(place, Path) else place)
         yield found
         browser.close()

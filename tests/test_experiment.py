@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import wandb_here
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from real_data import COCO, KITTI, needs
@@ -254,7 +255,8 @@ def test_a_refused_job_of_a_sweep_is_an_error_at_its_end(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_run(tmp_path):
+def test_two_processes_share_a_run(tmp_path, monkeypatch):
+    wandb_here.seal(monkeypatch, tmp_path)
     done = command(
         *TINY,
         f"dataset.cache={tmp_path / 'cache'}",
@@ -264,10 +266,12 @@ def test_two_processes_share_a_run(tmp_path):
         "prune=oneshot",
         "prune.rate=0.5",
         "recipe.batch_size=2",
+        "logger=wandb",
         f"hydra.run.dir={tmp_path / 'run'}",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
     base, last = rows(tmp_path / "run")
     assert last["params"] == pytest.approx(0.5 * base["params"], rel=0.01)
     assert (tmp_path / "run/train_ddp_process_1.log").is_file()
