@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
@@ -87,6 +86,8 @@ def test_the_total_is_mmdets_sum_and_the_terms():
 
 
 def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
+    from mmdet.structures.mask import BitmapMasks  # needs ldt's operators, in a new process too
+
     module, data = module_of(), many()
     preprocess: Any = module.detector.data_preprocessor
     preprocess.pad_mask = True
