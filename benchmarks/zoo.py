@@ -18,7 +18,7 @@ import resource
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -406,7 +406,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
     torch.save(expected, folder / "outputs.pt")
 
 
-def reload(model: Model, folder: Path) -> Iterator[str]:
+def reload(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Iterator[str]:
     """The last step, in a process that has not seen the model."""
     yield "load"
     detector = ldt.load_pruned(folder / "model.ckpt")
@@ -422,26 +422,31 @@ def part_of(detector: nn.Module, names: tuple[str, ...]) -> str:
     return next((type(modules[name]).__name__ for name in names if name in modules), "")
 
 
-def _in_process(work: Iterator[str], row: dict[str, Any], pipe: Any, debug: bool) -> None:
+Work = Callable[[str, Model, Path, dict[str, Any]], Iterator[str]]
+
+
+def _in_process(work: Work, given: tuple[str, Model, Path], row: dict[str, Any], pipe: Any) -> None:
     quiet()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     step = ""
     try:
-        for step in work:
+        for step in work(*given, row):
             pipe.send((step, row))
         pipe.send(("ok", row))
     except Exception as error:
-        if debug:
-            traceback.print_exc()
+        traceback.print_exc()
         reason = " ".join(str(error).split())[:200]
         pipe.send(("failed", {**row, "outcome": f"{step}: {type(error).__name__}: {reason}"}))
 
 
-def supervised(work: Iterator[str], row: dict[str, Any], seconds: float, debug: bool) -> bool:
+def supervised(
+    work: Work, given: tuple[str, Model, Path], row: dict[str, Any], seconds: float
+) -> bool:
     """Run the steps in a process of their own and update the row; whether all went well."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork of threads may hang
+    context.set_forkserver_preload(["ldt.module", "ldt.criteria.ldt"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_in_process, args=(work, row, sender, debug))
+    process = context.Process(target=_in_process, args=(work, given, row, sender))
     process.start()
     sender.close()
     step, end = "start", time.monotonic() + seconds
@@ -460,15 +465,13 @@ def supervised(work: Iterator[str], row: dict[str, Any], seconds: float, debug: 
     return step == "ok"
 
 
-def examined(
-    family: str, model: Model, seconds: float = 300, debug: bool = False
-) -> dict[str, Any]:
+def examined(family: str, model: Model, seconds: float = 300) -> dict[str, Any]:
     """The row of one model: its parts, the share that can be cut, and the outcome."""
     row = {"family": family, "config": model.file, "scope": model.scope, "outcome": "ok"}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        if supervised(examine(family, model, path, row), row, seconds, debug):
-            supervised(reload(model, path), row, seconds, debug)
+        given = (family, model, Path(folder))
+        if supervised(examine, given, row, seconds):
+            supervised(reload, given, row, seconds)
     return row
 
 
@@ -528,13 +531,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="*", help="some families; default: all")
     parser.add_argument("--write", type=Path, help="the file with the table")
-    parser.add_argument("--debug", action="store_true", help="tracebacks, and what is left whole")
+    parser.add_argument("--debug", action="store_true", help="tell what is left whole")
     arguments = parser.parse_args()
     quiet()
     for family in arguments.families or FAMILIES:
         for model in FAMILIES[family]:
             start = time.monotonic()
-            row = examined(family, model, debug=arguments.debug)
+            row = examined(family, model)
             print(line(row), f"{time.monotonic() - start:.0f} s", flush=True)
             if arguments.debug:
                 print("\n".join(f"    {k}: {v}" for k, v in row.get("left", {}).items()))
