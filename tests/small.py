@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from mmdet.models.backbones.res2net import Bottle2neck
+from mmdet.models.backbones.resnest import SplitAttentionConv2d
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
@@ -154,6 +156,38 @@ class Deformable(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(outs), nn.ReLU(inplace=True))
 
 
+class Gated(nn.Module):
+    """Half of the channels weigh the other half."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(ins, 2 * outs, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, gates = self.conv(x).chunk(2, 1)
+        return values * gates.sigmoid()
+
+
+class Stepwise(nn.Module):
+    """Both halves of the channels, and more made of the second, concatenated."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.first, self.second = block(ins, outs), Residual(outs // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.first(x).chunk(2, 1)
+        return torch.cat([left, right, self.second(right)], 1)
+
+
+def _res2net(stage_type: str) -> nn.Module:
+    """A block of three parts, four channels each."""
+    stride = 2 if stage_type == "stage" else 1  # as in the first block of a stage and in others
+    side = nn.Sequential(nn.Conv2d(8, 32, 1, stride, bias=False), nn.BatchNorm2d(32))
+    options: dict[str, Any] = {"scales": 3, "base_width": 32, "stage_type": stage_type}
+    return Bottle2neck(8, 8, stride=stride, downsample=side, **options)
+
+
 # As in an FPN, no neck ends in a ReLU: a channel that never fires discriminates nothing.
 SMALL: dict[str, Callable[[], SmallDetector]] = {
     "chain": lambda: SmallDetector(
@@ -206,6 +240,23 @@ SMALL: dict[str, Callable[[], SmallDetector]] = {
     ),
     "upsampling": lambda: SmallDetector(
         Stages(_upsampling()), Shared(*block(12, 10)[:2]), Shared(_predict(10))
+    ),
+    "gated": lambda: SmallDetector(
+        Stages(block(3, 8, 4), Gated(8, 12)), Split([8, 12], 10), Shared(_predict(10))
+    ),
+    "stepwise": lambda: SmallDetector(
+        Stages(block(3, 8, 4), Stepwise(8, 12)), Split([8, 18], 10), Shared(_predict(10))
+    ),
+    "res2net": lambda: SmallDetector(
+        Stages(block(3, 8, 4), _res2net("normal")), Split([8, 32], 10), Shared(_predict(10))
+    ),
+    "res2net_stage": lambda: SmallDetector(
+        Stages(block(3, 8, 4), _res2net("stage")), Split([8, 32], 10), Shared(_predict(10))
+    ),
+    "resnest": lambda: SmallDetector(
+        Stages(block(3, 8, 4), SplitAttentionConv2d(8, 12, 3, 2, 1)),
+        Split([8, 12], 10),
+        Shared(_predict(10)),
     ),
 }
 

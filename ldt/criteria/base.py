@@ -67,7 +67,7 @@ class Criterion(Importance):
     def __call__(self, group: Any) -> Tensor:
         """The summed scores of a Torch-Pruning group's layers, [channels of its root]."""
         scored = set(self.layers.values())
-        total = torch.zeros(len(group[0].root_idxs), dtype=torch.float64)
+        total = torch.zeros(len(set(group[0].root_idxs)), dtype=torch.float64)
         for item in group.items:
             layer = item.dep.target.module
             makes = group._DG.is_out_channel_pruning_fn(item.dep.handler)
@@ -89,7 +89,7 @@ def score_groups(
         found = criterion(group.raw)
         if found is None:
             raise ValueError(f"{type(criterion).__name__} gives no scores for the group {name!r}")
-        scores[name] = found.detach().double().cpu()
+        scores[name] = found[: group.size].detach().double().cpu()  # of tied channels the first
     return scores
 
 

@@ -1,6 +1,7 @@
 """Which channels are coupled, and cutting them: a plain view of Torch-Pruning's graph."""
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +13,20 @@ import torch
 from mmcv.cnn.bricks import HSwish, Swish
 from torch import Tensor, nn
 from torch.nn.modules import activation
+from torch_pruning._helpers import _HybridIndex
 from torch_pruning.ops import OPTYPE
 
-from ldt.pruning.rules import DEFORMABLE, Fixed, Tracer, depthwise, divisions, grouped
+from ldt.pruning.rules import (
+    DEFORMABLE,
+    Fixed,
+    Part,
+    Tracer,
+    depthwise,
+    divisions,
+    grouped,
+    resize_parts,
+    split_into,
+)
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 STATISTICS = (nn.GroupNorm, nn.LayerNorm)
@@ -36,7 +48,7 @@ class Member:
         layer: the layer.
         side: ``out`` (its filters), ``in`` (what it reads), or ``both`` (norms, depthwise
             convolutions and other layers that keep channels apart).
-        channels: the touched channels of this side.
+        channels: the touched channels of this side, each once.
         roots: for each of them, the group's channel it belongs to.
     """
 
@@ -53,11 +65,11 @@ class CoupledGroup:
 
     Attributes:
         name: the root layer, in whose channels the group is counted.
-        size: number of channels.
+        size: number of channels; those of the root layer that only go together count once.
         members: every side of every layer that changes when a channel goes.
         raw: Torch-Pruning's group, which an importance is called with.
         parts: channels go in steps of one from each of this many equal parts (GroupNorm, grouped
-            convolutions).
+            convolutions, splits).
     """
 
     name: str
@@ -146,11 +158,25 @@ class PruningGraph:
                 found[self._names[module]] = self._names[norm]
         return found
 
-    def _raw(self, layer: nn.Module) -> Any:
-        """Torch-Pruning's group of all of a layer's output channels."""
+    def _raw(self, layer: nn.Module, *tried: nn.Module) -> Any:
+        """Torch-Pruning's group of all of a layer's output channels, tied ones with one root.
+
+        Where part of a layer's output is coupled with all of another's, the former is the root.
+        """
         pruner: Any = self._graph.get_pruner_of_module(layer)
         channels = list(range(pruner.get_out_channels(layer)))
-        return self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
+        raw = self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
+        for item in raw.items:
+            maker = item.dep.target.module
+            makes = isinstance(maker, CONVOLUTIONS) and self._side(item.dep) == "out"
+            partly = makes and len(set(item.idxs)) < width_of(maker, "out")
+            if partly and maker not in tried:
+                return self._raw(maker, layer, *tried)
+        if any(isinstance(item.dep.target.module, Part) for item in raw.items):
+            root_of = _tied(raw)
+            for item in raw.items:
+                item.root_idxs = [root_of[root] for root in item.root_idxs]
+        return raw
 
     def _add(
         self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Sequence[str]
@@ -168,9 +194,11 @@ class PruningGraph:
             if item.dep.target.module in self._names
         )
         root = members[0]
-        group = CoupledGroup(root.name, len(root.roots), members, raw, _parts(members))
+        size, cells = len(set(root.roots)), _cells(members, raw)
+        parts = math.lcm(*(cell.count for cell in cells if not cell.even))
+        group = CoupledGroup(root.name, size, members, raw, parts)
         inside = {m.name: m.layer for m in group.makers if m.name in in_scope}
-        reason = _obstacle(group, never, scope) or _operation(raw)
+        reason = _obstacle(group, never, scope) or _operation(raw) or _misfit(group, cells)
         if reason is None:
             self.groups[group.name] = group
             self.scored.update(inside)
@@ -207,8 +235,9 @@ class PruningGraph:
             with self._put_back():
                 self.remove({name: channels.tolist() for name, channels in gone.items()})
                 for group in (self.groups[name] for name in names):
-                    left = width_of(group.members[0].layer, "out")
-                    if left != group.size - len(gone[group.name]):
+                    root = group.members[0]
+                    cut = np.isin(root.roots, gone[group.name]).sum()
+                    if width_of(root.layer, "out") != len(root.channels) - cut:
                         return "some of its channels only go together"
                 self._run([])
         except Exception as error:  # whatever a model's code does with unexpected shapes
@@ -338,6 +367,7 @@ class PruningGraph:
                     known.update(np.asarray(item.idxs)[gone].tolist())
         for cut, indices in cuts.values():
             cut(sorted(indices))
+        resize_parts(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
@@ -370,7 +400,7 @@ def _masking(layer: nn.Module, side: str, channels: np.ndarray, noise: float) ->
     mask = mask.view(shape)
 
     def hide(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0] * (mask == 0).to(inputs[0]), *inputs[1:])
+        return (inputs[0].masked_fill(mask.to(inputs[0]) != 0, 0), *inputs[1:])
 
     def disturb(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output + noise * mask.to(output)
@@ -380,22 +410,93 @@ def _masking(layer: nn.Module, side: str, channels: np.ndarray, noise: float) ->
     return layer.register_forward_hook(disturb)
 
 
-def _parts(members: Sequence[Member]) -> int:
-    """How many equal parts must lose the same number of channels."""
-    return math.lcm(*(divisions(m.layer, m.side) for m in members))
+def _tied(raw: Any) -> list[int]:
+    """For each of the root layer's channels its number, counting those that are tied as one.
+
+    Two are tied where one channel of a layer is coupled with both. Torch-Pruning keeps the first
+    that reaches the layer, so every edge of the group is followed once more.
+    """
+    first = list(range(len(raw[0].idxs)))  # of the channels that each is tied to
+
+    def find(root: int) -> int:
+        while first[root] != root:
+            root = first[root]
+        return root
+
+    known = {
+        (item.dep.target, item.dep.handler): dict(zip(item.idxs, item.root_idxs, strict=True))
+        for item in raw.items
+    }
+    for (node, handler), roots in known.items():
+        for edge in node.dependencies:
+            if edge.is_triggered_by(handler):
+                given = [_HybridIndex(*pair) for pair in roots.items()]
+                for mapping in filter(None, edge.index_mapping):
+                    given = mapping(given)
+                reached = known.get((edge.target, edge.handler), {})
+                for index, root in given:
+                    one, other = sorted((find(root), find(reached.get(index, root))))
+                    first[other] = one
+    heads = [find(root) for root in range(len(first))]
+    return np.unique(heads, return_inverse=True)[1].tolist()
 
 
-def _aligned(member: Member, group: CoupledGroup) -> bool:
-    """Whether each of the group's parts lies within one division of a layer, all equally full."""
-    count = divisions(member.layer, member.side)
-    if count == 1:
-        return True
-    if group.size % group.parts:
-        return False
-    width = width_of(member.layer, member.side)
-    part = member.roots // (group.size // group.parts)
-    pairs = {*zip(part.tolist(), (member.channels // (width // count)).tolist(), strict=True)}
-    return len(member.roots) == width and len(pairs) == len(set(part.tolist()))
+@dataclass(frozen=True)
+class _Cells:
+    """A layer or split whose ``width`` channels are ``count`` cells that must stay equally full."""
+
+    name: str
+    count: int
+    width: int
+    channels: np.ndarray
+    roots: np.ndarray
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The root and the cell of each channel."""
+        cells = self.channels // (self.width // self.count)
+        return list(zip(self.roots.tolist(), cells.tolist(), strict=True))
+
+    @property
+    def even(self) -> bool:
+        """Whether every root has as many channels in one cell as in any other."""
+        shares: dict[int, Counter[int]] = defaultdict(Counter)
+        for root, cell in self.pairs:
+            shares[root][cell] += 1
+        return all(len(s) == self.count and len({*s.values()}) == 1 for s in shares.values())
+
+    def fits(self, group: CoupledGroup) -> bool:
+        """Whether each of the group's parts lies within one cell, all cells equally full."""
+        if self.even:
+            return True
+        if group.size % group.parts or len(self.roots) != self.width:
+            return False
+        pairs = {(root // (group.size // group.parts), cell) for root, cell in self.pairs}
+        return len(pairs) == len({part for part, _ in pairs})
+
+
+def _cells(members: Sequence[Member], raw: Any) -> list[_Cells]:
+    """What of a group has cells: GroupNorm, grouped and deformable convolutions, splits."""
+    found = [
+        _Cells(m.name, count, width_of(m.layer, m.side), m.channels, m.roots)
+        for m in members
+        if (count := divisions(m.layer, m.side)) > 1
+    ]
+    for item in raw.items:
+        node = item.dep.target
+        if node.type == OPTYPE.SPLIT and (count := split_into(node)):
+            width = count * node.outputs[0].module.width
+            places = np.asarray(item.idxs), np.asarray(item.root_idxs)
+            found.append(_Cells("a split", count, width, *places))
+    return found
+
+
+def _misfit(group: CoupledGroup, cells: Sequence[_Cells]) -> str | None:
+    """Why cells cannot stay equally full, or None."""
+    for cell in cells:
+        if not cell.fits(group):
+            return f"the groups of {cell.name} hold other channels too"
+    return None
 
 
 def width_of(layer: Any, side: str) -> int:
@@ -412,6 +513,8 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
         if member.side != "in" and isinstance(layer, CONVOLUTIONS):
             if member.name in never:
                 return f"its channels are predictions of {member.name}"
+            if len(member.channels) < width_of(layer, "out"):
+                return f"coupled with a part of {member.name} only"
             if not _below(member.name, scope) and not depthwise(layer):  # those only follow
                 return f"coupled with {member.name}, which is outside of prune.scope"
         if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
@@ -420,8 +523,6 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
             return f"{member.name} makes each channel of several others"
         if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
             return f"{member.name} normalises more than channels"
-        if not _aligned(member, group):
-            return f"the groups of {member.name} hold other channels too"
     return None
 
 
@@ -433,6 +534,6 @@ def _operation(raw: Any) -> str | None:
     for node in nodes:
         if node.type == OPTYPE.PARAMETER:
             return f"coupled with the parameter {raw._DG._param_to_name[node.module]}"
-        if node.type == OPTYPE.SPLIT:
+        if node.type == OPTYPE.SPLIT and not split_into(node):
             return "split into parts of a fixed size"
     return None

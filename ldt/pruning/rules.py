@@ -11,14 +11,20 @@ Maps of one channel
 Reshapes
     that keep the dimension of channels change nothing for them.
 Splits
-    into parts of a size that is written in the model's code cannot follow a cut, so what is split
-    stays whole.
+    into equal parts follow a cut that takes the same number of channels of each (:class:`Part`).
+    Res2Net's blocks remember the width of a part, which is set anew (:func:`resize_parts`). Other
+    sizes that are written in the model's code cannot follow, so what is split stays whole.
+Split attention
+    (ResNeSt's) views a map as parts and sums over them. It is traced as a split and a sum, which
+    tie channel c of all parts (:func:`followed`).
 Elementwise operations
     between elementwise operations are one: following hundreds of them takes minutes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -29,9 +35,13 @@ from mmcv.ops import (
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
 )
+from mmdet.models.backbones.res2net import Bottle2neck
+from mmdet.models.backbones.resnest import SplitAttentionConv2d
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+from torch_pruning.dependency.index_mapping import _SplitIndexMapping
 from torch_pruning.dependency.node import Node
-from torch_pruning.ops import OPTYPE, _ElementWiseOp
+from torch_pruning.ops import OPTYPE, DummyPruner, _ElementWiseOp
 
 DEFORMABLE = (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d, ModulatedDeformConv2dPack)
 
@@ -61,6 +71,22 @@ COORDINATES = ("DeformConv", "RoIAlign", "RoIPool", "GridSampler")  # backward n
 
 class Fixed(nn.Module):
     """Stands in the graph for a reader that gives every channel a meaning of its own."""
+
+
+class Part(nn.Module):
+    """Stands in the graph for the part of a split that begins at channel ``start``."""
+
+    def __init__(self, start: int, width: int) -> None:
+        super().__init__()
+        self.start, self.width = start, width
+
+
+class _PartPruner(DummyPruner):
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.width
+
+    def get_in_channels(self, layer: Any) -> int:
+        return layer.width
 
 
 class ConvolutionPruner(tp.BasePruningFunc):
@@ -107,6 +133,22 @@ class Tracer(tp.DependencyGraph):
         self._pruner = ConvolutionPruner()
         for kind in (_Grouped, *DEFORMABLE):
             self.register_customized_layer(kind, self._pruner)
+        part_pruner: Any = _PartPruner()
+        self.register_customized_layer(Part, part_pruner)
+
+    def build_dependency(self, model: nn.Module, *args: Any, **options: Any) -> Any:
+        """The graph, traced."""
+        with followed(model):
+            super().build_dependency(model, *args, **options)
+        for part, node in self.module2node.items():
+            if isinstance(part, Part):
+                ends = [part.start, part.start + part.width]
+                for one, other in ((node, node.inputs[0]), (node.inputs[0], node)):
+                    for dependency in one.dependencies:
+                        if dependency.target is other:
+                            mapping = _SplitIndexMapping(ends, reverse=one is node)
+                            dependency.index_mapping[0] = mapping
+        return self
 
     def get_pruner_of_module(self, module: nn.Module) -> Any:
         """The pruner of a layer or operation."""
@@ -127,8 +169,9 @@ class Tracer(tp.DependencyGraph):
                 _broadcast(node)
             if any(name in str(node.grad_fn) for name in COORDINATES):
                 _fix(node, nodes)
-            if node.type == OPTYPE.SPLIT:  # what is split stays whole anyway
-                node.enable_index_mapping = False
+            if node.type == OPTYPE.SPLIT:
+                node.enable_index_mapping = False  # each part has its own
+                _divide(node, nodes)
         _merge_elementwise(nodes)
         return nodes
 
@@ -148,6 +191,69 @@ def _fix(node: Any, nodes: dict[Any, Any]) -> None:
         fixed.inputs.append(other)
         nodes[fixed.module] = fixed
     node.inputs[:] = first
+
+
+def _divide(split: Any, nodes: dict[Any, Any]) -> None:
+    """Put a node for each part behind a split of the channels into equal ones."""
+    function = split.grad_fn
+    width = getattr(function, "_saved_split_size", 0)  # 0: a list of sizes
+    total = function._saved_self_sym_sizes[1]
+    if not width or total % width or function._saved_dim != 1:
+        return
+    taken = {
+        reader: [index for other, index in reader.grad_fn.next_functions if other == function]
+        for reader in split.outputs
+    }
+    if any(reader.inputs.count(split) != len(parts) for reader, parts in taken.items()):
+        return  # a layer of several calls, of which only one is known
+    parts = [Node(Part(start, width), None) for start in range(0, total, width)]
+    for part in parts:
+        part.inputs.append(split)
+        nodes[part.module] = part
+    for reader, indices in taken.items():
+        left = iter(indices)
+        reader.inputs[:] = [parts[next(left)] if n is split else n for n in reader.inputs]
+        for index in indices:
+            parts[index].outputs.append(reader)
+    split.outputs[:] = parts
+
+
+def split_into(node: Any) -> int:
+    """How many equal parts a split makes that a cut can follow."""
+    return sum(isinstance(reader.module, Part) for reader in node.outputs)
+
+
+@contextmanager
+def followed(model: nn.Module) -> Iterator[None]:
+    """Within it, split attention computes the same by operations that tracing follows."""
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, SplitAttentionConv2d) and module.radix > 1 and module.groups == 1
+    ]
+    for layer in layers:
+        layer.forward = partial(_split_attention, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _split_attention(layer: Any, images: Tensor) -> Tensor:
+    parts = layer.relu(layer.norm0(layer.conv(images))).chunk(layer.radix, 1)
+    pooled = adaptive_avg_pool2d(reduce(torch.add, parts), 1)
+    logits = layer.fc2(layer.relu(layer.norm1(layer.fc1(pooled)))).chunk(layer.radix, 1)
+    weights = [logit.exp() for logit in logits]
+    weighted = map(torch.mul, weights, parts)
+    return reduce(torch.add, weighted) / reduce(torch.add, weights)
+
+
+def resize_parts(model: nn.Module) -> None:
+    """Tell the blocks that remember the width of what they split what it is after a cut."""
+    blocks: list[Any] = [m for m in model.modules() if isinstance(m, Bottle2neck)]
+    for block in blocks:
+        block.width = block.conv1.out_channels // block.scales
 
 
 def _keeps_channels(view: Any) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ldt.pruning.rules import resize_parts
+
 SIZES = (
     "in_channels",
     "out_channels",
@@ -57,6 +59,7 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
                     f"{getattr(modules[name], key)} of the detector that the config builds"
                 )
             setattr(modules[name], key, value)
+    resize_parts(model)
     for prefix, module in modules.items():
         dot = f"{prefix}." if prefix else ""
         for name, parameter in list(module.named_parameters(recurse=False)):

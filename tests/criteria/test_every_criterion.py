@@ -112,7 +112,9 @@ def permute(group: CoupledGroup, order: np.ndarray) -> None:
             tensor.data.copy_(tensor.data.index_select(dim, source))
 
 
-@pytest.mark.parametrize("network", ["residual", "concat", "shared", "groupnorm", "pyramid"])
+@pytest.mark.parametrize(
+    "network", ["residual", "concat", "shared", "groupnorm", "pyramid", "stepwise", "gated"]
+)
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
 def test_permuting_channels_permutes_scores(name: str, network: str) -> None:
     expected = scores_of(case(network), name)

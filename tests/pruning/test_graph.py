@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
 from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
+from ldt.pruning.rules import followed
 from ldt.pruning.structure import channels, record
 
 ALL = [*SMALL, *REAL]
@@ -167,12 +168,13 @@ class TwoPaths(nn.Module):
 class Halves(nn.Module):
     """Splits its channels at a place that is written in the code."""
 
-    def __init__(self) -> None:
+    def __init__(self, *sizes: int) -> None:
         super().__init__()
+        self.sizes = sizes if len(sizes) > 1 else sizes[0]
         self.conv, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(6, 12, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = torch.split(self.conv(x), 6, 1)
+        left, right = torch.split(self.conv(x), self.sizes, 1)
         return self.last(left * right)
 
 
@@ -216,7 +218,8 @@ class Weighted(nn.Module):
         (nn.ConvTranspose2d(12, 12, 2, 2, groups=2), 12, SCOPE, "backbone.0.1", "grouped"),
         (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "hold other channels"),
         (Deformable(12, 12, 1), 12, SCOPE, "backbone.0.1.0.conv_offset", "coordinates"),
-        (Halves(), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
+        (Halves(6), 12, SCOPE, "backbone.0.1.conv", "does not run without half"),
+        (Halves(6, 6), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Mixing(), 12, SCOPE, "backbone.0.1.conv", "does not see"),
         (Shuffling(), 12, SCOPE, "backbone.0.1.conv", "does not"),
         (Weighted(), 12, SCOPE, "backbone.0.1.conv", "parameter backbone.0.1.weight"),
@@ -291,6 +294,37 @@ def test_grouped_convolutions_count_in_equal_parts() -> None:
     assert parts["backbone.0.0.0"] == 3  # read by three groups
     assert parts["backbone.0.1.0"] == 6  # made by three, read by two
     assert parts["backbone.0.2.0"] == 2
+
+
+def test_the_parts_of_a_split_count_equally() -> None:
+    graph = case("res2net").graph()
+    group = graph.groups["backbone.1.conv1"]
+    assert (group.size, group.parts) == (12, 3)
+    assert {"backbone.1.convs.0", "backbone.1.conv1"} == {m.name for m in group.makers}
+    graph.remove({group.name: [0, 3, 5, 6, 8, 9]})
+    block: Any = graph.model.get_submodule("backbone.1")
+    assert (block.conv1.out_channels, block.width) == (6, 2)
+
+
+@pytest.mark.parametrize("name", ["gated", "resnest"])
+def test_what_is_multiplied_or_summed_part_by_part_goes_together(name: str) -> None:
+    groups = case(name).graph().groups.values()
+    found = [(g, m) for g in groups for m in g.makers if m.name == "backbone.1.conv"]
+    ((group, member),) = found
+    assert (group.size, group.parts) == (12, 1)
+    assert set(member.channels.tolist()) == set(range(24))
+    assert (member.roots == member.channels % 12).all()
+
+
+def test_split_attention_is_traced_as_what_it_computes() -> None:
+    subject = case("resnest")
+    expected = subject.outputs(subject.batches[0].images)
+    with followed(subject.model):
+        found = subject.outputs(subject.batches[0].images)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    again = subject.outputs(subject.batches[0].images)
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
 
 
 def test_group_norm_counts_in_equal_parts() -> None:
