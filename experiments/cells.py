@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldt.config import DETAILS, register
+from ldt.config import DETAILS, LABELS, below, register
 from ldt.records import read_json, read_rows
 from ldt.report import differences, load_study
 from ldt.sweeps import jobs
@@ -39,7 +39,6 @@ SMALL = {  # what stands for the paper's in `<experiment>_small`
     "dataset": {"kitti": "roadscenes", "coco": "roadscenes"},
     "method": {"group_fisher_gradual": "group_fisher"},
 }
-_ASIDE = ("study", "seed", "run_name", "base", "logger", "objectives", "report", "trainer")
 
 
 @dataclass
@@ -187,8 +186,8 @@ def essence(plain: dict[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, _, value in differences({}, plain)}
     idle = ["prune"] if flat["method.name"] == "none" else []
     idle += [] if plain["ldt"]["enabled"] else [f"ldt.{k}" for k in plain["ldt"] if k != "enabled"]
-    aside = (*_ASIDE, *DETAILS, *idle)
-    return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{a}.") for a in aside)}
+    aside = (*LABELS, *DETAILS, "base", "report", "trainer", *idle)
+    return {k: v for k, v in flat.items() if not below(k, aside)}
 
 
 def load_runs(studies: Sequence[Path]) -> Iterator[Run]:

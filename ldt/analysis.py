@@ -33,6 +33,13 @@ def _neck_outputs(
         yield maps, objects_of(data["data_samples"], (images.shape[2], images.shape[3]))
 
 
+def _object_vectors(
+    detector: nn.Module, loader: Iterable[dict[str, Any]], neck: str
+) -> tuple[list[Tensor], Tensor]:
+    detector.eval()
+    return stacked_vectors(_neck_outputs(detector, loader, neck))
+
+
 @torch.no_grad()
 def neck_spaces(
     detector: nn.Module,
@@ -53,8 +60,7 @@ def neck_spaces(
     Raises:
         ValueError: there are not two classes of two objects.
     """
-    detector.eval()
-    vectors, labels = stacked_vectors(_neck_outputs(detector, loader, neck))
+    vectors, labels = _object_vectors(detector, loader, neck)
     return [_space(scale, x_nc, labels, ridge, phi) for scale, x_nc in enumerate(vectors)]
 
 
@@ -93,8 +99,7 @@ def neck_statistics(
         One dict per scale: ``share`` of the positive eigenvalues' sum held by the top #classes-1,
         ``correlation`` (mean absolute, between channels), ``eigenvalue`` (the largest).
     """
-    detector.eval()
-    vectors, labels = stacked_vectors(_neck_outputs(detector, loader, neck))
+    vectors, labels = _object_vectors(detector, loader, neck)
     keep = drop_singletons(labels)
     top = labels[keep].unique().numel() - 1
     found = []

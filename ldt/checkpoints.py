@@ -28,7 +28,11 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
         ValueError: the file is damaged or was not written by ldt.
         ImportError: a module of the detector's own config cannot be found.
     """
-    checkpoint = read(path)
+    return detector_of(read(path), device)
+
+
+def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+    """:func:`load_pruned` of a checkpoint's content (:func:`read`)."""
     about = checkpoint["ldt"]
     state = detector_state(checkpoint)
     detector = build(about["model"], initialise=False)
@@ -59,16 +63,19 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def resize_steps(path: str | Path) -> list[dict[str, Any]]:
+def resize_steps(checkpoint: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
     """The steps between reading and packing an image that a checkpoint's detector was trained with.
+
+    Args:
+        checkpoint: the content of a file (:func:`read`).
+        path: of the file, for the error.
 
     Returns:
         Transforms as mmdet's configs write them.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_pruned`, or the checkpoint does not tell them.
+        ValueError: the checkpoint does not tell them.
     """
-    checkpoint = read(path)
     if steps := checkpoint["ldt"].get("resize"):
         return steps
     height, width = checkpoint["ldt"]["input_size"]

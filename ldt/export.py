@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from ldt.checkpoints import load_pruned, read, resize_steps
+from ldt.checkpoints import detector_of, read, resize_steps
 from ldt.detectors import build, drop_pretrained, quiet
 from ldt.pruning import structure
 
@@ -40,8 +40,9 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         ValueError: an earlier version of ldt wrote the checkpoint, without the preprocessing.
         OSError: the folder cannot be written.
     """
-    about, folder = read(checkpoint)["ldt"], Path(folder)
-    resize, state = resize_steps(checkpoint), load_pruned(checkpoint).state_dict()
+    content, folder = read(checkpoint), Path(folder)
+    about, resize = content["ldt"], resize_steps(content, checkpoint)
+    state = detector_of(content).state_dict()
     config = {
         "default_scope": "mmdet",
         "custom_imports": _imports(about["model"]),

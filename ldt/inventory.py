@@ -11,12 +11,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldt.checkpoints import load_pruned, read
+from ldt.checkpoints import detector_of, read
 from ldt.detectors import quiet
 from ldt.profiling import multiply_adds_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.records import write_json
-from ldt.taps import attends, evaluating, neck_forward, raw_forward
+from ldt.taps import evaluating, raw_forward, traced_forward
 
 
 def write_inventory(folder: Path) -> None:
@@ -33,10 +33,16 @@ def write_inventory(folder: Path) -> None:
         FileNotFoundError: there is no checkpoint of the base.
         ValueError: a checkpoint is damaged.
     """
-    files = sorted(folder.glob("round-*.ckpt"), key=_round)
-    rounds = {str(_round(file)): layers(load_pruned(file), _size(file)) for file in files}
-    record = {"rounds": rounds, "groups": _groups(folder)}
-    write_json(folder / "structure.json", record)
+    files = sorted({folder / "round-0.ckpt", *folder.glob("round-*.ckpt")}, key=_round)
+    rounds, groups = {}, {}
+    for file in files:
+        content = read(file)
+        detector, about = detector_of(content), content["ldt"]
+        rounds[str(_round(file))] = layers(detector, tuple(about["input_size"]))
+        if _round(file) == 0:
+            scope = list(OmegaConf.load(folder / "config.yaml").prune.scope)
+            groups = _groups(about, detector, scope)
+    write_json(folder / "structure.json", {"rounds": rounds, "groups": groups})
 
 
 def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
@@ -64,20 +70,12 @@ def _round(file: Path) -> int:
     return int(file.stem.removeprefix("round-"))
 
 
-def _size(file: Path) -> tuple[int, int]:
-    height, width = read(file)["ldt"]["input_size"]
-    return height, width
-
-
-def _groups(folder: Path) -> dict[str, list[str]]:
-    """The coupled groups of the base below the run's ``prune.scope``."""
-    file = folder / "round-0.ckpt"
-    detector, about = load_pruned(file), read(file)["ldt"]
-    image = next(detector.parameters()).new_zeros(1, 3, *_size(file))
-    forward: Any = partial(neck_forward, name=about["neck"]) if attends(detector) else raw_forward
-    scope = OmegaConf.load(folder / "config.yaml").prune.scope
+def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dict[str, list[str]]:
+    """The coupled groups of a round's detector below ``scope``."""
+    image = next(detector.parameters()).new_zeros(1, 3, *about["input_size"])
+    forward = traced_forward(detector, about["neck"])
     with evaluating(detector):
-        graph = PruningGraph(detector, forward, image, list(scope), never=about["predictors"])
+        graph = PruningGraph(detector, forward, image, scope, never=about["predictors"])
     return {
         name: list(dict.fromkeys(member.name for member in group.members))
         for name, group in graph.groups.items()

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,7 +22,7 @@ from ldt.metrics import DetectionMetrics
 from ldt.pruning import structure
 from ldt.pruning.graph import NORMS, PruningGraph
 from ldt.recipe import learning_rate
-from ldt.taps import attends, find_neck, find_predictors, neck_forward, neck_maps, raw_forward
+from ldt.taps import find_neck, find_predictors, neck_maps, traced_forward
 from ldt.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -164,9 +163,7 @@ class DetectorModule(L.LightningModule):
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
         """The coupled groups below ``scope``; call within :func:`ldt.taps.evaluating`."""
-        forward = partial(neck_forward, name=self.neck_name)
-        if not attends(self.detector):
-            forward = raw_forward
+        forward = traced_forward(self.detector, self.neck_name)
         return PruningGraph(self.detector, forward, self.example(), scope, never=self.predictors)
 
     # Training and validation --------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ldt.analysis import neck_spaces
-from ldt.checkpoints import load_pruned, read
+from ldt.checkpoints import detector_of, read
 from ldt.data.datamodule import DetectionDataModule
 from ldt.figures.attention import Looked, View
 from ldt.figures.channels import draw_channels
@@ -139,7 +139,8 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
 def _load(checkpoint: Path) -> tuple[nn.Module, str]:
     """The detector, on a GPU where there is one, and the name of its neck."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_pruned(checkpoint, device), read(checkpoint)["ldt"].get("neck", "auto")
+    content = read(checkpoint)
+    return detector_of(content, device), content["ldt"].get("neck", "auto")
 
 
 def _items(data: DetectionDataModule, pictures: int) -> list[dict[str, Any]]:

@@ -7,15 +7,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ldt.config import DETAILS, LABELS, below
 from ldt.figures.comparison import Panel, Point
 from ldt.report import differences, load_study
 from ldt.runs import load_config
 
-# what runs of one curve may differ in, beside their rate
-FREE = (
-    "seed", "run_name", "study", "base", "logger", "objectives", "report", "trainer",
-    "prune.rate", "dataset.root", "dataset.cache", "dataset.workers",
-)  # fmt: skip
+# what runs of one curve may differ in
+FREE = (*LABELS, *DETAILS, "base", "report", "trainer", "prune.rate")
 Row = Mapping[str, Any]
 
 
@@ -76,7 +74,7 @@ def _label(row: Row, alike: Sequence[Row]) -> str:
         key
         for other in alike
         for key, *_ in differences(row["config"], other["config"])
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if not below(key, FREE)
     }
     values = [f"{key.split('.')[-1]}={_value(row['config'], key)}" for key in sorted(keys)]
     return ", ".join([row["method"], *values])

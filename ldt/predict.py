@@ -20,7 +20,7 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import Compose, pseudo_collate
 
-from ldt.checkpoints import load_pruned, resize_steps
+from ldt.checkpoints import detector_of, read, resize_steps
 from ldt.data.datamodule import test_steps
 from ldt.detectors import quiet
 from ldt.records import write_json
@@ -64,11 +64,12 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: str | Path, device: str | torch.device = "cpu") -> None:
-        steps = test_steps(resize_steps(checkpoint))
-        self.detector: Any = load_pruned(checkpoint, device)
+        content = read(checkpoint)
+        steps = test_steps(resize_steps(content, checkpoint))
+        self.detector: Any = detector_of(content, device)
         self.classes: tuple[str, ...] = self.detector.dataset_meta["classes"]
-        read, *rest = [TRANSFORMS.build(step) for step in steps]
-        self._read, self._prepare = read, Compose(rest)
+        load, *rest = [TRANSFORMS.build(step) for step in steps]
+        self._read, self._prepare = load, Compose(rest)
 
     @torch.no_grad()
     def __call__(self, path: Path, number: int = 0) -> tuple[np.ndarray, DetDataSample]:

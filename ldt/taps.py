@@ -1,7 +1,8 @@
 """Where to tap a detector: its neck, its raw output maps, its predictors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,11 @@ def attends(detector: nn.Module) -> bool:
     kinds = (nn.MultiheadAttention, MultiScaleDeformableAttention)
     layers = (n for n, m in detector.named_modules() if isinstance(m, kinds))
     return any(not name.startswith(("backbone.", "neck.")) for name in layers)
+
+
+def traced_forward(detector: nn.Module, name: str = "auto") -> Callable[..., list[Tensor]]:
+    """What tracing runs, called with the detector and images: see :func:`attends`."""
+    return partial(neck_forward, name=name) if attends(detector) else raw_forward
 
 
 def _sample(images: Tensor, regions: int) -> DetDataSample:

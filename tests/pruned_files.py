@@ -6,10 +6,33 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from small import composed, random_channels, randomise_norms
+from torch import nn
 
 from ldt.assembly import build_module
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.taps import evaluating
+from ldt.detectors import build, model_config
+from ldt.pruning import structure
+from ldt.pruning.graph import PruningGraph
+from ldt.taps import evaluating, raw_forward
+
+SIZE = (64, 128)  # of what a cut run's rounds were made for
+NARROW: dict[str, Any] = {
+    "backbone": {"depth": 18, "base_channels": 8, "frozen_stages": -1, "norm_eval": False},
+    "neck": {
+        "in_channels": [8, 16, 32, 64],
+        "out_channels": 16,
+        "start_level": 0,
+        "num_outs": 4,
+        "add_extra_convs": False,
+    },
+    "bbox_head": {
+        "in_channels": 16,
+        "feat_channels": 16,
+        "stacked_convs": 1,
+        "norm_cfg": {"type": "GN", "num_groups": 4, "requires_grad": True},
+        "anchor_generator": {"octave_base_scale": 4, "strides": [4, 8, 16, 32]},
+    },
+}
 
 
 def data_of(scenes: Path, scale: tuple[int, int] = (128, 64), **options: Any) -> Any:
@@ -34,3 +57,29 @@ def pruned_checkpoint(file: Path, data: Any, *overrides: str) -> Path:
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, file)
     return file
+
+
+def write_cut_run(folder: Path) -> nn.Module:
+    """The rounds of a run whose backbone lost half of its channels; the detector that is left."""
+    torch.manual_seed(0)
+    model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", NARROW, 3, pretrained=False)
+    detector = build(model)
+    _save(detector, model, folder / "round-0.ckpt")
+    with evaluating(detector):
+        graph = PruningGraph(detector, raw_forward, torch.zeros(1, 3, *SIZE), ["backbone"])
+        graph.remove({n: list(range(g.size // 2)) for n, g in graph.groups.items() if g.parts == 1})
+    _save(detector, model, folder / "round-1.ckpt")
+    return detector
+
+
+def _save(detector: nn.Module, model: dict[str, Any], path: Path) -> None:
+    about = {
+        "model": model,
+        "classes": ["Car", "Pedestrian", "Cyclist"],
+        "structure": structure.record(detector),
+        "predictors": [],
+        "neck": "neck",
+        "input_size": list(SIZE),
+    }
+    state = {f"detector.{key}": value for key, value in detector.state_dict().items()}
+    torch.save({"state_dict": state, "ldt": about}, path)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldt.figures.attention import Looked, View, draw_attention
 from ldt.figures.channels import draw_channels, stages
-from ldt.figures.comparison import Panel, Point, draw_comparison, draw_comparisons
+from ldt.figures.comparison import Panel, Point, draw_comparisons
 from ldt.figures.curves import draw_curve
 from ldt.figures.detections import Boxes, Scene, draw_detections, short_names
 from ldt.figures.discriminants import Space, draw_discriminants
@@ -287,7 +287,7 @@ def test_every_method_has_its_line_and_band_and_the_unpruned_are_dashed():
         "ldt": [Point(0.5, [0.4, 0.5]), Point(0.2, [0.3, 0.3])],
         "l1": [Point(0.5, [0.35])],
     }
-    figure = draw_comparison(methods, {"unpruned": Point(1.0, [0.4, 0.44])}, "mAP")
+    figure = draw_comparisons([Panel("", methods, {"unpruned": Point(1.0, [0.4, 0.44])}, "mAP")])
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert set(lines) == {"ldt", "l1", "unpruned"}
@@ -304,7 +304,7 @@ def test_every_method_has_its_line_and_band_and_the_unpruned_are_dashed():
 
 def test_nothing_to_compare_is_told():
     with pytest.raises(ValueError, match="no methods to compare"):
-        draw_comparison({}, {}, "AP")
+        draw_comparisons([Panel("", {}, {}, "AP")])
 
 
 def test_a_method_looks_the_same_in_every_panel_and_pruned_and_left_agree():
@@ -334,7 +334,7 @@ def test_a_method_looks_the_same_in_every_panel_and_pruned_and_left_agree():
 @pytest.mark.parametrize("longest", [3, 20, 60])
 def test_the_legend_of_a_comparison_stays_inside(longest):
     methods = {f"{'m' * longest}{i}": [Point(0.5, [0.1 * i])] for i in range(5)}
-    figure = draw_comparison(methods, {"unpruned": Point(1.0, [0.4])}, "AP")
+    figure = draw_comparisons([Panel("", methods, {"unpruned": Point(1.0, [0.4])}, "AP")])
     assert figure.get_figwidth() * 2.54 == pytest.approx(COLUMN_CM)
     FigureCanvasAgg(figure).draw()
     extent = figure.legends[0].get_window_extent()
@@ -498,7 +498,9 @@ def every_figure():
         "detections": draw_detections([scene(boxes(3, 0), found)], CLASSES, ["a", "b"]),
         "curve": draw_curve(rounds(0.4, 0.42, 0.41), "AP"),
         "channels": draw_channels(network(20), network(20)),
-        "comparison": draw_comparison(methods, {"unpruned": Point(1.0, [0.4])}, "mAP"),
+        "comparison": draw_comparisons(
+            [Panel("", methods, {"unpruned": Point(1.0, [0.4])}, "mAP")]
+        ),
         "shrinking": draw_shrinking(shrunk(3), ["base", "round 1", "round 2"]),
         "discriminants": draw_discriminants([space(0), space(1)], ["without", "with"], CLASSES),
         "stability": draw_stability(

@@ -4,46 +4,20 @@ import json
 from functools import partial
 
 import pytest
-import torch
-from test_pictures import OPTIONS
+from pruned_files import SIZE, write_cut_run
 
 from ldt import inventory
 from ldt.checkpoints import load_pruned
-from ldt.detectors import build, model_config
 from ldt.profiling import count_parameters, multiply_adds
-from ldt.pruning import structure
-from ldt.pruning.graph import PruningGraph
 from ldt.records import write_text
-from ldt.taps import evaluating, raw_forward
-
-SIZE = (64, 128)
-
-
-def save(detector, model, path):
-    about = {
-        "model": model,
-        "classes": ["Car", "Pedestrian", "Cyclist"],
-        "structure": structure.record(detector),
-        "predictors": [],
-        "neck": "neck",
-        "input_size": list(SIZE),
-    }
-    state = {f"detector.{key}": value for key, value in detector.state_dict().items()}
-    torch.save({"state_dict": state, "ldt": about}, path)
+from ldt.taps import raw_forward
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder with checkpoints of a base and of what a cut left of it."""
     folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", OPTIONS, 3, pretrained=False)
-    detector = build(model)
-    save(detector, model, folder / "round-0.ckpt")
-    with evaluating(detector):
-        graph = PruningGraph(detector, raw_forward, torch.zeros(1, 3, *SIZE), ["backbone"])
-        graph.remove({n: list(range(g.size // 2)) for n, g in graph.groups.items() if g.parts == 1})
-    save(detector, model, folder / "round-1.ckpt")
+    write_cut_run(folder)
     write_text(folder / "config.yaml", "prune: {scope: [backbone]}\n")
     inventory.write_inventory(folder)
     return folder

@@ -5,42 +5,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.structures import InstanceData
+from pruned_files import write_cut_run
 from summaries import row, summary
 
 from ldt import pictures
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.detectors import build, model_config
-from ldt.pruning import structure
-from ldt.pruning.graph import PruningGraph
-from ldt.taps import evaluating, raw_forward
-
-OPTIONS = {
-    "backbone": {"depth": 18, "base_channels": 8, "frozen_stages": -1, "norm_eval": False},
-    "neck": {
-        "in_channels": [8, 16, 32, 64],
-        "out_channels": 16,
-        "start_level": 0,
-        "num_outs": 4,
-        "add_extra_convs": False,
-    },
-    "bbox_head": {
-        "in_channels": 16,
-        "feat_channels": 16,
-        "stacked_convs": 1,
-        "norm_cfg": {"type": "GN", "num_groups": 4, "requires_grad": True},
-        "anchor_generator": {"octave_base_scale": 4, "strides": [4, 8, 16, 32]},
-    },
-}
-
-
-def checkpoint(detector, model, path):
-    about = {
-        "model": model,
-        "classes": ["Car", "Pedestrian", "Cyclist"],
-        "structure": structure.record(detector),
-    }
-    state = {f"detector.{key}": value for key, value in detector.state_dict().items()}
-    torch.save({"state_dict": state, "ldt": about}, path)
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +27,7 @@ def data(tmp_path_factory):
 def run(tmp_path_factory):
     """A folder with the checkpoints of an untrained detector before and after a real cut."""
     folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", OPTIONS, 3, pretrained=False)
-    detector = build(model)
-    checkpoint(detector, model, folder / "round-0.ckpt")
-    with evaluating(detector):
-        graph = PruningGraph(detector, raw_forward, torch.zeros(1, 3, 64, 128), ["backbone"])
-        graph.remove({n: list(range(g.size // 2)) for n, g in graph.groups.items() if g.parts == 1})
-    checkpoint(detector, model, folder / "round-1.ckpt")
-    return folder, detector
+    return folder, write_cut_run(folder)
 
 
 def written(folder):

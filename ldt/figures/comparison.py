@@ -66,13 +66,6 @@ class Panel:
     metric: str
 
 
-def draw_comparison(
-    methods: Mapping[str, Sequence[Point]], unpruned: Mapping[str, Point], metric: str
-) -> Figure:
-    """One panel of :func:`draw_comparisons`, without a title."""
-    return draw_comparisons([Panel("", methods, unpruned, metric)])
-
-
 def draw_comparisons(panels: Sequence[Panel]) -> Figure:
     """A line with its band (one standard deviation) per method, unpruned detectors dashed.
 

@@ -1,6 +1,8 @@
 """Which annotated objects were found."""
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 IOU = 0.5
 
@@ -20,20 +22,11 @@ def hits(
         labels: [k].
     """
     taken = np.zeros(len(truth), dtype=bool)
-    overlaps = _overlaps(found, truth)
+    one, other = torch.as_tensor(found).double(), torch.as_tensor(truth).double()
+    overlaps = box_iou(one, other).nan_to_num().numpy()  # nan: both are empty
     overlaps[labels[:, None] != truth_labels[None]] = 0
     for row in overlaps:
         row = np.where(taken, 0, row)
         if len(row) and row.max() >= IOU:
             taken[row.argmax()] = True
     return taken
-
-
-def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes [k, 4] and [n, 4]: [k, n]."""
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    shared = (high - low).clip(min=0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(-1) for boxes in (one, other)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return shared / np.maximum(union, 1e-9)

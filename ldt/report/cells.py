@@ -8,10 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from ldt.config import DETAILS
+from ldt.config import DETAILS, LABELS, below
 from ldt.report.runs import Run
 
-ASIDE = ("seed", "run_name", "study", "logger", "objectives", *DETAILS)  # the cell's seeds share it
 MOST_NAMED = 2  # keys in which variants of a method may differ for all of them to be in its label
 LONGEST_LABEL = 48  # characters
 Config = dict[str, Any]  # flat: dotted key -> value
@@ -89,11 +88,8 @@ def _identity(run: Run) -> str:
 
 
 def _config(run: Run) -> Config:
-    return {
-        key: value
-        for key, value in flatten(run.config).items()
-        if not any(key == aside or key.startswith(f"{aside}.") for aside in ASIDE)
-    }
+    aside = (*LABELS, *DETAILS)
+    return {key: value for key, value in flatten(run.config).items() if not below(key, aside)}
 
 
 def _cell(runs: Sequence[Run]) -> Cell:

@@ -1,6 +1,6 @@
 """Interactive figures of one run: what its cuts were based on, and what they left."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,21 +25,11 @@ def kept_channels(run: Run) -> go.Figure:
     """
     cuts = _cuts(run)
     names = sorted(cuts[min(cuts)])
-    figure = go.Figure()
+    bars = []
     for index, (label, left) in enumerate(_left(cuts).items()):
         shade = LIGHT if index == 0 else faded(DARK, (index / len(cuts)) ** 0.8)
-        figure.add_bar(
-            y=[text(name) for name in names],
-            x=[left[name] for name in names],
-            name=label,
-            orientation="h",
-            marker={"color": shade},
-            hovertemplate="%{y}: %{x} channels<extra></extra>",
-            showlegend=True,
-        )
-    figure.update_layout(barmode="overlay", bargap=0.25)
-    figure.update_xaxes(title_text="channels")
-    return _of_layers(figure, len(names))
+        bars.append((label, [left[name] for name in names], shade))
+    return _overlaid(names, bars, "channels", "%{y}: %{x} channels")
 
 
 def _cuts(run: Run) -> Mapping[int, Mapping[str, Cut]]:
@@ -56,6 +46,26 @@ def _left(cuts: Mapping[int, Mapping[str, Cut]]) -> dict[str, dict[str, int]]:
         sizes = {name: len(cut.scores) - len(cut.removed) for name, cut in groups.items()}
         left[f"after round {index}"] = left["base"] | sizes
     return left
+
+
+def _overlaid(
+    names: Sequence[str], bars: Iterable[tuple[str, Any, str]], title: str, told: str
+) -> go.Figure:
+    """Bars (label, length per layer, colour) over each other; ``told`` when pointed at."""
+    figure = go.Figure()
+    for label, lengths, colour in bars:
+        figure.add_bar(
+            y=[text(name) for name in names],
+            x=lengths,
+            name=label,
+            orientation="h",
+            marker={"color": colour},
+            hovertemplate=f"{told}<extra></extra>",
+            showlegend=True,
+        )
+    figure.update_layout(barmode="overlay", bargap=0.25)
+    figure.update_xaxes(title_text=title)
+    return _of_layers(figure, len(names))
 
 
 def _of_layers(figure: go.Figure, count: int) -> go.Figure:
@@ -120,21 +130,9 @@ def _before_after(run: Run, key: str, title: str) -> go.Figure:
     rounds = rounds[rounds.iloc[:, 0] > 0]
     if key != "out":
         rounds = rounds[run.layers.loc[rounds.columns[0], "out"].reindex(rounds.index) > 0]
-    figure = go.Figure()
     ends = {"before": (rounds.columns[0], LIGHT), "after": (rounds.columns[-1], DARK)}
-    for label, (index, colour) in ends.items():
-        figure.add_bar(
-            x=rounds[index],
-            y=[text(name) for name in rounds.index],
-            name=label,
-            orientation="h",
-            marker={"color": colour},
-            hovertemplate="%{y}: %{x:,}<extra></extra>",
-            showlegend=True,
-        )
-    figure.update_layout(barmode="overlay", bargap=0.25)
-    figure.update_xaxes(title_text=title)
-    return _of_layers(figure, len(rounds))
+    bars = [(label, rounds[index], colour) for label, (index, colour) in ends.items()]
+    return _overlaid(list(rounds.index), bars, title, "%{y}: %{x:,}")
 
 
 def parts(run: Run) -> pd.DataFrame:
