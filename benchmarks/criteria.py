@@ -4,7 +4,7 @@
 
 Seconds and peak memory of one scoring, beside one forward and backward of the detection loss over
 the same images; then CHIP's channel independence from one eigendecomposition beside one SVD per
-channel. Peak memory is the process's (the device's on CUDA), minus what it held before.
+channel. Peak memory is the whole process's (the device's on CUDA).
 """
 
 import argparse
@@ -43,27 +43,26 @@ class Batches:
             yield self.module.prepare(batch(), training=True)
 
 
-def resident(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) in GiB."""
+def peak() -> float:
+    """The process's largest resident memory since the last reset, in GiB."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[key].split()[0]) / 2**20
+    return int(lines["VmHWM"].split()[0]) / 2**20
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and GiB at the peak above what was held before (nan where that is not known)."""
+    """Seconds, and GiB at the peak (nan where that is not known)."""
     gc.collect()
     linux = CLEAR.exists()
     if linux:
         CLEAR.write_text("5")  # resets the peak
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    before = resident("VmRSS") if linux else 0.0
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
     if torch.cuda.is_available():
         return seconds, torch.cuda.max_memory_allocated() / 2**30
-    return seconds, resident("VmHWM") - before if linux else float("nan")
+    return seconds, peak() if linux else float("nan")
 
 
 def methods() -> list[str]:

@@ -170,9 +170,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     ),
     "hrnet": (Model("faster-rcnn_hrnetv2p-w18-1x_coco"),),
     "htc": (Model("htc_r50_fpn_1x_coco"),),
-    "lad": (
-        Model("lad_r50-paa-r101_fpn_2xb8_coco_1x", size=256, options={"teacher_ckpt": None}),
-    ),
+    "lad": (Model("lad_r50-paa-r101_fpn_2xb8_coco_1x", size=256, options={"teacher_ckpt": None}),),
     "ld": (
         Model(
             "ld_r18-gflv1-r101_fpn_1x_coco",
