@@ -4,6 +4,9 @@ Every case has a backbone, a neck and a head, implements `Target` and comes with
 statistics, since fresh ones (mean 0, variance 1) hide mistakes.
 """
 
+import ldt  # noqa: F401  (first: mmdet imports only once mmcv's operators are in place)
+
+# isort: split
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ LEVELS = (  # a module imports from its own level and from those below it
 )
 MMDET = ("ldt.detectors", "ldt.taps", "ldt.module", "ldt.data", "ldt.metrics")
 ALLOWED = {
-    "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict"),
+    "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict", "ldt.pruning.rules"),
     "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),
     "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config", "ldt.sweeps"),
     "lightning": (
