@@ -10,7 +10,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-import ldt  # noqa: E402, F401  (mmdet imports only once mmcv's operators are in place)
+import ldt  # noqa: F401  (mmdet imports only once mmcv's operators are in place)
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "experiments")]
