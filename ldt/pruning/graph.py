@@ -3,7 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -247,13 +247,17 @@ class PruningGraph:
 
     def _masked(self, gone: dict[str, np.ndarray], noise: float) -> list[Tensor]:
         """The raw maps with noise on the channels that are gone, which no reader sees."""
-        hooks = [m.register_forward_hook(_affine) for m in self._names if isinstance(m, STATISTICS)]
-        for name, channels in gone.items():
-            for member in self.groups[name].members:
-                touched = member.channels[np.isin(member.roots, channels)]
-                if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
-                    hooks.append(_masking(member.layer, member.side, touched, noise))
-        return list(self._run(hooks))
+        with ExitStack() as hooks:
+            for layer in self._names:
+                if isinstance(layer, STATISTICS):
+                    hooks.callback(layer.register_forward_hook(_affine).remove)
+            for name, channels in gone.items():
+                for member in self.groups[name].members:
+                    touched = member.channels[np.isin(member.roots, channels)]
+                    if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
+                        masking = _masking(member.layer, member.side, touched, noise)
+                        hooks.callback(masking.remove)
+            return list(self._run([]))
 
     @contextmanager
     def _put_back(self) -> Iterator[None]:
@@ -492,7 +496,10 @@ def _cells(members: Sequence[Member], raw: Any) -> list[_Cells]:
 
 
 def _misfit(group: CoupledGroup, cells: Sequence[_Cells]) -> str | None:
-    """Why cells cannot stay equally full, or None."""
+    """What of a group's channels cannot be as tracing has it, or None."""
+    for m in group.members:
+        if isinstance(m.layer, CONVOLUTIONS) and m.channels.max() >= width_of(m.layer, m.side):
+            return f"tracing takes other channels for those of {m.name}"
     for cell in cells:
         if not cell.fits(group):
             return f"the groups of {cell.name} hold other channels too"
@@ -501,8 +508,8 @@ def _misfit(group: CoupledGroup, cells: Sequence[_Cells]) -> str | None:
 
 def width_of(layer: Any, side: str) -> int:
     """Channels on a side of a layer."""
-    names = {"in": ("in_channels", "in_features"), "out": ("out_channels", "out_features")}
-    found = (getattr(layer, name, None) for name in names.get(side, ()))
+    names = ("in_channels", "in_features") if side == "in" else ("out_channels", "out_features")
+    found = (getattr(layer, name, None) for name in names)
     return next((width for width in found if width), 0) or layer.num_channels
 
 

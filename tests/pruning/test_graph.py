@@ -216,7 +216,9 @@ class Weighted(nn.Module):
     ("middle", "width", "scope", "layer", "reason"),
     [
         (nn.ConvTranspose2d(12, 12, 2, 2, groups=2), 12, SCOPE, "backbone.0.1", "grouped"),
+        (nn.Conv2d(12, 6, 1, groups=6), 6, SCOPE, "backbone.0.1", "of several others"),
         (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "hold other channels"),
+        (nn.Sequential(nn.Conv2d(12, 12, 1), nn.PixelShuffle(2)), 3, SCOPE, "backbone.0.1.0", ""),
         (Deformable(12, 12, 1), 12, SCOPE, "backbone.0.1.0.conv_offset", "coordinates"),
         (Halves(6), 12, SCOPE, "backbone.0.1.conv", "does not run without half"),
         (Halves(6, 6), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
@@ -276,8 +278,12 @@ def test_flags_survive_and_the_network_still_trains(name: str) -> None:
         assert all(bool(g.isfinite().all()) for g in gradients)
 
 
-def test_a_trial_leaves_the_network_as_it_was() -> None:
-    model = odd_parts(Shuffling(), 12).eval()
+@pytest.mark.parametrize(
+    ("middle", "width"),
+    [(Shuffling(), 12), (nn.Sequential(nn.Conv2d(12, 12, 1), nn.PixelShuffle(2)), 3)],
+)
+def test_a_trial_leaves_the_network_as_it_was(middle: nn.Module, width: int) -> None:
+    model = odd_parts(middle, width).eval()
     parameters, sizes = dict(model.named_parameters()), record(model)
     images = torch.randn(1, 3, 32, 48)
     before = model(images)
