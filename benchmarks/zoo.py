@@ -51,7 +51,7 @@ PARTS = {
 }
 CONFIGS = Path(mmdet.__path__[0]) / ".mim" / "configs"
 STEPS = ("build", "train", "trace", "score", "cut", "run", "save", "load")
-MEMORY = 10 * 2**30  # bytes that a model's process may take
+MEMORY = 14 * 2**30  # bytes that a model's process may take
 RATE = 0.3  # of the parameters in scope
 RECIPE = asdict(
     RecipeConfig(

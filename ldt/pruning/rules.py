@@ -197,8 +197,8 @@ def _divide(split: Any, nodes: dict[Any, Any]) -> None:
     """Put a node for each part behind a split of the channels into equal ones."""
     function = split.grad_fn
     width = getattr(function, "_saved_split_size", 0)  # 0: a list of sizes
-    total = function._saved_self_sym_sizes[1]
-    if not width or total % width or function._saved_dim != 1:
+    sizes = function._saved_self_sym_sizes
+    if not width or function._saved_dim != 1 or sizes[1] % width:
         return
     taken = {
         reader: [index for other, index in reader.grad_fn.next_functions if other == function]
@@ -206,7 +206,7 @@ def _divide(split: Any, nodes: dict[Any, Any]) -> None:
     }
     if any(reader.inputs.count(split) != len(parts) for reader, parts in taken.items()):
         return  # a layer of several calls, of which only one is known
-    parts = [Node(Part(start, width), None) for start in range(0, total, width)]
+    parts = [Node(Part(start, width), None) for start in range(0, sizes[1], width)]
     for part in parts:
         part.inputs.append(split)
         nodes[part.module] = part

@@ -201,6 +201,18 @@ class Shuffling(nn.Module):
         return maps.view(len(maps), 3, 4, *maps.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
+class Scaled(nn.Module):
+    """A factor and an offset that are kept, and split, as one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.both = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor, offset = self.both.split(1)
+        return self.conv(x) * factor + offset
+
+
 class Weighted(nn.Module):
     """A parameter of its own for every channel."""
 
@@ -224,6 +236,7 @@ class Weighted(nn.Module):
         (Halves(6, 6), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Mixing(), 12, SCOPE, "backbone.0.1.conv", "does not see"),
         (Shuffling(), 12, SCOPE, "backbone.0.1.conv", "does not"),
+        (Scaled(), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Weighted(), 12, SCOPE, "backbone.0.1.conv", "parameter backbone.0.1.weight"),
         (nn.Identity(), 12, ("head",), "head.0", "predictions of head.0"),
     ],
