@@ -239,7 +239,7 @@ class PruningGraph:
                     cut = np.isin(root.roots, gone[group.name]).sum()
                     if width_of(root.layer, "out") != len(root.channels) - cut:
                         return "some of its channels only go together"
-                self._run([])
+                self._run()
         except Exception as error:  # whatever a model's code does with unexpected shapes
             reason = " ".join(str(error).split())[:120]
             return f"the network does not run without half of them ({reason})"
@@ -257,7 +257,7 @@ class PruningGraph:
                     if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
                         masking = _masking(member.layer, member.side, touched, noise)
                         hooks.callback(masking.remove)
-            return list(self._run([]))
+            return list(self._run())
 
     @contextmanager
     def _put_back(self) -> Iterator[None]:
@@ -332,7 +332,7 @@ class PruningGraph:
         self._run(hooks)
         return frozenset(found)
 
-    def _run(self, hooks: Sequence[Any]) -> Any:
+    def _run(self, hooks: Sequence[Any] = ()) -> Any:
         """One forward of the example in eval mode, after which the hooks are removed."""
         training = [module for module in self._names if module.training]
         for module in training:
@@ -461,7 +461,7 @@ class _Cells:
         cells = self.channels // (self.width // self.count)
         return list(zip(self.roots.tolist(), cells.tolist(), strict=True))
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether every root has as many channels in one cell as in any other."""
         shares: dict[int, Counter[int]] = defaultdict(Counter)

@@ -142,12 +142,7 @@ class Tracer(tp.DependencyGraph):
             super().build_dependency(model, *args, **options)
         for part, node in self.module2node.items():
             if isinstance(part, Part):
-                ends = [part.start, part.start + part.width]
-                for one, other in ((node, node.inputs[0]), (node.inputs[0], node)):
-                    for dependency in one.dependencies:
-                        if dependency.target is other:
-                            mapping = _SplitIndexMapping(ends, reverse=one is node)
-                            dependency.index_mapping[0] = mapping
+                _map_part(part, node)
         return self
 
     def get_pruner_of_module(self, module: nn.Module) -> Any:
@@ -216,6 +211,14 @@ def _divide(split: Any, nodes: dict[Any, Any]) -> None:
         for index in indices:
             parts[index].outputs.append(reader)
     split.outputs[:] = parts
+
+
+def _map_part(part: Part, node: Any) -> None:
+    """Tell the edges between a split and one of its parts which channels the part holds."""
+    (split,), ends = node.inputs, [part.start, part.start + part.width]
+    for edge in (*split.dependencies, *node.dependencies):
+        if (edge.source, edge.target) in ((split, node), (node, split)):
+            edge.index_mapping[0] = _SplitIndexMapping(ends, reverse=edge.source is node)
 
 
 def split_into(node: Any) -> int:
