@@ -13,7 +13,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldt.config import DETAILS, LABELS, below, register
+from ldt.config import DETAILS, LABELS, register
+from ldt.names import below
 from ldt.records import read_json, read_rows
 from ldt.report import differences, load_study
 from ldt.sweeps import jobs

@@ -5,7 +5,6 @@ the wrong type stops a run before any model is built, naming the key.
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +17,6 @@ DETAILS = (
 )  # fmt: skip
 # What a run is called and recorded by, its seed among them: the runs of one cell differ in these.
 LABELS = ("seed", "run_name", "study", "logger", "objectives")
-
-
-def below(key: str, keys: Iterable[str]) -> bool:
-    """Whether a dotted key is one of ``keys`` or lies below one."""
-    return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
 @dataclass

@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldt.config import DETAILS, LABELS, below
+from ldt.config import DETAILS, LABELS
 from ldt.figures.comparison import Panel, Point
+from ldt.names import below
 from ldt.report import differences, load_study
 from ldt.runs import load_config
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldt.names import below
+
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +41,7 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     new_head = {
         key
         for key, value in own.items()
-        if key in state
-        and state[key].shape != value.shape
-        and any(key.startswith(f"{name}.") for name in predictors)
+        if key in state and state[key].shape != value.shape and below(key, predictors)
     }
     wrong = sorted(key for key in own if key not in state or state[key].shape != own[key].shape)
     wrong = [key for key in wrong if key not in new_head]

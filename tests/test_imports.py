@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ldt.names import below
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 # fmt: off
@@ -21,7 +23,10 @@ LEVELS = (  # a module imports from its own level and from those below it
         "ldt.checkpoints", "ldt.pruned",
     ),
     ("ldt.detectors", "ldt.weights", "ldt.taps", "ldt.profiling", "ldt.config"),
-    ("ldt.discriminant", "ldt.records", "ldt.recipe", "ldt.sweeps", "ldt.mmcv_ops", "ldt.mmcv_ext"),
+    (
+        "ldt.discriminant", "ldt.records", "ldt.recipe", "ldt.sweeps", "ldt.names", "ldt.mmcv_ops",
+        "ldt.mmcv_ext",
+    ),
 )
 MMDET = ("ldt.detectors", "ldt.taps", "ldt.module", "ldt.data", "ldt.metrics")
 ALLOWED = {
@@ -43,10 +48,6 @@ ALLOWED = {
 def name(file):
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def below(module, packages):
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def level(module):

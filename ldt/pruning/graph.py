@@ -16,6 +16,7 @@ from torch.nn.modules import activation
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.ops import OPTYPE
 
+from ldt.names import below
 from ldt.pruning.rules import (
     DEFORMABLE,
     Fixed,
@@ -126,7 +127,7 @@ class PruningGraph:
         in_scope: dict[str, nn.Module] = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, CONVOLUTIONS) and _below(name, scope)
+            if isinstance(module, CONVOLUTIONS) and below(name, scope)
         }
         if not in_scope:
             parts = ", ".join(name for name, _ in model.named_children())
@@ -376,10 +377,6 @@ class PruningGraph:
             parameter.requires_grad_(trainable[name])
 
 
-def _below(name: str, scope: Sequence[str]) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in scope)
-
-
 def _half(group: CoupledGroup) -> np.ndarray:
     """Half of a group's channels, the same number of each of its parts."""
     size, rng = group.size // group.parts, np.random.default_rng(0)
@@ -522,7 +519,7 @@ def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str
                 return f"its channels are predictions of {member.name}"
             if len(member.channels) < width_of(layer, "out"):
                 return f"coupled with a part of {member.name} only"
-            if not _below(member.name, scope) and not depthwise(layer):  # those only follow
+            if not below(member.name, scope) and not depthwise(layer):  # those only follow
                 return f"coupled with {member.name}, which is outside of prune.scope"
         if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
             return f"coupled with the grouped transposed convolution {member.name}"

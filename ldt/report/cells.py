@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from ldt.config import DETAILS, LABELS, below
+from ldt.config import DETAILS, LABELS
+from ldt.names import below
 from ldt.report.runs import Run
 
 MOST_NAMED = 2  # keys in which variants of a method may differ for all of them to be in its label
