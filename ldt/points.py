@@ -1,25 +1,21 @@
 """The finished runs of studies as points of their methods' curves."""
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from ldt.config import DETAILS, LABELS
 from ldt.figures.comparison import Panel, Point
-from ldt.names import below
-from ldt.report import differences, load_study
-from ldt.runs import load_config
+from ldt.report import Run, load_run, load_runs
+from ldt.report.cells import Cell, cells, notes
 
-# what runs of one curve may differ in
-FREE = (*LABELS, *DETAILS, "base", "report", "trainer", "prune.rate")
-Row = Mapping[str, Any]
+log = logging.getLogger(__name__)
+
+FREE = ("base", "report", "trainer")  # keys that the runs of one point may differ in besides
 
 
 def panels(folders: Sequence[Path]) -> list[Panel]:
-    """One panel for every detector and data set of some studies or single runs.
+    """One panel for every detector, data set and budget of some studies or single runs.
 
     Runs that differ in the seed only make a point, those that differ in the rate too a curve. A
     method with runs that differ in anything else has several, named by what differs.
@@ -31,71 +27,44 @@ def panels(folders: Sequence[Path]) -> list[Panel]:
         FileNotFoundError: there is no such directory.
         ValueError: none of the runs has finished and pruned something.
     """
-    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in _rows(folders):
-        found[row["detector"], row["dataset"]].append(row)
+    found = [cell for cell in cells(_runs(folders), FREE) if cell.pruned]
     if not found:
         listed = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"no finished run that pruned something in {listed}")
-    return [
-        Panel(f"{detector}, {dataset}", _methods(rows), _unpruned(rows), rows[0]["metric"])
-        for (detector, dataset), rows in sorted(found.items())
-    ]
+    for line in notes(found):
+        log.warning(line)
+    grouped: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    for cell in found:
+        grouped[cell.detector, cell.dataset, cell.budget].append(cell)
+    return [_panel(members) for _, members in sorted(grouped.items())]
 
 
-def _rows(folders: Iterable[Path]) -> list[Row]:
-    """Rows of :func:`ldt.report.load_study` with the configuration of each run."""
-    rows = []
+def _runs(folders: Iterable[Path]) -> Iterator[Run]:
     for folder in folders:
         alone = (folder / "config.yaml").is_file()
-        for row in load_study(folder.parent if alone else folder):
-            if row["status"] != "finished" or not row["rounds"]:
-                continue
-            if not alone or row["run"] == folder.name:
-                place = folder if alone else folder / row["run"]
-                config = OmegaConf.to_container(load_config(place), resolve=True)
-                rows.append({**row, "config": config})
-    return rows
+        yield from [load_run(folder)] if alone else load_runs(folder)
 
 
-def _methods(rows: Sequence[Row]) -> dict[str, list[Point]]:
-    cells: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        alike = [other for other in rows if other["method"] == row["method"]]
-        cells[_label(row, alike)][row["asked_rate"]].append(row)
-    return {
-        label: [_point(cell) for _, cell in sorted(rates.items())]
-        for label, rates in sorted(cells.items())
-    }
+def _panel(found: Sequence[Cell]) -> Panel:
+    first = found[0]
+    title = f"{first.detector}, {first.dataset}"
+    methods: dict[str, list[Point]] = defaultdict(list)
+    unpruned: dict[str, dict[int, Run]] = defaultdict(dict)  # each seed once
+    for cell in found:
+        methods[cell.label].append(_point(cell.runs))
+        for run in cell.runs:
+            name = "unpruned, LDT" if run.config["ldt"]["enabled"] else "unpruned"
+            unpruned[name][run.row["seed"]] = run
+    return Panel(
+        title if first.budget == "params" else f"{title}, equal {first.budget}",
+        dict(methods),
+        {name: _point(list(seeds.values()), "base_") for name, seeds in sorted(unpruned.items())},
+        first.metric,
+    )
 
 
-def _label(row: Row, alike: Sequence[Row]) -> str:
-    """The method, and the values of this row's keys in which its runs differ."""
-    keys = {
-        key
-        for other in alike
-        for key, *_ in differences(row["config"], other["config"])
-        if not below(key, FREE)
-    }
-    values = [f"{key.split('.')[-1]}={_value(row['config'], key)}" for key in sorted(keys)]
-    return ", ".join([row["method"], *values])
-
-
-def _value(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
-
-
-def _point(rows: Sequence[Row], prefix: str = "") -> Point:
-    sizes = [row[f"{prefix}params"] for row in rows]
-    return Point(sum(sizes) / len(sizes) / 1e6, [row[prefix + row["metric"]] for row in rows])
-
-
-def _unpruned(rows: Sequence[Row]) -> dict[str, Point]:
-    """The bases with and without LDT, each seed once."""
-    kinds: dict[str, dict[int, Row]] = defaultdict(dict)
-    for row in rows:
-        name = "unpruned, LDT" if row["config"]["ldt"]["enabled"] else "unpruned"
-        kinds[name][row["seed"]] = row
-    return {name: _point(list(seeds.values()), "base_") for name, seeds in sorted(kinds.items())}
+def _point(runs: Sequence[Run], prefix: str = "") -> Point:
+    sizes = [run.row[f"{prefix}params"] for run in runs]
+    return Point(
+        sum(sizes) / len(sizes) / 1e6, [run.row[prefix + run.row["metric"]] for run in runs]
+    )

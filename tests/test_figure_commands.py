@@ -109,8 +109,8 @@ def test_runs_that_differ_in_more_than_seed_and_rate_are_not_pooled(run, tmp_pat
     assert [len(point.values) for point in panel.methods["ldt"]] == [2]
     (panel,) = panels([run, tmp_path])
     assert {name: len(points[0].values) for name, points in panel.methods.items()} == {
-        "ldt, ranking=global": 2,
-        "ldt, ranking=uniform": 1,
+        "ldt (ranking=global)": 2,
+        "ldt (ranking=uniform)": 1,
     }
 
 

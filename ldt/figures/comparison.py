@@ -111,7 +111,7 @@ def _entries_across(entries: Sequence[str], width_cm: float) -> int:
 
 
 def _is_ours(name: str) -> bool:
-    return name.split(",")[0] == OURS
+    return name.split(" ")[0] == OURS
 
 
 def _look(name: str, names: Sequence[str]) -> dict[str, Any]:

@@ -69,31 +69,37 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Config:
     return flat
 
 
-def cells(runs: Iterable[Run]) -> list[Cell]:
-    """The finished runs by configuration, unpruned ones first, then by rate and label."""
+def cells(runs: Iterable[Run], free: Sequence[str] = ()) -> list[Cell]:
+    """The finished runs by configuration, unpruned ones first, then by rate and label.
+
+    Args:
+        runs: of one study or several.
+        free: keys, or groups of keys, that runs of a cell may differ in besides their seed.
+    """
+    aside = (*LABELS, *DETAILS, *free)
     grouped: dict[str, list[Run]] = defaultdict(list)
+    configs: dict[str, Config] = {}
     for run in runs:
         if run.finished:
-            grouped[_identity(run)].append(run)
+            config = {k: value for k, value in flatten(run.config).items() if not below(k, aside)}
+            identity = _identity(run, config)
+            grouped[identity].append(run)
+            configs[identity] = config
     blocks: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
-    for members in grouped.values():
-        cell = _cell(sorted(members, key=lambda run: (run.row["seed"], run.name)))
+    for identity, members in grouped.items():
+        ordered = sorted(members, key=lambda run: (run.row["seed"], run.name))
+        cell = _cell(ordered, configs[identity])
         blocks[(*cell.block[:3], cell.method)].append(cell)
     labelled = [cell for block in blocks.values() for cell in _label(block)]
     return sorted(labelled, key=lambda cell: (*cell.block, cell.label))
 
 
-def _identity(run: Run) -> str:
+def _identity(run: Run, config: Config) -> str:
     facts = [run.row[key] for key in ("dataset", "detector", "method", "budget", "asked_rate")]
-    return json.dumps([facts, _config(run)], sort_keys=True, default=str)
+    return json.dumps([facts, config], sort_keys=True, default=str)
 
 
-def _config(run: Run) -> Config:
-    aside = (*LABELS, *DETAILS)
-    return {key: value for key, value in flatten(run.config).items() if not below(key, aside)}
-
-
-def _cell(runs: Sequence[Run]) -> Cell:
+def _cell(runs: Sequence[Run], config: Config) -> Cell:
     row = runs[0].row
     pruned = row["rounds"] > 0
     losses = runs[0].summary.get("ldt", False)
@@ -105,7 +111,7 @@ def _cell(runs: Sequence[Run]) -> Cell:
         method=method,
         rate=row["asked_rate"] if pruned else 0.0,
         metric=row["metric"],
-        config=_config(runs[0]),
+        config=config,
         runs=tuple(runs),
         changed={},
         label=method,
