@@ -286,6 +286,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, action="append", default=[], help="a study; repeat it")
     parser.add_argument("--no-figure", action="store_true", help="tables only")
     given = parser.parse_intermixed_args()  # overrides may stand anywhere
+    for text in given.overrides:
+        if "=" not in text:
+            parser.error(f"{text!r} is no override like recipe.epochs=2; name one experiment, or all")
     every = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
     for name in every if given.name == "all" else [given.name]:
         folder = ROOT / "experiments" / name

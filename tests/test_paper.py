@@ -260,9 +260,15 @@ def test_a_figure_shows_the_runs_of_its_cells(study, tmp_path):
         assert found == [figure, *(str(study / folder) for folder in folders), "--out", out]
 
 
-def test_an_unknown_experiment_is_told():
-    command = [str(ROOT / "experiments/build.py"), "table9", "--size", "full", "recipe.epochs=2"]
-    done = python(*command, cwd=Path.cwd())
-    assert "no conf/experiment/table9.yaml; there are fig1_discriminants, " in done.stderr
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["table9", "recipe.epochs=2"], "no conf/experiment/table9.yaml; there are fig1_discri"),
+        (["table1_coco", "table9"], "'table9' is no override like recipe.epochs=2; name one"),
+    ],
+)
+def test_an_unknown_experiment_is_told(given, told):
+    done = python(str(ROOT / "experiments/build.py"), *given, cwd=Path.cwd())
+    assert told in done.stderr
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
