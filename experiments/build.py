@@ -288,7 +288,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()  # overrides may stand anywhere
     for text in given.overrides:
         if "=" not in text:
-            parser.error(f"{text!r} is no override like recipe.epochs=2; name one experiment, or all")
+            parser.error(f"{text!r} is no override like recipe.epochs=2; name one experiment")
     every = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
     for name in every if given.name == "all" else [given.name]:
         folder = ROOT / "experiments" / name
