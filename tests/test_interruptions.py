@@ -30,7 +30,14 @@ def begun(folder, name, *more):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, str(ROOT / "run.py"), *options(folder, name, *more)]
     with (folder / f"{name}.out").open("ab") as out:
-        return subprocess.Popen(arguments, cwd=folder, env=environment, stdout=out, stderr=out)
+        return subprocess.Popen(
+            arguments, cwd=folder, env=environment, stdout=out, stderr=out, preexec_fn=_heard
+        )
+
+
+def _heard():
+    """Ctrl-C is heard also where the tests run in the background of a shell, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(file, process, seconds=120):
