@@ -52,9 +52,8 @@ def _panel(found: Sequence[Cell]) -> Panel:
     unpruned: dict[str, dict[int, Run]] = defaultdict(dict)  # each seed once
     for cell in found:
         methods[cell.label].append(_point(cell.runs))
-        for run in cell.runs:
-            name = "unpruned, LDT" if run.config["ldt"]["enabled"] else "unpruned"
-            unpruned[name][run.row["seed"]] = run
+        name = "unpruned, LDT" if cell.config["ldt.enabled"] else "unpruned"
+        unpruned[name] |= {run.row["seed"]: run for run in cell.runs}
     return Panel(
         title if first.budget == "params" else f"{title}, equal {first.budget}",
         dict(methods),

@@ -77,18 +77,14 @@ def cells(runs: Iterable[Run], free: Sequence[str] = ()) -> list[Cell]:
         free: keys, or groups of keys, that runs of a cell may differ in besides their seed.
     """
     aside = (*LABELS, *DETAILS, *free)
-    grouped: dict[str, list[Run]] = defaultdict(list)
-    configs: dict[str, Config] = {}
+    grouped: dict[str, tuple[Config, list[Run]]] = {}
     for run in runs:
         if run.finished:
             config = {k: value for k, value in flatten(run.config).items() if not below(k, aside)}
-            identity = _identity(run, config)
-            grouped[identity].append(run)
-            configs[identity] = config
+            grouped.setdefault(_identity(run, config), (config, []))[1].append(run)
     blocks: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
-    for identity, members in grouped.items():
-        ordered = sorted(members, key=lambda run: (run.row["seed"], run.name))
-        cell = _cell(ordered, configs[identity])
+    for config, members in grouped.values():
+        cell = _cell(sorted(members, key=lambda run: (run.row["seed"], run.name)), config)
         blocks[(*cell.block[:3], cell.method)].append(cell)
     labelled = [cell for block in blocks.values() for cell in _label(block)]
     return sorted(labelled, key=lambda cell: (*cell.block, cell.label))
