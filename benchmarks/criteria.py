@@ -1,14 +1,17 @@
 """What scoring costs: full-size GFL, 32 images of 416x1344, per method of conf/method.
 
-    python benchmarks/criteria.py [--images 32] [--methods ldt chip]
+    python benchmarks/criteria.py [--images 32] [--batch 1] [--methods ldt chip]
 
 Seconds and peak memory of one scoring, beside one forward and backward of the detection loss over
 the same images; then CHIP's channel independence from one eigendecomposition beside one SVD per
-channel. Peak memory is the whole process's (the device's on CUDA).
+channel. Peak memory is the whole process's (the device's on CUDA) and grows with the batch; freed
+maps are given back to the system at once, so that none of it is what an earlier method has used.
 """
 
 import argparse
+import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from ldt_overhead import BATCH, HEIGHT, WIDTH, batch
+from ldt_overhead import HEIGHT, WIDTH, batch
 
 from ldt.config import register
 from ldt.criteria.base import score_groups
@@ -34,13 +37,21 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Batches:
     """The same random images at every pass."""
 
-    def __init__(self, module: DetectorModule, images: int) -> None:
-        self.module, self.images = module, images
+    def __init__(self, module: DetectorModule, images: int, size: int) -> None:
+        self.module, self.images, self.size = module, images, size
 
     def __iter__(self) -> Iterator[PreparedBatch]:
         torch.manual_seed(0)
-        for _ in range(self.images // BATCH):
-            yield self.module.prepare(batch(), training=True)
+        for _ in range(self.images // self.size):
+            yield self.module.prepare(batch(self.size), training=True)
+
+
+def give_back() -> None:
+    """Let glibc return freed blocks of a MiB and more, which it else keeps for later."""
+    if sys.platform == "linux":
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        for threshold in (trim, mmap):
+            ctypes.CDLL(None).mallopt(threshold, 2**20)
 
 
 def peak() -> float:
@@ -106,20 +117,22 @@ def chip_against_svd() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--methods", nargs="*", default=methods())
     options = parser.parse_args()
     quiet()
+    give_back()
     torch.manual_seed(0)
     model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {}, 3, pretrained=False)
     recipe = {"epochs": 1, "schedule": "constant"}
     module = DetectorModule(model, ["a", "b", "c"], recipe, (HEIGHT, WIDTH))
-    batches = Batches(module, options.images)
+    batches = Batches(module, options.images, options.batch)
     register()
     with evaluating(module.detector), initialize_config_dir(str(CONF), version_base="1.3"):
         graph = module.trace(("backbone", "neck"))
-        forward_backward(module, Batches(module, BATCH))  # warm-up
+        forward_backward(module, Batches(module, options.batch, options.batch))  # warm-up
         whole, memory = measured(lambda: forward_backward(module, batches))
-        print(f"{options.images} images of {HEIGHT}x{WIDTH}, batches of {BATCH}")
+        print(f"{options.images} images of {HEIGHT}x{WIDTH}, batches of {options.batch}")
         print(f"{'forward and backward':22s} {whole:8.1f} s          {memory:6.2f} GiB")
         for name in options.methods:
             chosen = compose("config", overrides=[f"method={name}"]).method

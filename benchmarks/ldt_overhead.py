@@ -30,12 +30,12 @@ from ldt.module import DetectorModule
 HEIGHT, WIDTH, BATCH, OBJECTS = 416, 1344, 2, 12
 
 
-def batch() -> dict[str, Any]:
+def batch(images: int = BATCH) -> dict[str, Any]:
     """Random images with a dozen objects of three classes each."""
     corner = torch.rand(OBJECTS, 2) * torch.tensor([WIDTH - 200.0, HEIGHT - 150.0])
     boxes = torch.cat([corner, corner + 20 + torch.rand(OBJECTS, 2) * 120], 1)
     samples = []
-    for _ in range(BATCH):
+    for _ in range(images):
         shape = (HEIGHT, WIDTH)
         sample = DetDataSample(metainfo={"img_shape": shape, "scale_factor": (1.0, 1.0)})
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(OBJECTS) % 3)
@@ -43,8 +43,8 @@ def batch() -> dict[str, Any]:
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
         )
         samples.append(sample)
-    images = [torch.randint(0, 255, (3, HEIGHT, WIDTH), dtype=torch.uint8) for _ in range(BATCH)]
-    return {"inputs": images, "data_samples": samples}
+    inputs = [torch.randint(0, 255, (3, HEIGHT, WIDTH), dtype=torch.uint8) for _ in range(images)]
+    return {"inputs": inputs, "data_samples": samples}
 
 
 class Step:
