@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--methods", nargs="*", default=methods())
     options = parser.parse_args()
+    if options.batch < 1 or options.images < 1 or options.images % options.batch:
+        parser.error(f"--images {options.images} is not a multiple of --batch {options.batch}")
     quiet()
     give_back()
     torch.manual_seed(0)
