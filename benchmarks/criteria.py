@@ -26,9 +26,9 @@ from ldt_overhead import HEIGHT, WIDTH, batch
 from ldt.config import register
 from ldt.criteria.base import score_groups
 from ldt.criteria.chip import channel_independence
-from ldt.detectors import model_config, quiet
+from ldt.detectors.forward import evaluating
+from ldt.detectors.models import model_config, quiet
 from ldt.module import DetectorModule, PreparedBatch
-from ldt.taps import evaluating
 
 CONF = Path(__file__).parents[1] / "conf"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -22,11 +22,17 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.config import register
 from ldt.criteria.base import score_groups
-from ldt.detectors import model_config, quiet
+from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.models import model_config, quiet
+from ldt.evaluation.profiling import (
+    MINIMUM_RUNS,
+    count_parameters,
+    environment,
+    latency,
+    multiply_adds,
+)
 from ldt.module import DetectorModule
-from ldt.profiling import MINIMUM_RUNS, count_parameters, environment, latency, multiply_adds
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
-from ldt.taps import evaluating, raw_forward
 
 CONF = str(Path(__file__).parents[1] / "conf")
 CLASSES = ("Car", "Pedestrian", "Cyclist")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.config import RecipeConfig
-from ldt.detectors import model_config, quiet
+from ldt.detectors.models import model_config, quiet
 from ldt.discriminant import Objects
 from ldt.module import DetectorModule
 

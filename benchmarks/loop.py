@@ -24,7 +24,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import OmegaConf
 
-from ldt.assembly import build_data, build_loop, build_module, build_plan, build_trainer
+from ldt.build import build_data, build_loop, build_module, build_plan, build_trainer
 from ldt.config import register
 
 OPTIONS = ["recipe.channels_last=false", "recipe.epochs=2", "trainer.limit_val_batches=0"]

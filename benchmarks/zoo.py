@@ -38,11 +38,11 @@ from ldt.config import RecipeConfig
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
 from ldt.criteria.ldt import LDTCriterion, Source
-from ldt.detectors import model_config, quiet
+from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.models import model_config, quiet
+from ldt.evaluation.profiling import count_parameters
 from ldt.module import DetectorModule
-from ldt.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
-from ldt.taps import evaluating, raw_forward
 
 PARTS = {
     "head": ("roi_head", "bbox_head", "rpn_head", "mask_head", "panoptic_head"),

@@ -17,7 +17,7 @@ from typing import Any
 
 from cells import ROOT, SMALL, Cell, Run, differing, fill, load_cells, load_runs
 
-from ldt.records import read_json, write_rows, write_text
+from ldt.runs.files import read_json, write_rows, write_text
 
 FIGURES = {
     "fig1_discriminants": "discriminants",

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldt.config import DETAILS, LABELS, register
-from ldt.names import below
-from ldt.records import read_json, read_rows
+from ldt.pruning.names import below
 from ldt.report import differences, load_study
+from ldt.runs.files import read_json, read_rows
 from ldt.sweeps import jobs
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,9 @@ import torch
 from cells import ROOT, Run, fill, load_cells, load_runs
 
 from ldt import load_pruned
-from ldt.profiling import latency
-from ldt.records import read_json, write_json
-from ldt.taps import raw_forward
+from ldt.detectors.forward import raw_forward
+from ldt.evaluation.profiling import latency
+from ldt.runs.files import read_json, write_json
 
 DEVICES = {"cpu_ms": "cpu", "gpu_ms": "cuda"}
 

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ldt.mmcv_ops import install
+from ldt.detectors.mmcv_ops import install
 
 if TYPE_CHECKING:
-    from ldt.checkpoints import load_pruned
+    from ldt.detectors.checkpoints import load_pruned
 
 install()
 
@@ -14,7 +14,7 @@ __all__ = ["load_pruned"]
 
 def __getattr__(name: str) -> Any:  # keeps `import ldt` free of torch
     if name == "load_pruned":
-        from ldt.checkpoints import load_pruned
+        from ldt.detectors.checkpoints import load_pruned
 
         return load_pruned
     raise AttributeError(f"module 'ldt' has no attribute {name!r}")

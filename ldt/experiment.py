@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ldt import inventory, pictures, profiling, report
-from ldt.assembly import (
+from ldt import report
+from ldt.build import (
     build_data,
     build_loop,
     build_module,
@@ -29,10 +29,12 @@ from ldt.assembly import (
     build_trainer,
     opened_logger,
 )
-from ldt.callbacks.checkpoints import resumable
+from ldt.callbacks.checkpoint_io import resumable
 from ldt.config import DETAILS, MethodConfig, PruneConfig
-from ldt.detectors import quiet
-from ldt.records import read_json, write_json, write_text
+from ldt.detectors.models import quiet
+from ldt.evaluation import layers, profiling
+from ldt.figures import from_runs
+from ldt.runs.files import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -262,8 +264,8 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
         data = build_data(config)
         data.prepare_data()
         data.setup("validate")
-        inventory.write_inventory(folder)
-        pictures.draw_run(summary, folder, data, config.report.pictures)
+        layers.write_inventory(folder)
+        from_runs.draw_run(summary, folder, data, config.report.pictures)
         write_json(folder / "summary.json", summary | {"drawn": True})
     report.print_run(summary, folder)
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldt.checkpoints import detector_state
-from ldt.detectors import build, objects_of
+from ldt.detectors.checkpoints import detector_state
+from ldt.detectors.forward import find_neck, find_predictors, neck_maps, traced_forward
+from ldt.detectors.models import build, objects_of
+from ldt.detectors.weights import load_weights
 from ldt.discriminant import Objects
-from ldt.metrics import DetectionMetrics
+from ldt.evaluation.metrics import DetectionMetrics
 from ldt.pruning import structure
 from ldt.pruning.graph import NORMS, PruningGraph
 from ldt.recipe import learning_rate
-from ldt.taps import find_neck, find_predictors, neck_maps, traced_forward
-from ldt.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DetectorModule(L.LightningModule):
     """Trains, validates and exposes an mmdet detector.
 
     Args:
-        model: the detector's config as plain data (:func:`ldt.detectors.model_config`).
+        model: the detector's config as plain data (:func:`ldt.detectors.models.model_config`).
         classes: class names, in label order.
         recipe: the keys of ``conf/recipe`` (:class:`ldt.config.RecipeConfig`) as plain data.
         input_size: (height, width) of the input that tracing and counting use.
@@ -162,7 +162,7 @@ class DetectorModule(L.LightningModule):
         return _total(self.detector, losses)[0]
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
-        """The coupled groups below ``scope``; call within :func:`ldt.taps.evaluating`."""
+        """The coupled groups below ``scope``; call within `ldt.detectors.forward.evaluating`."""
         forward = traced_forward(self.detector, self.neck_name)
         return PruningGraph(self.detector, forward, self.example(), scope, never=self.predictors)
 
@@ -292,7 +292,7 @@ class DetectorModule(L.LightningModule):
 
 
 def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModule:
-    """The module of a checkpoint's content (:func:`ldt.checkpoints.read`), in eval mode.
+    """The module of a checkpoint's content (:func:`ldt.detectors.checkpoints.read`), in eval mode.
 
     Args:
         checkpoint: a round's.

@@ -9,7 +9,7 @@ from typing import Any
 from mmdet.registry import MODELS
 from torch import nn
 
-from ldt.detectors import build
+from ldt.detectors.models import build
 from ldt.pruning import structure
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldt.experiment import run
-from ldt.runs import load_config
+from ldt.runs.opened import load_config
 
 
 def renamed(config: DictConfig, folder: Path) -> DictConfig:

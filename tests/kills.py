@@ -23,8 +23,11 @@ import numpy as np
 import torch
 from short_runs import rows, tiny
 
-from ldt import experiment, pictures, profiling
-from ldt.callbacks import checkpoints, prune_retrain
+from ldt import experiment
+from ldt.callbacks import checkpoint_io
+from ldt.evaluation import profiling
+from ldt.figures import from_runs
+from ldt.loop import prune_retrain
 from ldt.module import DetectorModule
 from ldt.pruning.graph import PruningGraph
 
@@ -38,10 +41,10 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "choosing": (prune_retrain, "choose"),
     "cutting": (PruningGraph, "remove"),
     "record of a round": (prune_retrain, "write_rows"),
-    "half a checkpoint": (checkpoints.torch, "save"),
+    "half a checkpoint": (checkpoint_io.torch, "save"),
     "moving a file": (os, "replace"),
     "summary": (experiment, "write_json"),
-    "drawing": (pictures, "draw_run"),
+    "drawing": (from_runs, "draw_run"),
 }
 
 

@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 from small import composed, random_channels, randomise_norms
 from torch import nn
 
-from ldt.assembly import build_module
+from ldt.build import build_module
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.detectors import build, model_config
+from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.models import build, model_config
 from ldt.pruning import structure
 from ldt.pruning.graph import PruningGraph
-from ldt.taps import evaluating, raw_forward
 
 SIZE = (64, 128)  # of what a cut run's rounds were made for
 NARROW: dict[str, Any] = {

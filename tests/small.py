@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
 from ldt.config import register
-from ldt.detectors import model_config
+from ldt.detectors.forward import find_predictors, raw_forward
+from ldt.detectors.models import model_config
 from ldt.discriminant import Objects
 from ldt.module import DetectorModule, PreparedBatch
+from ldt.pruning.dependency import ModulatedDeformConv2dPack
 from ldt.pruning.graph import CONVOLUTIONS, NORMS, Forward, PruningGraph
-from ldt.pruning.rules import ModulatedDeformConv2dPack
-from ldt.taps import find_predictors, raw_forward
 
 CONF = str(Path(__file__).parents[1] / "conf")
 REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")

@@ -2,7 +2,7 @@
 
 from omegaconf import OmegaConf
 
-from ldt.records import write_json, write_rows
+from ldt.runs.files import write_json, write_rows
 
 
 def row(round_, **changed):

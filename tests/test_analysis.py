@@ -6,8 +6,8 @@ import reference
 import torch
 from test_module import collated, many, module_of
 
-from ldt.analysis import neck_spaces, neck_statistics
-from ldt.taps import neck_maps
+from ldt.detectors.forward import neck_maps
+from ldt.evaluation.neck_statistics import neck_spaces, neck_statistics
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from short_runs import tiny
 from small import CONF, composed
 
-from ldt import assembly, config, experiment
+from ldt import build, config, experiment
 from ldt.data.roadscenes import RoadScenes
 
 GROUPS = sorted(folder.name for folder in Path(CONF).iterdir() if folder.is_dir())
@@ -114,7 +114,7 @@ def test_a_mistake_is_named(mistake):
 )
 def test_a_wrong_choice_is_told_before_a_model_is_built(mistake, message, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(assembly, "DetectorModule", lambda *_, **__: built.append(1))
+    monkeypatch.setattr(build, "DetectorModule", lambda *_, **__: built.append(1))
     with pytest.raises(Exception, match=message):
         experiment.run(tiny(tmp_path, *mistake.split()), tmp_path / "run")
     assert built == []

@@ -8,22 +8,22 @@ import pytest
 import wandb
 import wandb_here
 
-from ldt import dashboard
+from ldt.report import workspaces
 
 COSTS = ["round/params", "round/multiply_adds", "round/latency_ms"]
-STUDY = dashboard.Study("me", "ldt", 'l1\'s "first"', ("train/loss_cls", "train/loss_ld"))
+STUDY = workspaces.Study("me", "ldt", 'l1\'s "first"', ("train/loss_cls", "train/loss_ld"))
 
 
 @pytest.fixture
 def section():
     """The one section of a workspace's spec that holds everything."""
-    model = dashboard.workspace(STUDY)._to_model()
+    model = workspaces.workspace(STUDY)._to_model()
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))["section"]
 
 
 @pytest.fixture
 def blocks():
-    model = dashboard.report(STUDY)._to_model()
+    model = workspaces.report(STUDY)._to_model()
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))["blocks"]
 
 
@@ -124,7 +124,7 @@ def service(monkeypatch):
 
 def test_both_are_saved_and_their_addresses_printed(service, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dashboard", STUDY.name])
-    dashboard.main()
+    workspaces.main()
     assert [variables["type"] for variables in service.asked] == ["project-view", "runs"]
     for variables in service.asked:
         assert (variables["entityName"], variables["projectName"]) == ("me", "ldt")
@@ -139,7 +139,7 @@ def test_both_are_saved_and_their_addresses_printed(service, monkeypatch, capsys
 def refused(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["dashboard", *arguments])
     with pytest.raises(SystemExit) as ended:
-        dashboard.main()
+        workspaces.main()
     assert ended.value.code == 1
     return capsys.readouterr().err
 

@@ -15,12 +15,12 @@ from torch import nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.criteria.base import score_groups
-from ldt.detectors import build, model_config, objects_of
+from ldt.detectors.forward import as_maps, evaluating, find_neck, find_predictors, raw_forward
+from ldt.detectors.models import build, model_config, objects_of
+from ldt.detectors.weights import load_weights
+from ldt.evaluation.profiling import count_parameters, multiply_adds
 from ldt.module import DetectorModule
-from ldt.profiling import count_parameters, multiply_adds
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
-from ldt.taps import as_maps, evaluating, find_neck, find_predictors, raw_forward
-from ldt.weights import load_weights
 
 GFL = ("gfl_cls", "gfl_reg")
 ATSS = ("atss_centerness", "atss_cls", "atss_reg")

@@ -14,8 +14,9 @@ from short_runs import SCENES, TINY, command, rows, summary, tiny
 from small import composed
 
 import ldt
-from ldt import assembly, experiment, pictures
+from ldt import build, experiment
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.figures import from_runs
 from ldt.module import DetectorModule
 
 ROUNDS = 2
@@ -34,7 +35,7 @@ def nothing_is_trained(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(assembly, "DetectorModule", refuse)
+    monkeypatch.setattr(build, "DetectorModule", refuse)
 
 
 @pytest.mark.slow
@@ -95,13 +96,13 @@ def test_a_folder_belongs_to_one_configuration(finished, nothing_is_trained):
 def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch):
     config = tiny(tmp_path, "method=none")
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "draw_run", lambda *_: 1 / 0)
+        patch.setattr(from_runs, "draw_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             experiment.run(config, tmp_path / "run")
     before = summary(tmp_path / "run")
     assert before["status"] == "finished"
     assert not (tmp_path / "run/pictures").exists()
-    monkeypatch.setattr(assembly, "DetectorModule", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(build, "DetectorModule", lambda *_, **__: pytest.fail("trained again"))
     experiment.run(config, tmp_path / "run")
     assert (tmp_path / "run/pictures/detections.png").is_file()
     assert summary(tmp_path / "run") == before | {"drawn": True}

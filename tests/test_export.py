@@ -17,8 +17,8 @@ from small import composed
 
 import ldt
 from ldt import experiment
-from ldt.detectors import build, model_config
-from ldt.export import export, main
+from ldt.deployment.to_mmdet import export, main
+from ldt.detectors.models import build, model_config
 from ldt.pruning import structure
 
 MMDET = """
@@ -176,7 +176,7 @@ def test_what_is_no_checkpoint_of_ours_ends_the_command_with_a_line(content, tmp
     file = tmp_path / "file.ckpt"
     if content is not None:
         torch.save(content, file)
-    monkeypatch.setattr(sys, "argv", ["ldt.export", str(file), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["ldt.deployment.to_mmdet", str(file), str(tmp_path / "out")])
     reason = "no checkpoint at" if content is None else "was not written by ldt"
     with pytest.raises(SystemExit, match=reason):
         main()
@@ -184,7 +184,9 @@ def test_what_is_no_checkpoint_of_ours_ends_the_command_with_a_line(content, tmp
 
 def test_the_command_says_what_it_wrote(scenes, tmp_path, monkeypatch, capsys):
     file = pruned_checkpoint(tmp_path / "a.ckpt", data_of(scenes), "detector=gfl_tiny")
-    monkeypatch.setattr(sys, "argv", ["ldt.export", str(file), str(tmp_path / "deep/out")])
+    monkeypatch.setattr(
+        sys, "argv", ["ldt.deployment.to_mmdet", str(file), str(tmp_path / "deep/out")]
+    )
     main()
     written = [tmp_path / "deep/out" / name for name in ("config.py", "weights.pth")]
     said = capsys.readouterr().out

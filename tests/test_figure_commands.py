@@ -10,12 +10,14 @@ from matplotlib.image import imread
 from PIL import Image
 from short_runs import summary, tiny
 
-from ldt import analysis, experiment, gradcam, pictures, stability
-from ldt.checkpoints import load_pruned
+from ldt import experiment
 from ldt.criteria.ldt import LDTCriterion
+from ldt.detectors.checkpoints import load_pruned
+from ldt.evaluation import gradcam, neck_statistics, score_stability
 from ldt.figures import __main__ as command
-from ldt.points import panels
-from ldt.runs import open_run
+from ldt.figures import from_runs
+from ldt.figures.curve_data import panels
+from ldt.runs.opened import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +132,7 @@ def test_bars_are_the_channels_of_the_checkpoints(run, tmp_path, drawn):
 def test_the_strongest_scale_is_chosen_and_any_can_be_asked_for(run, tmp_path, drawn):
     opened = open_run(run).at(0)
     loader = opened.data.probe_dataloader("val", 4)
-    found = analysis.neck_spaces(load_pruned(opened.checkpoint), loader)
+    found = neck_statistics.neck_spaces(load_pruned(opened.checkpoint), loader)
     best = max(found, key=lambda space: space.power).scale
     main("discriminants", run, out=tmp_path / "a.png")
     main("discriminants", run, out=tmp_path / "a.png", scale=3)
@@ -146,7 +148,7 @@ def test_utilities_are_the_criterions_own_batch_by_batch(run):
     opened = open_run(run).at(0)
     module, criterion = opened.module(), LDTCriterion()
     loader = opened.data.calibration_dataloader(8, 4)
-    found = stability.batch_utilities(module, criterion, loader, ["backbone", "neck"])
+    found = score_stability.batch_utilities(module, criterion, loader, ["backbone", "neck"])
     assert [stage.utilities.shape[0] for stage in found] == [2] * len(found)
     names = dict(module.detector.named_modules())
     assert len({stage.name.rsplit(".", 2)[0] for stage in found}) == len(found)
@@ -266,7 +268,7 @@ def test_without_the_package_the_extra_is_named(run, monkeypatch):
 def test_views_and_scenes_show_the_same_images(run):
     opened = open_run(run)
     files = [opened.at(0).checkpoint, opened.checkpoint]
-    views, scenes = (draw(files, opened.data, 2) for draw in (pictures.views, pictures.scenes))
+    views, scenes = (draw(files, opened.data, 2) for draw in (from_runs.views, from_runs.scenes))
     for view, scene in zip(views, scenes, strict=True):
         assert np.array_equal(view.pixels, scene.pixels)
         assert np.array_equal(view.truth, scene.truth.corners)

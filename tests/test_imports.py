@@ -5,42 +5,41 @@ from pathlib import Path
 
 import pytest
 
-from ldt.names import below
+from ldt.pruning.names import below
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 # fmt: off
 LEVELS = (  # a module imports from its own level and from those below it
-    ("run", "ldt.repeat", "ldt.figures.__main__"),
-    ("ldt.experiment", "ldt.runs", "ldt.points"),
-    ("ldt.assembly", "ldt.export", "ldt.predict"),
+    ("run", "ldt.repeat", "ldt.export", "ldt.predict", "ldt.dashboard", "ldt.figures.__main__"),
+    ("ldt.experiment", "ldt.runs.opened", "ldt.figures.curve_data"),
+    ("ldt.build", "ldt.deployment"),
     (
-        "ldt.callbacks", "ldt.module", "ldt.data", "ldt.pictures", "ldt.inventory", "ldt.analysis",
-        "ldt.gradcam", "ldt.stability", "ldt.wandb_log", "ldt.dashboard",
+        "ldt.callbacks", "ldt.loop", "ldt.module", "ldt.data", "ldt.evaluation",
+        "ldt.figures.from_runs", "ldt.report.workspaces",
     ),
     (
-        "ldt.pruning", "ldt.criteria", "ldt.metrics", "ldt.figures", "ldt.report",
-        "ldt.checkpoints", "ldt.pruned",
+        "ldt.pruning", "ldt.criteria", "ldt.evaluation.metrics", "ldt.figures", "ldt.report",
+        "ldt.runs", "ldt.loop.round_record", "ldt.detectors.checkpoints", "ldt.pruned",
     ),
-    ("ldt.detectors", "ldt.weights", "ldt.taps", "ldt.profiling", "ldt.config"),
+    ("ldt.detectors", "ldt.evaluation.profiling", "ldt.config"),
     (
-        "ldt.discriminant", "ldt.records", "ldt.recipe", "ldt.sweeps", "ldt.names", "ldt.mmcv_ops",
-        "ldt.mmcv_ext",
+        "ldt.discriminant", "ldt.runs.files", "ldt.recipe", "ldt.sweeps", "ldt.pruning.names",
+        "ldt.detectors.mmcv_ops", "ldt.detectors.mmcv_ext",
     ),
 )
-MMDET = ("ldt.detectors", "ldt.taps", "ldt.module", "ldt.data", "ldt.metrics")
+MMDET = ("ldt.detectors", "ldt.module", "ldt.data", "ldt.evaluation.metrics")
 ALLOWED = {
-    "mmdet": (*MMDET, "ldt.mmcv_ext", "ldt.pruned", "ldt.predict", "ldt.pruning.rules"),
-    "mmengine": (*MMDET, "ldt.mmcv_ext", "ldt.export", "ldt.predict"),
-    "hydra": ("run", "ldt.experiment", "ldt.assembly", "ldt.config", "ldt.sweeps"),
+    "mmdet": (*MMDET, "ldt.pruned", "ldt.deployment", "ldt.pruning.dependency"),
+    "mmengine": (*MMDET, "ldt.deployment"),
+    "hydra": ("run", "ldt.experiment", "ldt.build", "ldt.config", "ldt.sweeps"),
     "lightning": (
-        "ldt.experiment", "ldt.assembly", "ldt.callbacks", "ldt.module", "ldt.data",
-        "ldt.wandb_log",
+        "ldt.experiment", "ldt.build", "ldt.callbacks", "ldt.loop", "ldt.module", "ldt.data",
     ),
     "plotly": ("ldt.report",),
-    "pandas": ("ldt.report",),
-    "wandb": ("ldt.wandb_log",),
-    "wandb_workspaces": ("ldt.dashboard",),
+    "pandas": ("ldt.report", "ldt.runs"),
+    "wandb": ("ldt.callbacks.wandb_logger",),
+    "wandb_workspaces": ("ldt.report.workspaces",),
 }
 # fmt: on
 
@@ -106,7 +105,7 @@ def test_a_library_is_imported_where_it_belongs(library):
 
 
 def test_the_reader_of_imports_sees_them():
-    assert {"ldt.module", "ldt.pruning.graph"} <= edges(ROOT / "ldt/callbacks/prune_retrain.py")
+    assert {"ldt.module", "ldt.pruning.graph"} <= edges(ROOT / "ldt/loop/prune_retrain.py")
     assert edges(ROOT / "run.py") == {"ldt.config", "ldt.experiment"}  # one of them in a function
 
 

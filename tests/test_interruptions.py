@@ -14,7 +14,7 @@ from short_runs import ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
-from ldt.callbacks.prune_retrain import PruneRetrain
+from ldt.loop.prune_retrain import PruneRetrain
 
 pytestmark = pytest.mark.slow
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]

@@ -1,4 +1,4 @@
-"""The inventory of a run's layers agrees with what is counted for the whole."""
+"""The inventory of a run's found agrees with what is counted for the whole."""
 
 import json
 from functools import partial
@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 from pruned_files import SIZE, write_cut_run
 
-from ldt import inventory
-from ldt.checkpoints import load_pruned
-from ldt.profiling import count_parameters, multiply_adds
-from ldt.records import write_text
-from ldt.taps import raw_forward
+from ldt.detectors.checkpoints import load_pruned
+from ldt.detectors.forward import raw_forward
+from ldt.evaluation import layers
+from ldt.evaluation.profiling import count_parameters, multiply_adds
+from ldt.runs.files import write_text
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +19,19 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_cut_run(folder)
     write_text(folder / "config.yaml", "prune: {scope: [backbone]}\n")
-    inventory.write_inventory(folder)
+    layers.write_inventory(folder)
     return folder
 
 
 def test_the_layers_add_up_to_the_network(run):
     rounds = json.loads((run / "structure.json").read_text())["rounds"]
     assert list(rounds) == ["0", "1"]
-    for index, layers in rounds.items():
+    for index, inside in rounds.items():
         detector = load_pruned(run / f"round-{index}.ckpt")
         forward = partial(raw_forward, detector)
         whole = multiply_adds(detector, forward, (1, 3, *SIZE))
-        assert sum(layer["params"] for layer in layers.values()) == count_parameters(detector)
-        assert sum(layer["multiply_adds"] for layer in layers.values()) == whole
+        assert sum(layer["params"] for layer in inside.values()) == count_parameters(detector)
+        assert sum(layer["multiply_adds"] for layer in inside.values()) == whole
     before, after = (rounds[index]["backbone.layer1.0.conv1"] for index in "01")
     assert (before["out"], after["out"]) == (8, 4)
 
@@ -46,5 +46,5 @@ def test_groups_tell_which_layers_are_cut_together(run):
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["inventory", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
-        inventory.main()
+        layers.main()
     assert "no checkpoint at" in capsys.readouterr().err

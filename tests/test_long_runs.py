@@ -8,7 +8,7 @@ import torch
 from short_runs import rows, tiny
 
 from ldt import experiment
-from ldt.callbacks.prune_retrain import PruneRetrain
+from ldt.loop.prune_retrain import PruneRetrain
 
 ROUNDS = 6
 STATUS = Path("/proc/self/status")

@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ldt.metrics import DetectionMetrics  # before mmdet, which needs the operators of mmcv
+from ldt.evaluation.metrics import (
+    DetectionMetrics,  # before mmdet, which needs the operators of mmcv
+)
 
 # isort: split
 import numpy as np

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ldt.mmcv_ops import install
+from ldt.detectors.mmcv_ops import install
 
 install()
 import mmcv.ops  # noqa: E402
@@ -18,7 +18,7 @@ from mmcv import _ext  # noqa: E402
 pytestmark = pytest.mark.skipif(
     not _ext.__file__.endswith("mmcv_ext.py"), reason="a compiled mmcv is installed and in use"
 )
-INSTALL_FILE = Path(__file__).parents[1] / "ldt" / "mmcv_ops.py"
+INSTALL_FILE = Path(__file__).parents[1] / "ldt" / "detectors" / "mmcv_ops.py"
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ print(find_spec("mmcv._ext").origin)
 
 
 def test_the_finder_answers_for_nothing_else():
-    finder = next(f for f in sys.meta_path if type(f).__module__ == "ldt.mmcv_ops")
+    finder = next(f for f in sys.meta_path if type(f).__module__ == "ldt.detectors.mmcv_ops")
     assert finder.find_spec("mmcv._ext", None) is not None
     assert finder.find_spec("_ext", None) is None
     assert finder.find_spec("mmcv._ext.nms", None) is None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from ldt.mmcv_ops import install
+from ldt.detectors.mmcv_ops import install
 
 install()
 import mmcv.ops  # noqa: E402

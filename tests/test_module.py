@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.detectors import _config_file, model_config
+from ldt.detectors.forward import find_neck
+from ldt.detectors.models import _config_file, model_config
 from ldt.module import DetectorModule, NonFiniteLossError
 from ldt.recipe import check_recipe, learning_rate
-from ldt.taps import find_neck
 
 SIZE = (64, 128)
 MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]

@@ -15,7 +15,7 @@ from short_runs import python
 from summaries import finished, row
 
 from ldt.config import DETAILS
-from ldt.records import read_rows, write_json
+from ldt.runs.files import read_rows, write_json
 
 PAPER = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
 JOBS = {}

@@ -8,8 +8,8 @@ from mmengine.structures import InstanceData
 from pruned_files import write_cut_run
 from summaries import row, summary
 
-from ldt import pictures
 from ldt.data.kitti import RoadScenesDataModule
+from ldt.figures import from_runs
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def link(run, target):
 
 def test_a_run_is_drawn(run, data, tmp_path):
     folder = link(run[0], tmp_path)
-    pictures.draw_run(summary(), folder, data, pictures=2)
+    from_runs.draw_run(summary(), folder, data, pictures=2)
     assert written(folder) == [
         "channels.png",
         "detections.png",
@@ -55,13 +55,13 @@ def test_a_run_is_drawn(run, data, tmp_path):
 
 def test_no_pictures_leaves_out_the_detections_only(run, data, tmp_path):
     folder = link(run[0], tmp_path)
-    pictures.draw_run(summary(), folder, data, pictures=0)
+    from_runs.draw_run(summary(), folder, data, pictures=0)
     assert written(folder) == ["channels.png", "metric_vs_params.png", "shrinking.png"]
 
 
 def test_the_base_of_a_run_with_ldt_shows_its_discriminants(run, data, tmp_path, caplog):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
-    pictures.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
+    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
     assert written(tmp_path) == ["discriminants.png", "metric_vs_params.png"]
 
 
@@ -71,7 +71,7 @@ def test_too_few_objects_for_discriminants_are_told(run, data, tmp_path, caplog,
     nothing["data_samples"].gt_instances = nothing["data_samples"].gt_instances[:1]
     batch = {"inputs": [nothing["inputs"]], "data_samples": [nothing["data_samples"]]}
     monkeypatch.setattr(data, "probe_dataloader", lambda *_: [batch])
-    pictures.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
+    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
     assert written(tmp_path) == ["metric_vs_params.png"]
     assert "no discriminants.png" in caplog.text
     assert "use more images" in caplog.text
@@ -79,30 +79,30 @@ def test_too_few_objects_for_discriminants_are_told(run, data, tmp_path, caplog,
 
 def test_a_run_that_pruned_nothing_needs_one_checkpoint_and_shows_no_channels(run, data, tmp_path):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
-    pictures.draw_run(summary(row(0)), tmp_path, data, pictures=1)
+    from_runs.draw_run(summary(row(0)), tmp_path, data, pictures=1)
     assert written(tmp_path) == ["detections.png", "metric_vs_params.png"]
 
 
 def test_a_negative_number_of_pictures_is_refused(run, data, tmp_path):
     with pytest.raises(ValueError, match=r"report\.pictures=-1"):
-        pictures.draw_run(summary(), tmp_path, data, pictures=-1)
+        from_runs.draw_run(summary(), tmp_path, data, pictures=-1)
 
 
 def test_the_drawn_channels_are_those_of_the_pruned_network(run):
     folder, pruned = run
-    kept = pictures.channels(folder / "round-1.ckpt")
+    kept = from_runs.channels(folder / "round-1.ckpt")
     convolutions = {
         name: module.out_channels
         for name, module in pruned.named_modules()
         if isinstance(module, torch.nn.Conv2d) and name.startswith(("backbone", "neck"))
     }
     assert list(kept.items()) == list(convolutions.items())
-    assert sum(kept.values()) < sum(pictures.channels(folder / "round-0.ckpt").values())
+    assert sum(kept.values()) < sum(from_runs.channels(folder / "round-0.ckpt").values())
 
 
 @pytest.mark.parametrize("asked", [1, 3, 5, 50])
 def test_scenes_are_spread_over_the_split_and_hold_its_annotations(run, data, asked):
-    scenes = pictures.scenes([run[0] / "round-0.ckpt"], data, asked)
+    scenes = from_runs.scenes([run[0] / "round-0.ckpt"], data, asked)
     count = min(asked, 5)
     assert len(scenes) == count
     dataset = data.val_dataloader().dataset
@@ -142,9 +142,9 @@ class Echo(torch.nn.Module):
 
 def test_detections_and_truth_share_their_coordinates(data):
     items = [data.val_dataloader().dataset[i] for i in range(5)]
-    found = pictures._detect(Echo(), items)
+    found = from_runs._detect(Echo(), items)
     for item, boxes in zip(items, found, strict=True):
-        scene = pictures._scene(item, [boxes])
+        scene = from_runs._scene(item, [boxes])
         assert np.array_equal(scene.truth.corners, scene.found[0].corners)
         assert np.array_equal(scene.truth.labels, scene.found[0].labels)
 
@@ -156,4 +156,4 @@ def test_padding_is_not_shown(data):
     padded.setup("fit")
     item, plain = padded.val_dataloader().dataset[0], data.val_dataloader().dataset[0]
     assert item["inputs"].shape == (3, 192, 192)
-    assert np.array_equal(pictures._scene(item, []).pixels, pictures._scene(plain, []).pixels)
+    assert np.array_equal(from_runs._scene(item, []).pixels, from_runs._scene(plain, []).pixels)

@@ -14,7 +14,7 @@ from pruned_files import data_of, pruned_checkpoint
 from pycocotools.coco import COCO
 
 import ldt
-from ldt.predict import Predictor, find_images, main, predict
+from ldt.deployment.prediction import Predictor, find_images, main, predict
 
 SIZES = {"wide.png": (64, 150), "tall.jpg": (333, 41), "tiny.bmp": (9, 7)}
 
@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 
 def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["ldt.predict", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["ldt.deployment.prediction", *map(str, arguments)])
     main()
 
 

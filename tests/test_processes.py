@@ -11,7 +11,7 @@ import pytest
 from short_runs import ROOT, TINY, command, rows, summary
 
 import ldt
-from ldt.callbacks.plan import Plan
+from ldt.loop.schedule import Plan
 from ldt.pruning.budget import TOLERANCE
 
 pytestmark = pytest.mark.slow

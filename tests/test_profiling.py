@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 # before mmdet, which needs the operators of mmcv
-from ldt.profiling import (
+from ldt.evaluation.profiling import (
     count_parameters,
     environment,
     git_state,

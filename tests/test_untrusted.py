@@ -13,8 +13,8 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 import ldt
-from ldt.callbacks.checkpoints import LAST, PREVIOUS, WholeCheckpoints, resumable
-from ldt.weights import load_weights
+from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, WholeCheckpoints, resumable
+from ldt.detectors.weights import load_weights
 
 
 class Malicious:

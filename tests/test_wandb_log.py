@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from short_runs import rows, summary, tiny
 
 from ldt import experiment, repeat
+from ldt.callbacks.wandb_logger import WandbRun, rank_zero_only, run_id
 from ldt.module import DetectorModule
-from ldt.wandb_log import WandbRun, rank_zero_only, run_id
 
 METHODS = ("l1", "random")
 ONLINE = ["logger=wandb", "logger.mode=online", "prune=oneshot", "trainer.log_every_n_steps=1"]

@@ -6,10 +6,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldt.analysis import neck_statistics
-from ldt.assembly import build_data
-from ldt.checkpoints import load_pruned
-from ldt.records import read_json, read_rows, write_rows, write_text
+from ldt.build import build_data
+from ldt.detectors.checkpoints import load_pruned
+from ldt.evaluation.neck_statistics import neck_statistics
+from ldt.runs.files import read_json, read_rows, write_rows, write_text
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/ldt_training")

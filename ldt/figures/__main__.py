@@ -12,21 +12,21 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ldt import pictures
-from ldt.assembly import build_criterion
+from ldt.build import build_criterion
 from ldt.criteria.ldt import LDTCriterion
-from ldt.detectors import quiet
+from ldt.detectors.models import quiet
+from ldt.evaluation.score_stability import batch_utilities
+from ldt.figures import from_runs
 from ldt.figures.attention import draw_attention
 from ldt.figures.channels import draw_channels
 from ldt.figures.comparison import draw_comparisons
+from ldt.figures.curve_data import panels
 from ldt.figures.detections import draw_detections
 from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import animate_shrinking, draw_shrinking
 from ldt.figures.stability import draw_stability
 from ldt.figures.style import save
-from ldt.points import panels
-from ldt.runs import Run, open_run
-from ldt.stability import batch_utilities
+from ldt.runs.opened import Run, open_run
 
 
 def discriminants(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
@@ -34,7 +34,7 @@ def discriminants(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
     if len(runs) > 2:
         raise ValueError(f"{len(runs)} runs; discriminants are drawn of one or two")
     bases = [run if run.named else run.at(0) for run in runs]
-    found = [pictures.spaces(run.checkpoint, runs[0].data, given.images) for run in bases]
+    found = [from_runs.spaces(run.checkpoint, runs[0].data, given.images) for run in bases]
     scales = min(len(spaces) for spaces in found)
     if given.scale is not None and not 0 <= given.scale < scales:
         raise ValueError(f"--scale {given.scale}; the neck has the scales 0 to {scales - 1}")
@@ -48,14 +48,14 @@ def attention(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
     """Fig. 4: what detectors look at, on the same images; of a single run, base and last round."""
     runs = _ends(runs)
     files = [run.checkpoint for run in runs]
-    return draw_attention(pictures.views(files, runs[0].data, given.images or 3), _titles(runs))
+    return draw_attention(from_runs.views(files, runs[0].data, given.images or 3), _titles(runs))
 
 
 def detections(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
     """Fig. 5: what detectors find, on the same images; of a single run, base and last round."""
     runs = _ends(runs)
     data, files = runs[0].data, [run.checkpoint for run in runs]
-    scenes = pictures.scenes(files, data, given.images or 4)
+    scenes = from_runs.scenes(files, data, given.images or 4)
     return draw_detections(scenes, data.classes, _titles(runs))
 
 
@@ -74,7 +74,9 @@ def stability(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
 def channels(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
     """Channels of every layer that a run kept."""
     run = _only(runs)
-    return draw_channels(pictures.channels(run.at(0).checkpoint), pictures.channels(run.checkpoint))
+    return draw_channels(
+        from_runs.channels(run.at(0).checkpoint), from_runs.channels(run.checkpoint)
+    )
 
 
 def shrinking(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
@@ -92,8 +94,8 @@ NAMES = ("curves", *DRAWN)
 def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
     """Networks and names of a run's rounds."""
     rounds = [run.at(row["round"]) for row in run.rows]
-    names = [pictures.side_title(each.row, run.metric) for each in rounds]
-    return [pictures.channels(each.checkpoint) for each in rounds], names
+    names = [from_runs.side_title(each.row, run.metric) for each in rounds]
+    return [from_runs.channels(each.checkpoint) for each in rounds], names
 
 
 def _only(runs: Sequence[Run]) -> Run:
@@ -121,7 +123,7 @@ def _titles(runs: Sequence[Run]) -> list[str]:
         for name, run in zip(names, runs, strict=True)
     ]
     return [
-        pictures.title(run.row, run.metric, name) for name, run in zip(names, runs, strict=True)
+        from_runs.title(run.row, run.metric, name) for name, run in zip(names, runs, strict=True)
     ]
 
 

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
+from ldt.pruning.dependency import depthwise
 from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
-from ldt.pruning.rules import depthwise
 
 Budget = Literal["params", "flops"]
 RANKINGS = ("global", "global_per_cost", "global_normalised", "uniform")
@@ -38,7 +38,9 @@ class _Cost:
 def _cost(layer: nn.Module, budget: Budget, positions: int) -> _Cost:
     if not isinstance(layer, CONVOLUTIONS):
         learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
-        per_element = 1 + (getattr(layer, "weight", None) is not None)  # as ldt.profiling counts
+        per_element = 1 + (
+            getattr(layer, "weight", None) is not None
+        )  # as ldt.evaluation.profiling counts
         return _Cost(1, 1, 0.0, learnt if budget == "params" else per_element * positions)
     if isinstance(layer, nn.Linear):
         ins, outs = layer.in_features, layer.out_features

@@ -16,8 +16,7 @@ from torch.nn.modules import activation
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.ops import OPTYPE
 
-from ldt.names import below
-from ldt.pruning.rules import (
+from ldt.pruning.dependency import (
     DEFORMABLE,
     Fixed,
     Part,
@@ -28,6 +27,7 @@ from ldt.pruning.rules import (
     resize_parts,
     split_into,
 )
+from ldt.pruning.names import below
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 STATISTICS = (nn.GroupNorm, nn.LayerNorm)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ldt.pruning.rules import resize_parts
+from ldt.pruning.dependency import resize_parts
 
 SIZES = (
     "in_channels",

@@ -5,12 +5,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ldt.report.differences import NOT_SET, differences
-from ldt.report.study import load_study
 from ldt.report.terminal import number, print_run, print_study
+from ldt.runs.differences import NOT_SET, differences
+from ldt.runs.study import load_study
 
 if TYPE_CHECKING:
-    from ldt.report.runs import Run, load_run, load_runs
+    from ldt.runs.run import Run, load_run, load_runs
 
 __all__ = [
     "NOT_SET",
@@ -27,7 +27,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # keeps a run's start free of pandas
     if name in ("Run", "load_run", "load_runs"):
-        from ldt.report import runs
+        from ldt.runs import run
 
-        return getattr(runs, name)
+        return getattr(run, name)
     raise AttributeError(f"module 'ldt.report' has no attribute {name!r}")

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from ldt.records import write_text
-from ldt.report.cells import cells
 from ldt.report.page import MEGABYTES, page
-from ldt.report.papers import write
-from ldt.report.runs import Run, load_runs
+from ldt.report.tables import write
+from ldt.runs.aggregate import cells
+from ldt.runs.files import write_text
+from ldt.runs.run import Run, load_runs
 
 FORMATS = ("html", "markdown", "latex", "csv")
 

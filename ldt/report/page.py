@@ -11,12 +11,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ldt.report import curves
-from ldt.report.cells import Cell, cells, flatten, varying
-from ldt.report.papers import SIZES, Column, Value, compare, percent
-from ldt.report.pictures import album
-from ldt.report.runs import Run
+from ldt.report import study_figures
+from ldt.report.images import album
+from ldt.report.tables import SIZES, Column, Value, compare, percent
 from ldt.report.terminal import BUDGETS, METRICS, number
+from ldt.runs.aggregate import Cell, cells, flatten, varying
+from ldt.runs.run import Run
 
 MEGABYTES = 20.0  # of pictures
 CONFIG = {
@@ -158,8 +158,8 @@ def _panels(found: Sequence[Cell]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "trade_off": curves.trade_off(own),
-            "by_round": curves.by_round(own) if any(cell.pruned for cell in own) else None,
+            "trade_off": study_figures.trade_off(own),
+            "by_round": study_figures.by_round(own) if any(cell.pruned for cell in own) else None,
         }
         for name, own in _pairs(found).items()
     ]
@@ -168,7 +168,7 @@ def _panels(found: Sequence[Cell]) -> list[dict[str, Any]]:
 def _losses(found: Sequence[Cell]) -> list[dict[str, Any]]:
     """The loss terms of each detector and data set that has a log."""
     return [
-        {"name": name, "figure": curves.training(own)}
+        {"name": name, "figure": study_figures.training(own)}
         for name, own in _pairs(found).items()
         if any(key.startswith("train/loss") for c in own for run in c.runs for key in run.log)
     ]

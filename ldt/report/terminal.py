@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldt.report.study import load_study
+from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
 BUDGETS = {"params": "parameters", "flops": "multiply-adds"}

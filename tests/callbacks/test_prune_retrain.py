@@ -10,13 +10,13 @@ from short_runs import python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
-from ldt.callbacks.gradual import GradualPruning
-from ldt.callbacks.plan import Plan
 from ldt.criteria.base import Criterion
+from ldt.detectors.forward import raw_forward
+from ldt.evaluation.profiling import count_parameters
+from ldt.loop.gradual_masking import GradualPruning
+from ldt.loop.schedule import Plan
 from ldt.module import DetectorModule
-from ldt.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
-from ldt.taps import raw_forward
 
 # The plan -------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from small import CONF, Case, case, composed
 from torch import Tensor, nn
 
 from ldt.criteria.base import score_groups
-from ldt.profiling import count_parameters
+from ldt.evaluation.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, CostModel, choose
 from ldt.pruning.graph import CoupledGroup, PruningGraph
 from ldt.pruning.structure import rebuild, record

@@ -8,7 +8,7 @@ import torch
 from small import REAL, SCOPE, SMALL, Case, case
 from torch import Tensor
 
-from ldt.profiling import count_parameters, multiply_adds
+from ldt.evaluation.profiling import count_parameters, multiply_adds
 from ldt.pruning.budget import (
     RANKINGS,
     TOLERANCE,

@@ -22,8 +22,8 @@ from small import (
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
+from ldt.pruning.dependency import followed
 from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
-from ldt.pruning.rules import followed
 from ldt.pruning.structure import channels, record
 
 ALL = [*SMALL, *REAL]

@@ -7,8 +7,8 @@ import pytest
 from summaries import configured, row
 
 from ldt.report import load_runs
-from ldt.report.cells import cells, flatten, summarise
-from ldt.report.papers import compare, write
+from ldt.report.tables import compare, write
+from ldt.runs.aggregate import cells, flatten, summarise
 
 
 def config(seed=0, **changed):

@@ -9,13 +9,13 @@ from browser import needs_chromium, opened
 from PIL import Image
 from summaries import configured, row
 
-from ldt.records import write_json
 from ldt.report import load_runs
 from ldt.report.__main__ import main
-from ldt.report.cells import cells
-from ldt.report.curves import MOST_POINTS, by_round, pareto, thinned, trade_off, training
+from ldt.report.images import album
 from ldt.report.page import page
-from ldt.report.pictures import album
+from ldt.report.study_figures import MOST_POINTS, by_round, pareto, thinned, trade_off, training
+from ldt.runs.aggregate import cells
+from ldt.runs.files import write_json
 
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 APS = {"chip": (0.31, 0.33), "ldt": (0.38, 0.36), "l1": (0.2, 0.25)}

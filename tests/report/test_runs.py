@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from summaries import configured, finished, row
 
-from ldt.records import write_json, write_rows
 from ldt.report import load_run, load_runs
+from ldt.runs.files import write_json, write_rows
 
 LOG = [
     {"step": 9, "epoch": 0, "train/loss": 3.0, "val/AP": None},
@@ -66,7 +66,7 @@ def test_layers_are_in_network_order(tmp_path):
 
 
 def test_a_missing_structure_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m ldt\.inventory"):
+    with pytest.raises(FileNotFoundError, match=r"python -m ldt\.evaluation\.layers"):
         _ = load_run(configured(tmp_path, "a", {})).layers
 
 

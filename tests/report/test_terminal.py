@@ -8,7 +8,7 @@ import pytest
 from summaries import finished, row, summary
 
 from ldt import report
-from ldt.records import write_json
+from ldt.runs.files import write_json
 
 NAN = float("nan")
 # differences ----------------------------------------------------------------------------------

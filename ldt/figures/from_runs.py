@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ldt.analysis import neck_spaces
-from ldt.checkpoints import detector_of, read
 from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors.checkpoints import detector_of, read
+from ldt.evaluation.gradcam import heat
+from ldt.evaluation.neck_statistics import neck_spaces
 from ldt.figures.attention import Looked, View
 from ldt.figures.channels import draw_channels
 from ldt.figures.curves import draw_curve
@@ -20,7 +21,6 @@ from ldt.figures.detections import Boxes, Scene, draw_detections
 from ldt.figures.discriminants import Space, draw_discriminants
 from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
-from ldt.gradcam import heat
 from ldt.pruning import structure
 from ldt.report import number
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldt.detectors import objects_of
+from ldt.detectors.forward import neck_maps
+from ldt.detectors.models import objects_of
 from ldt.discriminant import (
     Objects,
     channel_ratio,
@@ -19,7 +20,6 @@ from ldt.discriminant import (
     stacked_vectors,
 )
 from ldt.figures.discriminants import Space
-from ldt.taps import neck_maps
 
 
 def _neck_outputs(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldt.figures.comparison import Panel, Point
 from ldt.report import Run, load_run, load_runs
-from ldt.report.cells import Cell, cells, notes
+from ldt.runs.aggregate import Cell, cells, notes
 
 log = logging.getLogger(__name__)
 

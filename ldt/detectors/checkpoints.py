@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldt.detectors import build
+from ldt.detectors.models import build
 from ldt.pruning import structure
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ldt import profiling
+from ldt.detectors.forward import evaluating, raw_forward
+from ldt.evaluation import profiling
 from ldt.module import DetectorModule
-from ldt.taps import evaluating, raw_forward
 
 
 def count(module: DetectorModule) -> dict[str, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldt.taps import as_maps, evaluating, find_neck
+from ldt.detectors.forward import as_maps, evaluating, find_neck
 
 SCORE = 0.3  # detections above it are explained; the best one where there is none
 SAME = 1e-3  # a detection's score and that of the cell that it comes from

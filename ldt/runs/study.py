@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldt.records import read_json
+from ldt.runs.files import read_json
 
 
 def load_study(study: Path) -> list[dict[str, Any]]:

@@ -11,14 +11,16 @@ import lightning as L
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
-from ldt import profiling
 from ldt.callbacks.ema import ExponentialMovingAverage
-from ldt.callbacks.gradual import GradualPruning
-from ldt.callbacks.measure import count, timed, told
-from ldt.callbacks.plan import Plan
-from ldt.callbacks.processes import check_equal, wrap_anew
 from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors.forward import evaluating
+from ldt.evaluation import profiling
+from ldt.evaluation.round_metrics import count, timed, told
+from ldt.loop.distributed import check_equal, wrap_anew
+from ldt.loop.gradual_masking import GradualPruning
+from ldt.loop.round_record import Removed
+from ldt.loop.schedule import Plan
 from ldt.module import DetectorModule, PreparedBatch
 from ldt.pruning.budget import (
     TOLERANCE,
@@ -28,9 +30,7 @@ from ldt.pruning.budget import (
     choose,
 )
 from ldt.pruning.graph import PruningGraph
-from ldt.pruning.removed import Removed
-from ldt.records import write_rows
-from ldt.taps import evaluating
+from ldt.runs.files import write_rows
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ldt.checkpoints import read
+from ldt.detectors.checkpoints import read
 
 log = logging.getLogger(__name__)
 LAST = "last.ckpt"

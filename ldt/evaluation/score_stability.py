@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from ldt.callbacks.prune_retrain import Calibration
 from ldt.criteria.ldt import LDTCriterion, rank_correlation
+from ldt.detectors.forward import evaluating
 from ldt.figures.channels import stages
 from ldt.figures.stability import Stage
+from ldt.loop.prune_retrain import Calibration
 from ldt.module import DetectorModule
-from ldt.taps import evaluating
 
 
 def batch_utilities(

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from ldt.pruning.removed import Removed
+from ldt.loop.round_record import Removed
 
 
 def check_equal(trainer: L.Trainer, removed: Removed) -> None:

@@ -12,10 +12,10 @@ from plotly.subplots import make_subplots
 
 from ldt.figures.curves import LABELS
 from ldt.figures.style import GREY
-from ldt.report.cells import Cell
-from ldt.report.papers import SIZES, Column, percent
-from ldt.report.runs import Run
-from ldt.report.traces import Look, band, lay_out, line, looks, text
+from ldt.report.plotly_style import Look, band, lay_out, line, looks, text
+from ldt.report.tables import SIZES, Column, percent
+from ldt.runs.aggregate import Cell
+from ldt.runs.run import Run
 
 MOST_POINTS = 200  # of a training curve; more are averaged in blocks
 NO_DEVIATION = 0.0

@@ -15,16 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from torch_pruning.pruner.importance import Importance
 
-from ldt.callbacks.checkpoints import WholeCheckpoints
+from ldt.callbacks.checkpoint_io import WholeCheckpoints
 from ldt.callbacks.ema import ExponentialMovingAverage
-from ldt.callbacks.gradual import GradualPruning
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.callbacks.plan import Plan
 from ldt.callbacks.progress import PlainEpochs, PlainProgress
-from ldt.callbacks.prune_retrain import PruneRetrain
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors import model_config
+from ldt.detectors.models import model_config
+from ldt.loop.gradual_masking import GradualPruning
+from ldt.loop.prune_retrain import PruneRetrain
+from ldt.loop.schedule import Plan
 from ldt.module import DetectorModule
 from ldt.pruning.budget import Limits
 from ldt.recipe import check_recipe

@@ -8,12 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldt.assembly import build_data
-from ldt.checkpoints import read
+from ldt.build import build_data
 from ldt.config import Config
 from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors.checkpoints import read
 from ldt.module import DetectorModule, restored
-from ldt.records import read_rows
+from ldt.runs.files import read_rows
 
 
 def load_config(folder: Path) -> DictConfig:

@@ -12,7 +12,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldt.records import read_json
+from ldt.runs.files import read_json
 
 MODES = ("offline", "online")
 AXES = {"train/*": "trainer/global_step", "val/*": "trainer/global_step", "round/*": "round/round"}

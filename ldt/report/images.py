@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ldt.report.runs import Run
+from ldt.runs.run import Run
 
 WIDEST = 1400  # pixels of an embedded picture
 QUALITY = 82  # of WebP

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ldt.figures.style import DARK, GREY, LIGHT
-from ldt.report.runs import Cut, Run
-from ldt.report.traces import faded, lay_out, text
+from ldt.report.plotly_style import faded, lay_out, text
+from ldt.runs.run import Cut, Run
 
 ROW = 17  # pixels of a layer's bar
 GONE = "#D55E00"

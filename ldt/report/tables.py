@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ldt.report.cells import Cell, notes, summarise
 from ldt.report.terminal import BUDGETS, METRICS, number
+from ldt.runs.aggregate import Cell, notes, summarise
 
 
 class Column(NamedTuple):
@@ -111,7 +111,7 @@ def _best(
 def write(found: Sequence[Cell], kind: str) -> str:
     """The comparison as ``markdown``, ``latex`` or ``csv``.
 
-    CSV has all numbers of :func:`ldt.report.cells.summarise`, unrounded, in plain units.
+    CSV has all numbers of :func:`ldt.runs.aggregate.summarise`, unrounded, in plain units.
     """
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[kind](found)
 

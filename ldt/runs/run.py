@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ldt.records import read_json
-from ldt.report.study import folders, study_row
+from ldt.runs.files import read_json
+from ldt.runs.study import folders, study_row
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
 
@@ -110,8 +110,8 @@ class Run:
         found = read_json(self.folder / "structure.json")
         if not found:
             raise FileNotFoundError(
-                f"no structure.json in {self.folder}; python -m ldt.inventory {self.folder} "
-                "makes it from the run's checkpoints"
+                f"no structure.json in {self.folder}; "
+                f"python -m ldt.evaluation.layers {self.folder} makes it from the run's checkpoints"
             )
         return found
 

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from ldt.config import DETAILS, LABELS
-from ldt.names import below
-from ldt.report.runs import Run
+from ldt.pruning.names import below
+from ldt.runs.run import Run
 
 MOST_NAMED = 2  # keys in which variants of a method may differ for all of them to be in its label
 LONGEST_LABEL = 48  # characters

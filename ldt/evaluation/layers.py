@@ -1,6 +1,6 @@
 """What every layer of a run's detectors has, round by round, and which layers are cut together.
 
-`python -m ldt.inventory runs/<study>/<run> ...` writes it for runs that lack it.
+`python -m ldt.evaluation.layers runs/<study>/<run> ...` writes it for runs that lack it.
 """
 
 import argparse
@@ -11,12 +11,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldt.checkpoints import detector_of, read
-from ldt.detectors import quiet
-from ldt.profiling import multiply_adds_by_module
+from ldt.detectors.checkpoints import detector_of, read
+from ldt.detectors.forward import evaluating, raw_forward, traced_forward
+from ldt.detectors.models import quiet
+from ldt.evaluation.profiling import multiply_adds_by_module
 from ldt.pruning.graph import PruningGraph
-from ldt.records import write_json
-from ldt.taps import evaluating, raw_forward, traced_forward
+from ldt.runs.files import write_json
 
 
 def write_inventory(folder: Path) -> None:
@@ -84,7 +84,7 @@ def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dic
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m ldt.inventory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ldt.evaluation.layers", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="runs/<study>/<run>")
     quiet()
     for folder in parser.parse_args().runs:

@@ -1,0 +1,117 @@
+"""Writes a pruned detector as a folder that mmdet's own tools open.
+
+python -m ldt.export runs/<study>/<run>/round-2.ckpt <folder>
+
+The folder holds ``config.py``, a plain mmdet config, and ``weights.pth``. After ``import ldt``,
+``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer`` open it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from ldt.detectors.checkpoints import detector_of, read, resize_steps
+from ldt.detectors.models import build, drop_pretrained, quiet
+from ldt.pruning import structure
+
+CONFIG, WEIGHTS = "config.py", "weights.pth"
+
+
+def export(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Write the detector of a checkpoint as ``config.py`` and ``weights.pth``.
+
+    The config is complete for inference: the model with its pruned structure, classes, test
+    pipeline with the training's preprocessing, test data loader (its ``data_root`` and ``ann_file``
+    are yours to set), visualizer. It needs the package ldt wherever it is opened.
+
+    Args:
+        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        folder: made if need be; files of these names in it are replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`ldt.load_pruned`.
+        ValueError: an earlier version of ldt wrote the checkpoint, without the preprocessing.
+        OSError: the folder cannot be written.
+    """
+    content, folder = read(checkpoint), Path(folder)
+    about, resize = content["ldt"], resize_steps(content, checkpoint)
+    state = detector_of(content).state_dict()
+    config = {
+        "default_scope": "mmdet",
+        "custom_imports": _imports(about["model"]),
+        "model": _model(about, state),
+        **_images(resize, tuple(about["classes"])),
+        "visualizer": {"type": "DetLocalVisualizer", "vis_backends": [], "name": "visualizer"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    Config(config).dump(folder / CONFIG)
+    meta = {"dataset_meta": {"classes": tuple(about["classes"]), "palette": "random"}}
+    torch.save({"state_dict": state, "meta": meta}, folder / WEIGHTS)
+    return folder
+
+
+def _imports(model: dict[str, Any]) -> dict[str, Any]:
+    """Ours beside those that the detector's own config asks for."""
+    own = model.get("custom_imports", {}).get("imports", [])
+    own = [own] if isinstance(own, str) else own
+    return {"imports": [*own, "ldt.pruned"], "allow_failed_imports": False}
+
+
+def _model(about: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The unpruned detector's config, with another type and what pruning changed."""
+    unpruned = build(about["model"], initialise=False)
+    sizes, shapes = structure.changes(unpruned, about["structure"], state)
+    model = {key: value for key, value in about["model"].items() if key != "custom_imports"}
+    drop_pretrained(model)  # whoever trains it further starts from these weights
+    own = {"detector": model.pop("type"), "sizes": sizes, "shapes": shapes}
+    return {"type": "PrunedDetector", **model, **own}
+
+
+def _images(resize: list[dict[str, Any]], classes: tuple[str, ...]) -> dict[str, Any]:
+    annotations = {"type": "LoadAnnotations", "with_bbox": True}
+    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+    pack = {"type": "PackDetInputs", "meta_keys": keys}
+    pipeline = [{"type": "LoadImageFromFile"}, *resize, annotations, pack]
+    dataset = {
+        "type": "CocoDataset",
+        "data_root": "",
+        "ann_file": "",
+        "data_prefix": {"img": ""},
+        "metainfo": {"classes": classes, "palette": None},  # COCO's has 80 colours
+        "test_mode": True,
+        "pipeline": pipeline,
+    }
+    loader = {
+        "batch_size": 1,
+        "num_workers": 0,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": dataset,
+    }
+    return {"test_pipeline": pipeline, "test_dataloader": loader}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ldt.export", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("checkpoint", type=Path, help="round-<t>.ckpt of a run")
+    parser.add_argument("folder", type=Path, help="where config.py and weights.pth go")
+    given = parser.parse_args()
+    quiet()
+    try:
+        folder = export(given.checkpoint, given.folder)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"{error}")
+    print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""A study on Weights & Biases: ``python -m ldt.dashboard <study>`` saves a workspace and a report.
+
+Both compare the runs of the study: mAP against parameters, multiply-adds and latency, every round,
+every loss term, a table. Each call saves new ones and prints their addresses.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+from ldt.callbacks.wandb_logger import account
+
+COSTS = {"params": "parameters", "multiply_adds": "multiply-adds", "latency_ms": "latency (ms)"}
+ROUNDS = {"AP": "AP", "mAP": "mAP (IoU 0.5)"} | COSTS
+RESULTS = ("AP", "AP50", "mAP", *COSTS, "params_rate", "multiply_adds_rate")
+COLUMNS = (
+    *("run:displayName", "run:state", "config:method.value.name", "config:detector.value.name"),
+    *("config:dataset.value.name", "config:prune.value.rate", "config:seed.value"),
+    *(f"summary:round/{key}" for key in RESULTS),
+)
+PICTURES = ("pictures/detections", "pictures/channels", "pictures/metric_vs_params")
+FRONT = (
+    "A point is a run after its last round. The line is the best mAP among all runs of at most "
+    "that cost: the runs at which it rises are the Pareto front."
+)
+BY_ROUND = "Round 0 is the unpruned detector; every later round has cut and retrained it."
+LOSSES = "The terms of the training loss, at every logged step of all rounds."
+SHOWN = "Detections beside the ground truth, channels kept per layer, and a run's own rounds."
+TABLE = "What differs between the configurations, and a table of all runs."
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study on a W&B server, with the names of its training-loss terms."""
+
+    entity: str
+    project: str
+    name: str
+    losses: tuple[str, ...]
+
+    @property
+    def filters(self) -> str:
+        """What picks its runs, as the library's expression: it would not escape a name itself."""
+        return f"Metric('Group') == {self.name!r}"
+
+    def panels(self) -> dict[str, tuple[str, list[Any]]]:
+        """By heading: an explaining sentence, and new panels."""
+        return {
+            "Accuracy against cost": (FRONT, [_scatter(key) for key in COSTS]),
+            "Rounds": (BY_ROUND, [_line("round/round", f"round/{k}", ROUNDS[k]) for k in ROUNDS]),
+            "Losses": (LOSSES, [_line("trainer/global_step", key, key) for key in self.losses]),
+            "Pictures": (SHOWN, [wr.MediaBrowser(media_keys=[key]) for key in PICTURES]),
+            "Runs": (TABLE, [wr.RunComparer(diff_only="split", layout=wr.Layout(w=24, h=12))]),
+        }
+
+
+def _scatter(cost: str) -> wr.ScatterPlot:
+    return wr.ScatterPlot(
+        title=f"mAP against {COSTS[cost]}",
+        x=wr.SummaryMetric(f"round/{cost}"),
+        y=wr.SummaryMetric("round/mAP"),
+        running_ymax=True,
+    )
+
+
+def _line(x: str, y: str, title: str) -> wr.LinePlot:
+    return wr.LinePlot(title=title, x=x, y=[y], max_runs_to_show=100)
+
+
+@contextlib.contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """ValueError for whatever the server answers but a result: W&B has no one class for it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the W&B server was asked {what}, and failed: {error}. Check --project, --entity and "
+            "WANDB_BASE_URL; servers that only imitate W&B's uploads have no workspaces"
+        ) from error
+
+
+def find(study: str, project: str, entity: str | None = None) -> Study:
+    """A study on the W&B server that is set up here.
+
+    Raises:
+        ValueError: there is no account, no such project, or no run of the study in it.
+    """
+    api = account()
+    with _asking(f"for the runs of {entity or 'the default entity'}/{project}"):
+        owner = entity or api.default_entity
+        runs = list(api.runs(f"{owner}/{project}", filters={"group": study}))
+    if not runs:
+        raise ValueError(
+            f"{owner}/{project} has no run of the study {study!r}. Runs are there with "
+            "`python run.py logger=wandb logger.mode=online`, or, where they were offline, after "
+            f"`wandb sync runs/{study}/*/wandb/offline-run-*`"
+        )
+    logged = {key for run in runs for key in run.summary.keys()}  # noqa: SIM118 (it has no iterator)
+    losses = sorted(key for key in logged if key.startswith("train/") and "loss" in key)
+    return Study(owner or "", project, study, tuple(losses))
+
+
+def workspace(study: Study) -> ws.Workspace:
+    """The study as a saved view of its project."""
+    return ws.Workspace(
+        entity=study.entity,
+        project=study.project,
+        name=f"study {study.name}",
+        sections=[
+            ws.Section(name=name, panels=panels, is_open=True)
+            for name, (_, panels) in study.panels().items()
+        ],
+        settings=ws.WorkspaceSettings(max_runs=100),
+        runset_settings=ws.RunsetSettings(filters=study.filters, pinned_columns=list(COLUMNS)),
+    )
+
+
+def report(study: Study) -> wr.Report:
+    """The study as a page with explaining text; below the last panels is the table of its runs."""
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, (text, panels) in study.panels().items():
+        runs = wr.Runset(name=study.name, filters=study.filters, pinned_columns=list(COLUMNS))
+        grid = wr.PanelGrid(runsets=[runs], panels=panels, hide_run_sets=name != "Runs")
+        blocks += [wr.H1(name), wr.P(text), grid]
+    return wr.Report(
+        entity=study.entity,
+        project=study.project,
+        title=f"Study {study.name}",
+        description="Detectors pruned by different methods: accuracy, size and speed",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ldt.dashboard", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("study", help="W&B's group of the runs: study=<name> of run.py")
+    parser.add_argument("--project", default="ldt", help="as logger.project; default: %(default)s")
+    parser.add_argument("--entity", help="user or team; default: the account's own")
+    given = parser.parse_args()
+    try:
+        study = find(given.study, given.project, given.entity)
+        with _asking("to save a workspace and a report"):
+            saved = {"workspace": workspace(study).save(), "report": report(study).save()}
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    for name, what in saved.items():
+        print(f"{name}: {what.url}")
+
+
+if __name__ == "__main__":
+    main()
