@@ -26,7 +26,7 @@ from ldt_overhead import HEIGHT, WIDTH, batch
 from ldt.config import register
 from ldt.criteria.base import score_groups
 from ldt.criteria.chip import channel_independence
-from ldt.detectors.forward import evaluating
+from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.models import model_config, quiet
 from ldt.module import DetectorModule, PreparedBatch
 
@@ -130,7 +130,7 @@ def main() -> None:
     module = DetectorModule(model, ["a", "b", "c"], recipe, (HEIGHT, WIDTH))
     batches = Batches(module, options.images, options.batch)
     register()
-    with evaluating(module.detector), initialize_config_dir(str(CONF), version_base="1.3"):
+    with eval_with_gradients(module.detector), initialize_config_dir(str(CONF), version_base="1.3"):
         graph = module.trace(("backbone", "neck"))
         forward_backward(module, Batches(module, options.batch, options.batch))  # warm-up
         whole, memory = measured(lambda: forward_backward(module, batches))

@@ -22,17 +22,18 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.config import register
 from ldt.criteria.base import score_groups
-from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.forward import eval_with_gradients, raw_forward
 from ldt.detectors.models import model_config, quiet
 from ldt.evaluation.profiling import (
     MINIMUM_RUNS,
+    count_macs,
     count_parameters,
     environment,
     latency,
-    multiply_adds,
 )
 from ldt.module import DetectorModule
-from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.pruning.budget import TOLERANCE, select_channels
+from ldt.pruning.costs import CostModel
 
 CONF = str(Path(__file__).parents[1] / "conf")
 CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -69,11 +70,11 @@ def built(name: str) -> DetectorModule:
 def prune(module: DetectorModule, rate: float) -> None:
     """Remove a share of all parameters."""
     whole = count_parameters(module.detector)
-    with evaluating(module.detector):
+    with eval_with_gradients(module.detector):
         graph = module.trace(SCOPE)
         scores = score_groups(GroupMagnitudeImportance(p=1), module, graph, [])
         rule: Any = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * whole}
-        graph.remove(choose(graph, scores, save=rate * whole, ranking="uniform", **rule))
+        graph.remove(select_channels(graph, scores, save=rate * whole, ranking="uniform", **rule))
 
 
 class Cost(NamedTuple):
@@ -85,7 +86,7 @@ class Cost(NamedTuple):
 def cost(detector: nn.Module, size: tuple[int, int], runs: int) -> Cost:
     """What a forward of one image costs."""
     image, empty = torch.rand(1, 3, *size), deepcopy(detector).to("meta")
-    work = multiply_adds(empty, lambda x: raw_forward(empty, x), (1, 3, *size))
+    work = count_macs(empty, lambda x: raw_forward(empty, x), (1, 3, *size))
     time = latency(lambda: raw_forward(detector, image), runs=runs, device="cpu")
     return Cost(count_parameters(detector), work, time.median_ms)
 

@@ -24,7 +24,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import OmegaConf
 
-from ldt.build import build_data, build_loop, build_module, build_plan, build_trainer
+from ldt.build import build_data, build_loop, build_module, build_schedule, build_trainer
 from ldt.config import register
 
 OPTIONS = ["recipe.channels_last=false", "recipe.epochs=2", "trainer.limit_val_batches=0"]
@@ -82,7 +82,7 @@ def main() -> None:
 
 def lightning_epoch(module, data, config) -> float:
     """Seconds of the second of two epochs, so that workers are warm."""
-    clock, plan = Clock(), build_plan(config)
+    clock, plan = Clock(), build_schedule(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trainer = build_trainer(config, plan, build_loop(config, plan, folder), folder)

@@ -38,11 +38,12 @@ from ldt.config import RecipeConfig
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
 from ldt.criteria.ldt import LDTCriterion, Source
-from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.forward import eval_with_gradients, raw_forward
 from ldt.detectors.models import model_config, quiet
 from ldt.evaluation.profiling import count_parameters
 from ldt.module import DetectorModule
-from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.pruning.budget import TOLERANCE, select_channels
+from ldt.pruning.costs import CostModel
 
 PARTS = {
     "head": ("roi_head", "bbox_head", "rpn_head", "mask_head", "panoptic_head"),
@@ -377,12 +378,12 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
     trainer = train(module, model)
     yield "trace"
     whole = count_parameters(detector)
-    with evaluating(detector):
+    with eval_with_gradients(detector):
         graph = module.trace(model.scope)
         cut, in_scope = graph.prunable_share()
-        row["share"], row["left"] = cut / in_scope, dict(graph.left_whole)
+        row["share"], row["left"] = cut / in_scope, dict(graph.excluded)
         if cut < in_scope / 2:
-            reasons = ", ".join(sorted(set(graph.left_whole.values())))
+            reasons = ", ".join(sorted(set(graph.excluded.values())))
             raise RuntimeError(f"only {cut / in_scope:.0%} of the scope can be cut: {reasons}")
         yield "score"
         batches = [module.prepare(batch(model, 2))]
@@ -394,7 +395,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
             scores = score_groups(criterion, module, graph, batches)
         yield "cut"
         rule = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * in_scope}
-        graph.remove(choose(graph, scores, save=RATE * in_scope, **rule))
+        graph.remove(select_channels(graph, scores, save=RATE * in_scope, **rule))
     achieved = (whole - count_parameters(detector)) / in_scope
     if abs(achieved - RATE) > TOLERANCE:
         raise RuntimeError(f"{achieved:.1%} of the scope's parameters are gone, not {RATE:.0%}")

@@ -15,25 +15,26 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from torch_pruning.pruner.importance import Importance
 
-from ldt.callbacks.checkpoint_io import WholeCheckpoints
+from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.callbacks.progress import PlainEpochs, PlainProgress
+from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
+from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import model_config
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
-from ldt.loop.schedule import Plan
+from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.pruning.budget import Limits
 from ldt.recipe import check_recipe
 
 
-def build_plan(config: DictConfig) -> Plan:
+def build_schedule(config: DictConfig) -> PruningSchedule:
     """What a configuration removes and when."""
     prune, recipe = config.prune, config.recipe
-    return Plan(
+    return PruningSchedule(
         rate=prune.rate,
         rounds=prune.rounds if config.method.criterion else 0,
         base_epochs=recipe.epochs,
@@ -49,7 +50,7 @@ def build_plan(config: DictConfig) -> Plan:
     )
 
 
-def build_loop(config: DictConfig, plan: Plan, folder: Path) -> PruneRetrain:
+def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """The prune-retrain loop of a configuration, with its criterion."""
     method = config.method
     check_recipe(config.recipe)
@@ -134,11 +135,15 @@ def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
 
 
 def build_trainer(
-    config: DictConfig, plan: Plan, loop: PruneRetrain, folder: Path, logger: Logger | None = None
+    config: DictConfig,
+    plan: PruningSchedule,
+    loop: PruneRetrain,
+    folder: Path,
+    logger: Logger | None = None,
 ) -> L.Trainer:
     """Lightning's trainer with the callbacks of a run, its CSV files and a further logger."""
     terminal = sys.stdout.isatty()
-    callbacks: list[L.Callback] = [RichProgressBar() if terminal else PlainProgress()]
+    callbacks: list[L.Callback] = [RichProgressBar() if terminal else LogProgress()]
     callbacks.append(EpochSeeds(config.seed))
     if config.ldt.enabled:
         terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
@@ -147,7 +152,7 @@ def build_trainer(
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
     callbacks.append(loop)
     if config.recipe.plain_epochs:
-        callbacks.append(PlainEpochs(loop.is_last_epoch, config.recipe.plain_epochs))
+        callbacks.append(YOLOXModeSwitch(loop.is_last_epoch, config.recipe.plain_epochs))
     callbacks.append(  # last, so that it saves what the loop has made of the model
         ModelCheckpoint(
             folder,
@@ -180,7 +185,7 @@ def build_trainer(
             gradient_clip_val=config.recipe.clip_grad,
             callbacks=callbacks,
             logger=loggers,
-            plugins=[WholeCheckpoints()],
+            plugins=[AtomicCheckpointIO()],
             num_sanity_val_steps=0,
             default_root_dir=folder,
             enable_model_summary=False,

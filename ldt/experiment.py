@@ -25,7 +25,7 @@ from ldt.build import (
     build_data,
     build_loop,
     build_module,
-    build_plan,
+    build_schedule,
     build_trainer,
     opened_logger,
 )
@@ -153,7 +153,7 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 def _execute(
     config: DictConfig, plain: dict[str, Any], folder: Path, logger: Logger | None
 ) -> dict[str, Any]:
-    plan = build_plan(config)
+    plan = build_schedule(config)
     _check_choices(config)
     if config.base == "shared" and plan.base_epochs:
         base = _shared_base(config, plain, folder.parent)
@@ -207,9 +207,9 @@ def _execute(
         "metric": config.dataset.metric,
         "seed": config.seed,
         "input_size": list(module.input_size),
-        "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": plan.budget},
+        "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": config.prune.budget},
         "rounds": loop.rows,
-        "left_whole": loop.left_whole,
+        "left_whole": loop.excluded,
         "checkpoint": f"round-{plan.rounds}.ckpt",
         **about,
     }

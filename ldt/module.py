@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldt.detectors.checkpoints import detector_state
-from ldt.detectors.forward import find_neck, find_predictors, neck_maps, traced_forward
-from ldt.detectors.models import build, objects_of
+from ldt.detectors.forward import find_neck, find_predictors, forward_for_tracing, neck_maps
+from ldt.detectors.models import build, labelled_objects
 from ldt.detectors.weights import load_weights
 from ldt.discriminant import Objects
 from ldt.evaluation.metrics import DetectionMetrics
@@ -130,7 +130,7 @@ class DetectorModule(L.LightningModule):
             data = self._preprocessed(batch, training=True)  # makes all that a loss needs
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
-        return PreparedBatch(images, samples, objects_of(samples, shape))
+        return PreparedBatch(images, samples, labelled_objects(samples, shape))
 
     def _preprocessed(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
         preprocess: Any = self.detector.data_preprocessor
@@ -162,8 +162,8 @@ class DetectorModule(L.LightningModule):
         return _total(self.detector, losses)[0]
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
-        """The coupled groups below ``scope``; call within `ldt.detectors.forward.evaluating`."""
-        forward = traced_forward(self.detector, self.neck_name)
+        """The coupled groups below ``scope``; call within `eval_with_gradients`."""
+        forward = forward_for_tracing(self.detector, self.neck_name)
         return PruningGraph(self.detector, forward, self.example(), scope, never=self.predictors)
 
     # Training and validation --------------------------------------------------------------

@@ -38,7 +38,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "counting": (profiling, "multiply_adds"),
     "tracing": (DetectorModule, "trace"),
     "scoring": (DetectorModule, "features"),
-    "choosing": (prune_retrain, "choose"),
+    "choosing": (prune_retrain, "select_channels"),
     "cutting": (PruningGraph, "remove"),
     "record of a round": (prune_retrain, "write_rows"),
     "half a checkpoint": (checkpoint_io.torch, "save"),

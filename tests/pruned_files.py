@@ -10,7 +10,7 @@ from torch import nn
 
 from ldt.build import build_module
 from ldt.data.kitti import RoadScenesDataModule
-from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.forward import eval_with_gradients, raw_forward
 from ldt.detectors.models import build, model_config
 from ldt.pruning import structure
 from ldt.pruning.graph import PruningGraph
@@ -50,7 +50,7 @@ def pruned_checkpoint(file: Path, data: Any, *overrides: str) -> Path:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     module = build_module(config, plain, data)
     randomise_norms(module, torch.Generator().manual_seed(0))
-    with evaluating(module.detector):
+    with eval_with_gradients(module.detector):
         graph = module.trace(["backbone", "neck"])
         graph.remove(random_channels(graph, seed=0))
     checkpoint = {"state_dict": module.state_dict()}
@@ -65,7 +65,7 @@ def write_cut_run(folder: Path) -> nn.Module:
     model = model_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", NARROW, 3, pretrained=False)
     detector = build(model)
     _save(detector, model, folder / "round-0.ckpt")
-    with evaluating(detector):
+    with eval_with_gradients(detector):
         graph = PruningGraph(detector, raw_forward, torch.zeros(1, 3, *SIZE), ["backbone"])
         graph.remove({n: list(range(g.size // 2)) for n, g in graph.groups.items() if g.parts == 1})
     _save(detector, model, folder / "round-1.ckpt")

@@ -47,11 +47,11 @@ def test_a_space_is_that_of_all_object_vectors_with_two_in_their_class():
         assert np.allclose(space.activity, X[kept].std(0, ddof=1), rtol=1e-4)
         assert space.most == 1
         assert space.power == pytest.approx(eigs.max(), rel=1e-4)
-        assert space.points.shape == (kept.sum(), 1)
-        assert np.allclose(space.points.mean(0), 0, atol=1e-6)
+        assert space.projections.shape == (kept.sum(), 1)
+        assert np.allclose(space.projections.mean(0), 0, atol=1e-6)
         # one discriminant, scaled by v^T (S_w + r I) v = 1: its own scatter between the classes is
         # the eigenvalue
-        _, between = reference.scatter(space.points, labels[kept])[:2]
+        _, between = reference.scatter(space.projections, labels[kept])[:2]
         assert between.item() == pytest.approx(eigs.max(), rel=1e-3)
 
 

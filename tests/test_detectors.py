@@ -15,12 +15,19 @@ from torch import nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.criteria.base import score_groups
-from ldt.detectors.forward import as_maps, evaluating, find_neck, find_predictors, raw_forward
-from ldt.detectors.models import build, model_config, objects_of
+from ldt.detectors.forward import (
+    as_maps,
+    eval_with_gradients,
+    find_neck,
+    find_predictors,
+    raw_forward,
+)
+from ldt.detectors.models import build, labelled_objects, model_config
 from ldt.detectors.weights import load_weights
-from ldt.evaluation.profiling import count_parameters, multiply_adds
+from ldt.evaluation.profiling import count_macs, count_parameters
 from ldt.module import DetectorModule
-from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.pruning.budget import TOLERANCE, select_channels
+from ldt.pruning.costs import CostModel
 
 GFL = ("gfl_cls", "gfl_reg")
 ATSS = ("atss_centerness", "atss_cls", "atss_reg")
@@ -74,7 +81,7 @@ def test_full_size_detectors_have_the_papers_parameters(name, n_classes, million
 )
 def test_full_size_detectors_have_the_papers_multiply_adds(name, size, giga):
     detector = on_meta(name)
-    found = multiply_adds(detector, lambda x: raw_forward(detector, x), (1, 3, *size))
+    found = count_macs(detector, lambda x: raw_forward(detector, x), (1, 3, *size))
     assert found / 1e9 == pytest.approx(giga, rel=5e-4)
 
 
@@ -91,11 +98,11 @@ def test_full_size_detectors_pruned_as_in_the_paper_run_and_save_as_much(name, s
     recipe = OmegaConf.to_container(composed(f"detector={name}").recipe, resolve=True)
     module = DetectorModule(config_of(name), ("a", "b", "c"), recipe, (128, 128))
     detector, whole = module.detector, count_parameters(module.detector)
-    with evaluating(detector):
+    with eval_with_gradients(detector):
         graph = module.trace(["backbone", "neck", "bbox_head"])
         scores = score_groups(GroupMagnitudeImportance(p=1), module, graph, [])
         rule = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * whole}
-        graph.remove(choose(graph, scores, save=rate * whole, ranking="uniform", **rule))
+        graph.remove(select_channels(graph, scores, save=rate * whole, ranking="uniform", **rule))
     assert 1 - count_parameters(detector) / whole == pytest.approx(rate, abs=TOLERANCE)
 
     module.train()
@@ -106,7 +113,7 @@ def test_full_size_detectors_pruned_as_in_the_paper_run_and_save_as_much(name, s
     assert any(bool(g.any()) for g in gradients)
 
     def cost(network):
-        return multiply_adds(network, lambda x: raw_forward(network, x), (1, 3, *size))
+        return count_macs(network, lambda x: raw_forward(network, x), (1, 3, *size))
 
     assert cost(detector.to("meta")) <= left * cost(on_meta(name))
 
@@ -224,7 +231,7 @@ def test_finding_predictors_leaves_no_trace():
 def test_evaluating_is_undone_after_an_error():
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1).eval())
     model[0].weight.requires_grad_(False)
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), eval_with_gradients(model):
         1 / (model.training or not model[0].weight.requires_grad)  # both are as they should be
     assert [module.training for module in model.modules()] == [True, True, False]
     assert not model[0].weight.requires_grad
@@ -292,7 +299,7 @@ def test_objects_know_their_image_and_ignored_boxes_are_none(wrap):
         sample([], [], ignored=[one], wrap=wrap),
         sample([three], [1], wrap=wrap),
     ]
-    found = objects_of(batch, (16, 32))
+    found = labelled_objects(batch, (16, 32))
     assert found.boxes.tolist() == [one, two, three]
     assert found.labels.tolist() == [2, 0, 1]
     assert found.image.tolist() == [0, 0, 2]
@@ -300,7 +307,9 @@ def test_objects_know_their_image_and_ignored_boxes_are_none(wrap):
 
 
 def test_a_batch_without_objects_has_empty_tensors():
-    found = objects_of([sample([], [], ignored=[[0.0, 0.0, 5.0, 5.0]]), sample([], [])], (16, 32))
+    found = labelled_objects(
+        [sample([], [], ignored=[[0.0, 0.0, 5.0, 5.0]]), sample([], [])], (16, 32)
+    )
     assert found.boxes.shape == (0, 4)
     assert found.labels.shape == found.image.shape == (0,)
 

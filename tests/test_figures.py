@@ -9,15 +9,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from PIL import Image
 
+from ldt.evaluation.neck_statistics import NeckSpace
+from ldt.evaluation.score_stability import StageScores
 from ldt.figures.attention import Looked, View, draw_attention
 from ldt.figures.channels import draw_channels, stages
 from ldt.figures.comparison import Panel, Point, draw_comparisons
 from ldt.figures.curves import draw_curve
-from ldt.figures.detections import Boxes, Scene, draw_detections, short_names
-from ldt.figures.discriminants import Space, draw_discriminants
+from ldt.figures.detections import Scene, ShownBoxes, draw_detections, short_names
+from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.hits import hits
 from ldt.figures.shrinking import animate_shrinking, draw_shrinking
-from ldt.figures.stability import Stage, draw_stability
+from ldt.figures.stability import draw_stability
 from ldt.figures.style import COLUMN_CM, PAGE_CM, PALETTE, SMALL, save
 from ldt.figures.tags import place_tags
 
@@ -29,7 +31,9 @@ def boxes(n, seed, scored=True, classes=3):
     rng = np.random.default_rng(seed)
     start = rng.uniform(0, 80, (n, 2))
     corners = np.concatenate([start, start + rng.uniform(5, 40, (n, 2))], axis=1)
-    return Boxes(corners, rng.integers(0, classes, n), rng.uniform(0, 1, n) if scored else None)
+    return ShownBoxes(
+        corners, rng.integers(0, classes, n), rng.uniform(0, 1, n) if scored else None
+    )
 
 
 def solid(axes):
@@ -77,7 +81,7 @@ def test_boxes_lie_in_the_original_image_whatever_the_resolution_of_the_pixels()
 
 
 def test_a_class_has_one_colour_in_every_panel_and_in_the_legend():
-    one = Boxes(boxes(3, 0).corners, np.arange(3), np.full(3, 0.9))
+    one = ShownBoxes(boxes(3, 0).corners, np.arange(3), np.full(3, 0.9))
     figure = draw_detections([scene(one, [one])], CLASSES, ["a"])
     legend = {line.get_label(): line.get_color() for line in figure.legends[0].get_lines()}
     assert tuple(legend) == CLASSES
@@ -143,9 +147,11 @@ def test_a_hit_needs_the_class_and_half_the_union_and_is_given_once():
 
 def test_what_one_detector_misses_and_what_it_alone_finds_is_marked():
     corners = np.array([[10, 10, 50, 50], [100, 10, 140, 50], [180, 60, 220, 100.0]])
-    truth = Boxes(corners, np.array([0, 1, 2]))
-    one = Boxes(corners[:2], np.array([0, 1]), np.array([0.9, 0.8]))
-    two = Boxes(corners[[0, 2]], np.array([0, 2]), np.array([0.9, 0.1]))  # the second is too weak
+    truth = ShownBoxes(corners, np.array([0, 1, 2]))
+    one = ShownBoxes(corners[:2], np.array([0, 1]), np.array([0.9, 0.8]))
+    two = ShownBoxes(
+        corners[[0, 2]], np.array([0, 2]), np.array([0.9, 0.1])
+    )  # the second is too weak
     figure = draw_detections([scene(truth, [one, two])], CLASSES, ["one", "two"], 0.3)
     shown, first, second = figure.axes
     assert not [patch for patch in shown.patches if patch.get_linestyle() != "solid"]
@@ -162,7 +168,7 @@ def test_what_one_detector_misses_and_what_it_alone_finds_is_marked():
 
 
 def test_a_single_detector_finds_nothing_alone():
-    one = Boxes(boxes(3, 0).corners, np.arange(3), np.full(3, 0.9))
+    one = ShownBoxes(boxes(3, 0).corners, np.arange(3), np.full(3, 0.9))
     figure = draw_detections([scene(one, [one])], CLASSES, ["a"])
     assert len(tagged(figure.axes[1])) == len(figure.axes[1].texts) == 3
 
@@ -392,7 +398,7 @@ def space(seed, classes=3, channels=12, dimensions=2):
     labels = rng.permutation(np.arange(60) % classes)
     eigenvalues = np.sort(rng.normal(0, 1, channels))[::-1]
     positive = rng.uniform(0.01, 1, (2, channels))
-    return Space(1, rng.normal(0, 1, (60, dimensions)), labels, eigenvalues, *positive)
+    return NeckSpace(1, rng.normal(0, 1, (60, dimensions)), labels, eigenvalues, *positive)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -405,7 +411,7 @@ def test_objects_eigenvalues_and_channels_are_those_given(count):
     for axes, given in zip(scatters, spaces, strict=True):
         for label in range(3):
             (dots,) = (c for c in axes.collections if c.get_label() == CLASSES[label])
-            assert np.allclose(dots.get_offsets(), given.points[given.labels == label])
+            assert np.allclose(dots.get_offsets(), given.projections[given.labels == label])
     for index, given in enumerate(spaces):
         order = np.argsort(-given.ratio)
         eigenvalues, ratio, activity = (axes.lines[index].get_ydata() for axes in lines)
@@ -438,7 +444,9 @@ def test_three_spaces_are_refused():
 
 def test_a_heat_map_holds_the_utilities_sorted_by_their_mean():
     rng = np.random.default_rng(0)
-    given = [Stage(f"backbone.layer{i}", rng.uniform(0, 9, (4, 8 + i)), 0.9) for i in range(4)]
+    given = [
+        StageScores(f"backbone.layer{i}", rng.uniform(0, 9, (4, 8 + i)), 0.9) for i in range(4)
+    ]
     figure = draw_stability(given)
     panels = [axes for axes in figure.axes if axes.get_title()]
     for axes, stage in zip(panels, given, strict=True):
@@ -451,7 +459,7 @@ def test_a_heat_map_holds_the_utilities_sorted_by_their_mean():
 
 def test_a_single_batch_cannot_be_compared():
     with pytest.raises(ValueError, match="two batches to compare"):
-        draw_stability([Stage("neck", np.ones((1, 4)), float("nan"))])
+        draw_stability([StageScores("neck", np.ones((1, 4)), float("nan"))])
     with pytest.raises(ValueError, match="at least one stage"):
         draw_stability([])
 
@@ -504,7 +512,10 @@ def every_figure():
         "shrinking": draw_shrinking(shrunk(3), ["base", "round 1", "round 2"]),
         "discriminants": draw_discriminants([space(0), space(1)], ["without", "with"], CLASSES),
         "stability": draw_stability(
-            [Stage(f"neck.{'blocks.0.' * n}conv", rng.uniform(0, 1, (4, 8)), 0.9) for n in (0, 5)]
+            [
+                StageScores(f"neck.{'blocks.0.' * n}conv", rng.uniform(0, 1, (4, 8)), 0.9)
+                for n in (0, 5)
+            ]
         ),
         "attention": draw_attention([view(2)], ["base", "pruned"]),
     }

@@ -9,7 +9,7 @@ from pruned_files import SIZE, write_cut_run
 from ldt.detectors.checkpoints import load_pruned
 from ldt.detectors.forward import raw_forward
 from ldt.evaluation import layers
-from ldt.evaluation.profiling import count_parameters, multiply_adds
+from ldt.evaluation.profiling import count_macs, count_parameters
 from ldt.runs.files import write_text
 
 
@@ -29,7 +29,7 @@ def test_the_layers_add_up_to_the_network(run):
     for index, inside in rounds.items():
         detector = load_pruned(run / f"round-{index}.ckpt")
         forward = partial(raw_forward, detector)
-        whole = multiply_adds(detector, forward, (1, 3, *SIZE))
+        whole = count_macs(detector, forward, (1, 3, *SIZE))
         assert sum(layer["params"] for layer in inside.values()) == count_parameters(detector)
         assert sum(layer["multiply_adds"] for layer in inside.values()) == whole
     before, after = (rounds[index]["backbone.layer1.0.conv1"] for index in "01")

@@ -11,7 +11,7 @@ import pytest
 from short_runs import ROOT, TINY, command, rows, summary
 
 import ldt
-from ldt.loop.schedule import Plan
+from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import TOLERANCE
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
     finished(tmp_path, "killed", *more)
     found = rows(folder)
     assert found == rows(whole)
-    plan = Plan(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=2)
+    plan = PruningSchedule(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=2)
     rates = [row["rate"] for row in found]
-    assert rates == pytest.approx([plan.gone(t) for t in range(3)], abs=TOLERANCE)
+    assert rates == pytest.approx([plan.removed_share(t) for t in range(3)], abs=TOLERANCE)
     ldt.load_pruned(folder / "round-2.ckpt")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 # before mmdet, which needs the operators of mmcv
 from ldt.evaluation.profiling import (
+    count_macs,
     count_parameters,
     environment,
     git_state,
     latency,
-    multiply_adds,
 )
 
 # isort: split
@@ -55,7 +55,7 @@ SMALL = {  # net, multiply-adds for an input of (2, 3, 6, 8)
 def test_multiply_adds_of_small_nets(name, device):
     net, expected = SMALL[name]
     net = copy.deepcopy(net).to(device)
-    assert multiply_adds(net, net, (2, 3, 6, 8)) == expected
+    assert count_macs(net, net, (2, 3, 6, 8)) == expected
 
 
 def test_counting_leaves_the_net_as_it_was():
@@ -63,7 +63,7 @@ def test_counting_leaves_the_net_as_it_was():
     net.norm.eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     modes = []
-    multiply_adds(net, lambda x: (modes.append(net.training), net(x)), (2, 3, 6, 8))
+    count_macs(net, lambda x: (modes.append(net.training), net(x)), (2, 3, 6, 8))
     assert modes == [False]
     assert net.training
     assert net.conv.training
@@ -75,14 +75,14 @@ def test_counting_leaves_the_net_as_it_was():
 def test_counting_restores_the_mode_after_an_error():
     net = SharedHead().train()
     with pytest.raises(RuntimeError):
-        multiply_adds(net, net, (1, 4, 6, 8))
+        count_macs(net, net, (1, 4, 6, 8))
     assert all(module.training for module in net.modules())
 
 
 def test_counting_needs_a_batch_shape():
     net = SharedHead()
     with pytest.raises(ValueError, match="four positive sizes"):
-        multiply_adds(net, net, (3, 6, 8))  # pyright: ignore[reportArgumentType]
+        count_macs(net, net, (3, 6, 8))  # pyright: ignore[reportArgumentType]
 
 
 def test_shared_parameters_count_once():

@@ -13,7 +13,7 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 import ldt
-from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, WholeCheckpoints, resumable
+from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, AtomicCheckpointIO, resumable
 from ldt.detectors.weights import load_weights
 
 
@@ -87,7 +87,7 @@ def test_a_published_file_loads_with_its_logs(tmp_path: Path):
 
 
 def saved(folder: Path, number: int) -> None:
-    WholeCheckpoints().save_checkpoint({"ldt": {}, "number": number}, folder / LAST)
+    AtomicCheckpointIO().save_checkpoint({"ldt": {}, "number": number}, folder / LAST)
 
 
 def number(file: Path | None) -> int:

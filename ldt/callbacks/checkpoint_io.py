@@ -15,7 +15,7 @@ LAST = "last.ckpt"
 PREVIOUS = "last.ckpt.previous"
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, on the disk for good, and then moves it there.
 
     The ``last.ckpt`` that it replaces stays as ``last.ckpt.previous``. OSError if it cannot be

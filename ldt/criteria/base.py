@@ -102,7 +102,7 @@ def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> I
     """Within it, every backward calls ``receive(layer, F, dz/dF)``, once per call of the layer.
 
     Args:
-        points: :attr:`ldt.pruning.graph.PruningGraph.points`, or some of them.
+        points: :attr:`ldt.pruning.graph.PruningGraph.feature_modules`, or some of them.
         receive: gets the convolution, its feature map and the gradient, both [N, C, h, w].
     """
 
@@ -146,7 +146,9 @@ def visit_maps(graph: PruningGraph, batches: Iterable[Any], receive: ReceiveMap)
         if id(inputs[0]) in waiting:
             receive(waiting.pop(id(inputs[0]))[0], output)
 
-    hooks = [point.register_forward_hook(tap(layer)) for layer, point in graph.points.items()]
+    hooks = [
+        point.register_forward_hook(tap(layer)) for layer, point in graph.feature_modules.items()
+    ]
     hooks += [
         module.register_forward_hook(activated)
         for module in graph.model.modules()

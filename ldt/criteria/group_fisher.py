@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldt.criteria.base import Criterion, Target
-from ldt.pruning.budget import CostModel
+from ldt.pruning.costs import CostModel
 from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
 
 Cost = Literal["memory", "flops", "none"]
@@ -178,7 +178,7 @@ def channel_costs(
         return dict.fromkeys(graph.groups, 1.0)
     if cost == "memory":
         return {name: _activations(group, graph) for name, group in graph.groups.items()}
-    model, removed = CostModel(graph, "flops"), removed or {}
+    model, removed = CostModel(graph, "macs"), removed or {}
     already = model.saved(removed)
     found = {}
     for name, group in graph.groups.items():

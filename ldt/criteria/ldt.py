@@ -89,7 +89,7 @@ class LDTCriterion(Criterion):
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Score every layer of the graph's groups (eq. 16)."""
-        points = graph.points
+        points = graph.feature_modules
         self._scores = {layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points}
         self.batch_scores = {layer: [] for layer in points}
         weights = self._channel_weights(target, batches)

@@ -64,7 +64,9 @@ class PXCriterion(Criterion):
             ones = torch.ones(1, 3, *shape, dtype=torch.double, device=example.device)
             z2 = _outputs(graph, _weighted(graph, squares), ones)
             torch.stack([(a * b).sum() for a, b in zip(z1, z2, strict=True)]).sum().backward()
-        self._scores = {layer: _per_filter(layer, squares[layer]) for layer in graph.points}
+        self._scores = {
+            layer: _per_filter(layer, squares[layer]) for layer in graph.feature_modules
+        }
 
 
 def _per_filter(layer: nn.Module, squares: Tensor) -> Tensor:

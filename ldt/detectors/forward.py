@@ -95,7 +95,7 @@ def raw_forward(detector: nn.Module, images: Tensor) -> list[Tensor]:
 
 def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> list[Tensor]:
     """The neck's maps of a batch [N, 3, H, W]: all of a detector that tracing has to see, where a
-    transformer follows (:func:`attends`), which stays whole.
+    transformer follows (:func:`has_transformer_head`), which stays whole.
     """
     with neck_maps(detector, name) as maps:
         extract: Any = detector.extract_feat
@@ -103,16 +103,16 @@ def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> lis
     return maps
 
 
-def attends(detector: nn.Module) -> bool:
+def has_transformer_head(detector: nn.Module) -> bool:
     """Whether a transformer reads the neck's maps."""
     kinds = (nn.MultiheadAttention, MultiScaleDeformableAttention)
     layers = (n for n, m in detector.named_modules() if isinstance(m, kinds))
     return any(not name.startswith(("backbone.", "neck.")) for name in layers)
 
 
-def traced_forward(detector: nn.Module, name: str = "auto") -> Callable[..., list[Tensor]]:
-    """What tracing runs, called with the detector and images: see :func:`attends`."""
-    return partial(neck_forward, name=name) if attends(detector) else raw_forward
+def forward_for_tracing(detector: nn.Module, name: str = "auto") -> Callable[..., list[Tensor]]:
+    """What tracing runs, called with the detector and images: see :func:`has_transformer_head`."""
+    return partial(neck_forward, name=name) if has_transformer_head(detector) else raw_forward
 
 
 def _sample(images: Tensor, regions: int) -> DetDataSample:
@@ -146,7 +146,7 @@ def _tensors(node: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_with_gradients(model: nn.Module) -> Iterator[None]:
     """Eval mode with gradients for all parameters; both are put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -185,12 +185,12 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
 
     hooks = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
     try:
-        with evaluating(detector), neck_maps(detector, neck) as maps:
+        with eval_with_gradients(detector), neck_maps(detector, neck) as maps:
             outputs = raw_forward(detector, images)
     finally:
         for hook in hooks:
             hook.remove()
-    outputs += maps if unused or attends(detector) else []
+    outputs += maps if unused or has_transformer_head(detector) else []
     stack: list[Any] = [m.grad_fn for m in outputs if m.requires_grad]
     found, seen = set(), set()
     while stack:

@@ -175,7 +175,7 @@ def _import(custom: dict[str, Any]) -> None:
         ) from error
 
 
-def objects_of(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Objects:
+def labelled_objects(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Objects:
     """The labelled objects of a batch, in pixels of the network input (ignored ones left out)."""
     boxes, labels, image = [], [], []
     for index, sample in enumerate(samples):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldt.detectors.forward import as_maps, evaluating, find_neck
+from ldt.detectors.forward import as_maps, eval_with_gradients, find_neck
 
 SCORE = 0.3  # detections above it are explained; the best one where there is none
 SAME = 1e-3  # a detection's score and that of the cell that it comes from
@@ -51,7 +51,7 @@ def heat(
     if not len(cells):
         return np.zeros(data["inputs"].shape[2:], np.float32), corners
     labels = found.labels
-    with evaluating(detector), _tapped(detector, neck) as taps:
+    with eval_with_gradients(detector), _tapped(detector, neck) as taps:
         head(data["inputs"])  # makes the taps, one for each scale
         with grad_cam(head, list(taps)) as cam:
             target = [lambda logits: logits[cells, labels].sum()]

@@ -5,18 +5,21 @@
 
 import argparse
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from torch import nn
 
 from ldt.detectors.checkpoints import detector_of, read
-from ldt.detectors.forward import evaluating, raw_forward, traced_forward
+from ldt.detectors.forward import eval_with_gradients, forward_for_tracing, raw_forward
 from ldt.detectors.models import quiet
-from ldt.evaluation.profiling import multiply_adds_by_module
+from ldt.evaluation.profiling import macs_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.runs.files import write_json
+
+GAP = 0.9  # rows between two stages, where they are drawn
 
 
 def write_inventory(folder: Path) -> None:
@@ -45,6 +48,29 @@ def write_inventory(folder: Path) -> None:
     write_json(folder / "structure.json", {"rounds": rounds, "groups": groups})
 
 
+class Stage(NamedTuple):
+    """Consecutive layers below one part of the network, and their places on the y axis."""
+
+    name: str
+    layers: list[str]
+    places: list[float]
+
+
+def stages(layers: list[str]) -> list[Stage]:
+    """Group layer names by their first two parts, in order.
+
+    ``backbone.layer1.0.conv1`` is in the stage ``backbone layer1``. A stage that comes again later
+    is a second one. Places count rows from 0, with a gap between stages.
+    """
+    found: list[Stage] = []
+    place = 0.0
+    for name, group in groupby(layers, key=lambda layer: " ".join(layer.split(".")[:2])):
+        members = list(group)
+        found.append(Stage(name, members, [place + i for i in range(len(members))]))
+        place += len(members) + GAP
+    return found
+
+
 def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
     """``in``, ``out``, ``params`` and ``multiply_adds`` of every layer that has parameters.
 
@@ -52,7 +78,7 @@ def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, in
         detector: an mmdet detector.
         size: (H, W) of the input.
     """
-    costs = multiply_adds_by_module(detector, partial(raw_forward, detector), (1, 3, *size))
+    costs = macs_by_module(detector, partial(raw_forward, detector), (1, 3, *size))
     found = {}
     for name, layer in detector.named_modules():
         params = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
@@ -73,8 +99,8 @@ def _round(file: Path) -> int:
 def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dict[str, list[str]]:
     """The coupled groups of a round's detector below ``scope``."""
     image = next(detector.parameters()).new_zeros(1, 3, *about["input_size"])
-    forward = traced_forward(detector, about["neck"])
-    with evaluating(detector):
+    forward = forward_for_tracing(detector, about["neck"])
+    with eval_with_gradients(detector):
         graph = PruningGraph(detector, forward, image, scope, never=about["predictors"])
     return {
         name: list(dict.fromkeys(member.name for member in group.members))

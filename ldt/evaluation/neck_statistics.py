@@ -1,13 +1,15 @@
 """What training has done to the neck: discriminants and correlations on a whole data split."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldt.detectors.forward import neck_maps
-from ldt.detectors.models import objects_of
+from ldt.detectors.models import labelled_objects
 from ldt.discriminant import (
     Objects,
     channel_ratio,
@@ -19,7 +21,38 @@ from ldt.discriminant import (
     scatter,
     stacked_vectors,
 )
-from ldt.figures.discriminants import Space
+
+
+@dataclass(frozen=True, eq=False)
+class NeckSpace:
+    """The objects of a data split on one scale of a detector's neck.
+
+    Attributes:
+        scale: index of the scale.
+        projections: [N, K] the centred object vectors in the top discriminants, the largest first;
+            in units of the (ridged) standard deviation within classes.
+        labels: [N] whole numbers.
+        eigenvalues: [C] of eq. 9, the largest first.
+        ratio: [C] discriminating power of each channel alone.
+        activity: [C] standard deviation of each channel over the objects.
+    """
+
+    scale: int
+    projections: np.ndarray
+    labels: np.ndarray
+    eigenvalues: np.ndarray
+    ratio: np.ndarray
+    activity: np.ndarray
+
+    @property
+    def most(self) -> int:
+        """#classes - 1, the number of discriminants that there can be."""
+        return len(np.unique(self.labels)) - 1
+
+    @property
+    def power(self) -> float:
+        """The sum of the discriminants' eigenvalues."""
+        return float(self.eigenvalues[: self.most].clip(min=0).sum())
 
 
 def _neck_outputs(
@@ -30,7 +63,7 @@ def _neck_outputs(
         images = data["inputs"]
         with neck_maps(detector, neck) as maps:
             detector.extract_feat(images)
-        yield maps, objects_of(data["data_samples"], (images.shape[2], images.shape[3]))
+        yield maps, labelled_objects(data["data_samples"], (images.shape[2], images.shape[3]))
 
 
 def _object_vectors(
@@ -47,7 +80,7 @@ def neck_spaces(
     neck: str = "auto",
     ridge: float = 0.1,
     phi: float = 5e-3,
-) -> list[Space]:
+) -> list[NeckSpace]:
     """Objects, eigenvalues and channels on every scale, as the paper's Fig. 1 shows them.
 
     Objects of classes with a single one are left out. The discriminants are those of the very
@@ -64,13 +97,13 @@ def neck_spaces(
     return [_space(scale, x_nc, labels, ridge, phi) for scale, x_nc in enumerate(vectors)]
 
 
-def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -> Space:
+def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -> NeckSpace:
     ratio = channel_ratio(x_nc, labels)
     directions = discriminant_directions(x_nc, labels, phi, ridge).flip(1)  # the largest first
     keep = drop_singletons(labels)
     x_nc, labels = x_nc[keep].double(), labels[keep]
     S_w, S_b, S_t = scatter(x_nc, labels)
-    return Space(
+    return NeckSpace(
         scale,
         ((x_nc - x_nc.mean(0)) @ directions).numpy(),
         labels.numpy(),

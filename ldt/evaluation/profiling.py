@@ -56,7 +56,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def multiply_adds(
+def count_macs(
     model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
 ) -> int:
     """Return the multiply-adds of one forward in eval mode, by the convention of this module.
@@ -74,7 +74,7 @@ def multiply_adds(
     return _counted(model, forward, shape).get_total_flops() // 2
 
 
-def multiply_adds_by_module(
+def macs_by_module(
     model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
 ) -> dict[str, int]:
     """Return the same by module name; a module's share holds its children's.

@@ -3,26 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ldt.detectors.forward import evaluating, raw_forward
+from ldt.detectors.forward import eval_with_gradients, raw_forward
 from ldt.evaluation import profiling
 from ldt.module import DetectorModule
 
 
-def count(module: DetectorModule) -> dict[str, int]:
-    """Parameters (``params``), and multiply-adds (``flops``) of one image of the input size."""
+def count_params_and_macs(module: DetectorModule) -> dict[str, int]:
+    """Parameters (``params``), and multiply-adds (``macs``) of one image of the input size."""
     shape = (1, 3, module.input_size[0], module.input_size[1])
     return {
         "params": profiling.count_parameters(module.detector),
-        "flops": profiling.multiply_adds(
+        "macs": profiling.count_macs(
             module.detector, lambda x: raw_forward(module.detector, x), shape
         ),
     }
 
 
-def timed(module: DetectorModule, runs: int) -> dict[str, Any]:
+def measure_latency(module: DetectorModule, runs: int) -> dict[str, Any]:
     """Median latency of a forward in ms, its deciles, and where it was measured."""
     image = module.example()
-    with evaluating(module.detector):
+    with eval_with_gradients(module.detector):
         found = profiling.latency(
             lambda: raw_forward(module.detector, image), runs=runs, device=image.device
         )
@@ -35,7 +35,7 @@ def timed(module: DetectorModule, runs: int) -> dict[str, Any]:
     }
 
 
-def told(row: Mapping[str, Any], size: tuple[int, int]) -> str:
+def format_round(row: Mapping[str, Any], size: tuple[int, int]) -> str:
     """A round's row as a line of the log; ``size`` is the input's (height, width)."""
     nan = float("nan")
     return (

@@ -1,21 +1,36 @@
 """The channels' utility in every batch of calibration images."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ldt.criteria.ldt import LDTCriterion, rank_correlation
-from ldt.detectors.forward import evaluating
-from ldt.figures.channels import stages
-from ldt.figures.stability import Stage
+from ldt.detectors.forward import eval_with_gradients
+from ldt.evaluation.layers import stages
 from ldt.loop.prune_retrain import Calibration
 from ldt.module import DetectorModule
 
 
+@dataclass(frozen=True, eq=False)
+class StageScores:
+    """A layer that stands for its stage.
+
+    Attributes:
+        name: of the layer.
+        utilities: [batches, channels] mean over the batch's images, at least 0.
+        correlation: Spearman's, between batches, averaged over their pairs.
+    """
+
+    name: str
+    utilities: np.ndarray
+    correlation: float
+
+
 def batch_utilities(
     module: DetectorModule, criterion: LDTCriterion, loader: Any, scope: Sequence[str]
-) -> list[Stage]:
+) -> list[StageScores]:
     """Utilities (eq. 16) of the last scored layer of every stage, batch by batch.
 
     Args:
@@ -24,7 +39,7 @@ def batch_utilities(
         loader: calibration batches; those without objects are left out.
         scope: parts of the detector that are traced (``prune.scope``).
     """
-    with evaluating(module.detector):
+    with eval_with_gradients(module.detector):
         graph = module.trace(scope)
         criterion.collect(module, graph, Calibration(module, loader))
     order = [name for name, _ in module.detector.named_modules() if name in graph.scored]
@@ -34,5 +49,5 @@ def batch_utilities(
         sums = criterion.batch_scores[graph.scored[stage.layers[-1]]]
         rows = np.stack([scores.numpy() for scores in sums])[images > 0]
         utilities = rows / images[images > 0, None]
-        found.append(Stage(stage.layers[-1], utilities, rank_correlation([sums])))
+        found.append(StageScores(stage.layers[-1], utilities, rank_correlation([sums])))
     return found

@@ -1,39 +1,15 @@
 """What pruning left of each layer."""
 
 from collections.abc import Mapping
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from ldt.evaluation.layers import Stage, stages
 from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, LIGHT, SMALL, new_figure, tidy
 
-GAP = 0.9  # rows between two stages
 ROW_CM = (0.15, 0.3)  # least and most height of a row
 TALLEST_CM = 12.0  # rows shrink to fit into this, down to their least height
-
-
-class Stage(NamedTuple):
-    """Consecutive layers below one part of the network, and their places on the y axis."""
-
-    name: str
-    layers: list[str]
-    places: list[float]
-
-
-def stages(layers: list[str]) -> list[Stage]:
-    """Group layer names by their first two parts, in order.
-
-    ``backbone.layer1.0.conv1`` is in the stage ``backbone layer1``. A stage that comes again later
-    is a second one. Places count rows from 0, with a gap between stages.
-    """
-    found: list[Stage] = []
-    place = 0.0
-    for name, group in groupby(layers, key=lambda layer: " ".join(layer.split(".")[:2])):
-        members = list(group)
-        found.append(Stage(name, members, [place + i for i in range(len(members))]))
-        place += len(members) + GAP
-    return found
 
 
 def draw_channels(original: Mapping[str, int], kept: Mapping[str, int]) -> Figure:

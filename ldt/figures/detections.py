@@ -23,8 +23,8 @@ ARROW = 15.0  # points
 
 
 @dataclass(frozen=True, eq=False)
-class Boxes:
-    """Boxes of one image.
+class ShownBoxes:
+    """ShownBoxes of one image.
 
     Attributes:
         corners: [n, 4], (x1, y1, x2, y2) in pixels of the original image.
@@ -51,9 +51,9 @@ class Scene:
 
     pixels: np.ndarray
     size: tuple[int, int]
-    truth: Boxes
+    truth: ShownBoxes
     ignored: np.ndarray
-    found: Sequence[Boxes]
+    found: Sequence[ShownBoxes]
 
 
 def draw_detections(
@@ -118,7 +118,7 @@ def draw_detections(
     return figure
 
 
-def _mark(panels: Any, scene: Scene, found: Sequence[Boxes]) -> set[str]:
+def _mark(panels: Any, scene: Scene, found: Sequence[ShownBoxes]) -> set[str]:
     """Frame what each detector misses, point to what it alone finds; which of both there is."""
     truth = scene.truth
     hit = np.array([hits(truth.corners, truth.labels, b.corners, b.labels) for b in found])
@@ -167,12 +167,12 @@ def colour(label: int) -> str:
     return PALETTE[label % len(PALETTE)]
 
 
-def _above(boxes: Boxes, threshold: float) -> Boxes:
+def _above(boxes: ShownBoxes, threshold: float) -> ShownBoxes:
     """The detections that are shown, the best first: it has the choice of where its tag goes."""
     assert boxes.scores is not None
     order = np.argsort(-boxes.scores, kind="stable")
     order = order[boxes.scores[order] > threshold]
-    return Boxes(boxes.corners[order], boxes.labels[order], boxes.scores[order])
+    return ShownBoxes(boxes.corners[order], boxes.labels[order], boxes.scores[order])
 
 
 def _show(axes: Any, scene: Scene) -> None:
@@ -182,7 +182,7 @@ def _show(axes: Any, scene: Scene) -> None:
     axes.set_axis_off()
 
 
-def _draw_boxes(axes: Any, boxes: Boxes, names: Sequence[str], width_cm: float) -> None:
+def _draw_boxes(axes: Any, boxes: ShownBoxes, names: Sequence[str], width_cm: float) -> None:
     """Frames and tags; `width_cm` is the panel's, which says how large a tag is in pixels."""
     texts: list[str] = [names[int(label)] for label in boxes.labels]
     if boxes.scores is not None:

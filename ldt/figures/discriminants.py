@@ -1,13 +1,13 @@
 """What training has done to the neck's output, the paper's Fig. 1: classes and channels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ldt.evaluation.neck_statistics import NeckSpace
 from ldt.figures.style import (
     DARK,
     FONT,
@@ -28,40 +28,8 @@ LOOKS = (  # of the first and the second detector
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Space:
-    """The objects of a data split on one scale of a detector's neck.
-
-    Attributes:
-        scale: index of the scale.
-        points: [N, K] the centred object vectors in the top discriminants, the largest first; in
-            units of the (ridged) standard deviation within classes.
-        labels: [N] whole numbers.
-        eigenvalues: [C] of eq. 9, the largest first.
-        ratio: [C] discriminating power of each channel alone.
-        activity: [C] standard deviation of each channel over the objects.
-    """
-
-    scale: int
-    points: np.ndarray
-    labels: np.ndarray
-    eigenvalues: np.ndarray
-    ratio: np.ndarray
-    activity: np.ndarray
-
-    @property
-    def most(self) -> int:
-        """#classes - 1, the number of discriminants that there can be."""
-        return len(np.unique(self.labels)) - 1
-
-    @property
-    def power(self) -> float:
-        """The sum of the discriminants' eigenvalues."""
-        return float(self.eigenvalues[: self.most].clip(min=0).sum())
-
-
 def draw_discriminants(
-    spaces: Sequence[Space], titles: Sequence[str], classes: Sequence[str]
+    spaces: Sequence[NeckSpace], titles: Sequence[str], classes: Sequence[str]
 ) -> Figure:
     """Objects in the first two discriminants, eigenvalues, and the channels' power and activity.
 
@@ -104,18 +72,18 @@ def draw_discriminants(
     return figure
 
 
-def _frequent(spaces: Sequence[Space]) -> list[int]:
+def _frequent(spaces: Sequence[NeckSpace]) -> list[int]:
     labels, counts = np.unique(np.concatenate([s.labels for s in spaces]), return_counts=True)
     return sorted(labels[np.argsort(-counts, kind="stable")][: len(PALETTE)].tolist())
 
 
 def _scatter(
-    axes: Any, space: Space, title: str, shown: Sequence[int], classes: Sequence[str]
+    axes: Any, space: NeckSpace, title: str, shown: Sequence[int], classes: Sequence[str]
 ) -> None:
     """Two discriminants; of a single one, the other axis parts the classes."""
-    x = space.points[:, 0]
-    alone = space.points.shape[1] == 1
-    y = np.searchsorted(np.unique(space.labels), space.labels) if alone else space.points[:, 1]
+    x = space.projections[:, 0]
+    alone = space.projections.shape[1] == 1
+    y = np.searchsorted(np.unique(space.labels), space.labels) if alone else space.projections[:, 1]
     rest = ~np.isin(space.labels, shown)
     axes.scatter(x[rest], y[rest], s=4, c="#D0D0D0", linewidths=0)
     for order, label in enumerate(shown):
@@ -124,7 +92,9 @@ def _scatter(
             x[own], y[own], s=9, c=PALETTE[order], marker=MARKERS[order],
             edgecolors="black", linewidths=0.2, alpha=0.8, label=classes[label],
         )  # fmt: skip
-    values = ", ".join(f"{value:.2g}" for value in space.eigenvalues[: space.points.shape[1]][:2])
+    values = ", ".join(
+        f"{value:.2g}" for value in space.eigenvalues[: space.projections.shape[1]][:2]
+    )
     axes.set_title(f"{title}\nscale {space.scale}, $\\lambda$ = {values}", fontsize=FONT)
     axes.set_xlabel("first discriminant\n(std. within classes)", fontsize=FONT)
     axes.set_ylabel("class" if alone else "second discriminant", fontsize=FONT)
@@ -140,7 +110,7 @@ def _share_limits(one: Any, other: Any) -> None:
             getattr(axes, change)(min(low for low, _ in both), max(high for _, high in both))
 
 
-def _lines(eigenvalues: Any, ratio: Any, activity: Any, space: Space, look: Any) -> None:
+def _lines(eigenvalues: Any, ratio: Any, activity: Any, space: NeckSpace, look: Any) -> None:
     order = np.argsort(-space.ratio, kind="stable")
     index = np.arange(1, len(order) + 1)
     for axes, values in ((eigenvalues, space.eigenvalues), (ratio, space.ratio[order])):
@@ -149,7 +119,7 @@ def _lines(eigenvalues: Any, ratio: Any, activity: Any, space: Space, look: Any)
     activity.plot(index, space.activity[order], **look | {"linestyle": "none"})
 
 
-def _explain(panels: Any, spaces: Sequence[Space]) -> None:
+def _explain(panels: Any, spaces: Sequence[NeckSpace]) -> None:
     names = {
         "e": ("discriminant", "eigenvalue"),
         "r": ("channel, by ratio", "ratio $S_b/S_w$ of channel"),

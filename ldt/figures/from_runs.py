@@ -13,12 +13,12 @@ from torch import nn
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import detector_of, read
 from ldt.evaluation.gradcam import heat
-from ldt.evaluation.neck_statistics import neck_spaces
+from ldt.evaluation.neck_statistics import NeckSpace, neck_spaces
 from ldt.figures.attention import Looked, View
 from ldt.figures.channels import draw_channels
 from ldt.figures.curves import draw_curve
-from ldt.figures.detections import Boxes, Scene, draw_detections
-from ldt.figures.discriminants import Space, draw_discriminants
+from ldt.figures.detections import Scene, ShownBoxes, draw_detections
+from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
 from ldt.pruning import structure
@@ -99,7 +99,9 @@ def channels(checkpoint: Path) -> dict[str, int]:
     return {name: n for name, n in sizes.items() if name.split(".")[0] in SHOWN_PARTS}
 
 
-def spaces(checkpoint: Path, data: DetectionDataModule, images: int | None = None) -> list[Space]:
+def spaces(
+    checkpoint: Path, data: DetectionDataModule, images: int | None = None
+) -> list[NeckSpace]:
     """The objects of the (first) validation images on every scale of a checkpoint's detector.
 
     Raises:
@@ -150,7 +152,7 @@ def _items(data: DetectionDataModule, pictures: int) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _detect(detector: Any, items: Iterable[dict[str, Any]]) -> list[Boxes]:
+def _detect(detector: Any, items: Iterable[dict[str, Any]]) -> list[ShownBoxes]:
     """Detections in pixels of the original images, one image at a time (sizes may differ)."""
     found = []
     for item in items:
@@ -161,9 +163,9 @@ def _detect(detector: Any, items: Iterable[dict[str, Any]]) -> list[Boxes]:
     return found
 
 
-def _boxes(instances: Any) -> Boxes:
+def _boxes(instances: Any) -> ShownBoxes:
     scores = instances.scores.numpy(force=True) if "scores" in instances else None
-    return Boxes(_corners(instances), instances.labels.numpy(force=True), scores)
+    return ShownBoxes(_corners(instances), instances.labels.numpy(force=True), scores)
 
 
 def _corners(instances: Any) -> np.ndarray:
@@ -171,7 +173,7 @@ def _corners(instances: Any) -> np.ndarray:
     return boxes.numpy(force=True).copy()
 
 
-def _scene(item: dict[str, Any], found: Sequence[Boxes]) -> Scene:
+def _scene(item: dict[str, Any], found: Sequence[ShownBoxes]) -> Scene:
     """The network's input without its padding, and what belongs to it."""
     sample = item["data_samples"]
     pixels = item["inputs"].flip(0).permute(1, 2, 0).numpy(force=True)  # BGR to RGB

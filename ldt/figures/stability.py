@@ -1,13 +1,13 @@
 """How far batches agree on the channels' utility, the paper's Fig. 6."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ldt.evaluation.score_stability import StageScores
 from ldt.figures.style import FONT, PAGE_CM, SMALL, new_figure, tidy
 
 ACROSS = 3
@@ -16,22 +16,7 @@ PANEL_CM = 3.6
 COLOURS = "cividis"  # even in brightness, and alike for all kinds of colour vision
 
 
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """A layer that stands for its stage.
-
-    Attributes:
-        name: of the layer.
-        utilities: [batches, channels] mean over the batch's images, at least 0.
-        correlation: Spearman's, between batches, averaged over their pairs.
-    """
-
-    name: str
-    utilities: np.ndarray
-    correlation: float
-
-
-def draw_stability(stages: Sequence[Stage]) -> Figure:
+def draw_stability(stages: Sequence[StageScores]) -> Figure:
     """A heat map for each stage: batches down, channels across, the most useful first.
 
     Colour is the square root of the utility as a share of the largest in its panel, for utilities

@@ -9,10 +9,10 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from ldt.loop.round_record import Removed
+from ldt.loop.round_record import RoundRecord
 
 
-def check_equal(trainer: L.Trainer, removed: Removed) -> None:
+def check_same_channels(trainer: L.Trainer, removed: RoundRecord) -> None:
     """RuntimeError unless every process has removed the same channels."""
     text = json.dumps({name: left.tolist() for name, left in sorted(removed.left.items())})
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
@@ -25,7 +25,7 @@ def check_equal(trainer: L.Trainer, removed: Removed) -> None:
         )
 
 
-def wrap_anew(trainer: L.Trainer) -> None:
+def rewrap_ddp(trainer: L.Trainer) -> None:
     """Let DDP forget the parameters it was made with: its buckets hold on to their shapes."""
     strategy: Any = trainer.strategy
     if isinstance(strategy, DDPStrategy):

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ldt.criteria.group_fisher import Cost, Fisher, channel_costs
-from ldt.pruning.budget import CostModel, Limits, choose, weakest
+from ldt.pruning.budget import Limits, lowest_scoring, select_channels
+from ldt.pruning.costs import CostModel
 from ldt.pruning.graph import PruningGraph
 
 
@@ -101,11 +102,11 @@ class GradualPruning:
             scores[name][channels] = -1.0  # Fisher information is not negative: they stay first
         self.events += 1
         steps = self.events * self.channels
-        self.removed = weakest(graph, scores, self._costs, steps=steps, **self._rule)
+        self.removed = lowest_scoring(graph, scores, self._costs, steps=steps, **self._rule)
         if self._costs.saved(self.removed) >= self._save or steps > sum(
             group.size for group in graph.groups.values()
         ):
-            exact = choose(
+            exact = select_channels(
                 graph,
                 scores,
                 self._costs,

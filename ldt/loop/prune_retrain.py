@@ -14,21 +14,16 @@ from torch_pruning.pruner.importance import Importance
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors.forward import evaluating
+from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation import profiling
-from ldt.evaluation.round_metrics import count, timed, told
-from ldt.loop.distributed import check_equal, wrap_anew
+from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
+from ldt.loop.distributed import check_same_channels, rewrap_ddp
 from ldt.loop.gradual_masking import GradualPruning
-from ldt.loop.round_record import Removed
-from ldt.loop.schedule import Plan
+from ldt.loop.round_record import RoundRecord
+from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule, PreparedBatch
-from ldt.pruning.budget import (
-    TOLERANCE,
-    CostModel,
-    UnreachableRateError,
-    check_reachable,
-    choose,
-)
+from ldt.pruning.budget import TOLERANCE, UnreachableRateError, check_reachable, select_channels
+from ldt.pruning.costs import ALIASES, CostModel
 from ldt.pruning.graph import PruningGraph
 from ldt.runs.files import write_rows
 
@@ -48,7 +43,7 @@ class Calibration:
 
 
 class PruneRetrain(L.Callback):
-    """Runs a :class:`Plan` inside one ``trainer.fit``.
+    """Runs a :class:`PruningSchedule` inside one ``trainer.fit``.
 
     At the last epoch of a phase it records the round (metrics, size, latency) and saves
     ``round-<t>.ckpt``; then it scores and cuts the detector and rebuilds what belongs to its
@@ -69,7 +64,7 @@ class PruneRetrain(L.Callback):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PruningSchedule,
         criterion: Importance | None,
         folder: Path,
         latency_runs: int = 30,
@@ -88,7 +83,7 @@ class PruneRetrain(L.Callback):
         self._masks: dict[str, Any] = {}  # a loaded state, until there is a graph for it
         self.round = 0
         self.rows: list[dict[str, Any]] = []
-        self.left_whole: dict[str, str] = {}
+        self.excluded: dict[str, str] = {}
         self._unpruned: dict[str, int] = {}  # budget -> cost of the unpruned model
         self._channels: dict[str, int] = {}  # layer -> channels in the unpruned model
         self._started = time.perf_counter()
@@ -100,7 +95,7 @@ class PruneRetrain(L.Callback):
         return {
             "round": self.round,
             "rows": self.rows,
-            "left_whole": self.left_whole,
+            "left_whole": self.excluded,
             "notes": self._notes,
             "masking_epochs": self._masking_epochs,
             "masks": self.gradual.state_dict() if self.gradual else {},
@@ -112,9 +107,11 @@ class PruneRetrain(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the saved round."""
         self.round, self.rows = state_dict["round"], state_dict["rows"]
-        self.left_whole, self._notes = state_dict["left_whole"], state_dict["notes"]
+        self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
-        self._unpruned, self._channels = state_dict["unpruned"], state_dict["channels"]
+        self._channels = state_dict["channels"]
+        costs: dict[str, int] = state_dict["unpruned"]  # earlier versions wrote "flops"
+        self._unpruned = {ALIASES.get(key, key): cost for key, cost in costs.items()}
         self._started = time.perf_counter() - state_dict["seconds"]
 
     # When ---------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ class PruneRetrain(L.Callback):
         assert isinstance(pl_module, DetectorModule)
         if self._unpruned:
             return
-        self._unpruned = count(pl_module)
+        self._unpruned = count_params_and_macs(pl_module)
         for name, layer in pl_module.detector.named_modules():
             width = getattr(layer, "out_channels", None)
             if isinstance(width, int):
@@ -204,17 +201,17 @@ class PruneRetrain(L.Callback):
     # What ---------------------------------------------------------------------------------
 
     def _finish_round(self, trainer: L.Trainer, module: Any) -> None:
-        counts = count(module)
+        counts = count_params_and_macs(module)
         path = self.folder / f"round-{self.round}.ckpt"
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
-        row["params"], row["multiply_adds"] = counts["params"], counts["flops"]
+        row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
         row["rate"] = 1 - counts[self.plan.budget] / self._unpruned[self.plan.budget]
         row["params_rate"] = 1 - counts["params"] / self._unpruned["params"]
-        row["multiply_adds_rate"] = 1 - counts["flops"] / self._unpruned["flops"]
+        row["multiply_adds_rate"] = 1 - counts["macs"] / self._unpruned["macs"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
-            row.update(timed(module, self.latency_runs))
+            row.update(measure_latency(module, self.latency_runs))
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
@@ -227,7 +224,7 @@ class PruneRetrain(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
         if trainer.is_global_zero:
-            log.info(told(row, module.input_size))
+            log.info(format_round(row, module.input_size))
 
     def _begin_round(self, trainer: L.Trainer, module: Any) -> None:
         self.round += 1
@@ -241,8 +238,8 @@ class PruneRetrain(L.Callback):
 
     def _cut(self, trainer: L.Trainer, module: Any) -> None:
         """Score, choose and remove channels, as often as the plan says."""
-        removed = Removed()
-        with evaluating(module.detector):
+        removed = RoundRecord()
+        with eval_with_gradients(module.detector):
             for inner in range(1, self.plan.inner_rounds + 1):
                 graph = module.trace(self.plan.scope)
                 if inner == 1:
@@ -256,7 +253,7 @@ class PruneRetrain(L.Callback):
 
     def _begin_masking(self, module: Any) -> GradualPruning:
         assert self.gradual is not None
-        with evaluating(module.detector):
+        with eval_with_gradients(module.detector):
             graph = module.trace(self.plan.scope)
         self._report_whole(graph)
         self.gradual.begin(graph, **self._rule(module, graph, self.round))
@@ -267,16 +264,16 @@ class PruneRetrain(L.Callback):
         gradual = self.gradual
         if gradual is None or not gradual.done:
             return
-        graph, removed = gradual.graph, Removed()
+        graph, removed = gradual.graph, RoundRecord()
         channels = gradual.end()
-        with evaluating(module.detector):
+        with eval_with_gradients(module.detector):
             graph.remove(channels)
         removed.add(gradual.scores, channels)
         self._notes = {"events": gradual.events, "channels_per_event": gradual.channels}
         self._retrain(trainer, module, removed)
 
-    def _retrain(self, trainer: L.Trainer, module: Any, removed: Removed) -> None:
-        check_equal(trainer, removed)
+    def _retrain(self, trainer: L.Trainer, module: Any, removed: RoundRecord) -> None:
+        check_same_channels(trainer, removed)
         if trainer.is_global_zero:
             removed.save(self.folder / f"scores-{self.round}.npz")
         self._check_rate(module)
@@ -286,7 +283,7 @@ class PruneRetrain(L.Callback):
 
     def _rebuild(self, trainer: L.Trainer, module: Any) -> None:
         """Make everything anew that holds on to parameters."""
-        wrap_anew(trainer)
+        rewrap_ddp(trainer)
         trainer.strategy.setup_optimizers(trainer)
         for callback in _averages(trainer):
             callback.restart(trainer, module)
@@ -305,14 +302,15 @@ class PruneRetrain(L.Callback):
         rule = self._rule(module, graph, self.round - 1 + inner / rounds)
         if inner < rounds:  # only what the round ends with must be exact
             rule["tolerance"] = self._unpruned[self.plan.budget]
-        return choose(graph, scores, **rule)
+        return select_channels(graph, scores, **rule)
 
     def _rule(self, module: Any, graph: PruningGraph, after: float) -> dict[str, Any]:
-        """What :func:`choose` is told, so that a (partial) round ends as planned."""
+        """What :func:`select_channels` is told, so that a (partial) round ends as planned."""
         plan, whole = self.plan, self._unpruned[self.plan.budget]
         return {
             "costs": CostModel(graph, plan.budget),
-            "save": plan.gone(after) * whole - (whole - count(module)[plan.budget]),
+            "save": plan.removed_share(after) * whole
+            - (whole - count_params_and_macs(module)[plan.budget]),
             "tolerance": TOLERANCE * whole,
             "ranking": plan.ranking,
             "limits": plan.limits,
@@ -322,7 +320,7 @@ class PruneRetrain(L.Callback):
     def _check_plan(self, module: Any) -> None:
         plan = self.plan
         _check_scope(plan.scope, module.detector)
-        with evaluating(module.detector):
+        with eval_with_gradients(module.detector):
             graph = module.trace(plan.scope)
         self._report_whole(graph)
         save = (plan.rate - TOLERANCE) * self._unpruned[plan.budget]
@@ -330,8 +328,8 @@ class PruneRetrain(L.Callback):
 
     def _check_rate(self, module: Any) -> None:
         budget = self.plan.budget
-        achieved = 1 - count(module)[budget] / self._unpruned[budget]
-        asked = self.plan.gone(self.round)
+        achieved = 1 - count_params_and_macs(module)[budget] / self._unpruned[budget]
+        asked = self.plan.removed_share(self.round)
         if abs(achieved - asked) > TOLERANCE:
             raise RuntimeError(
                 f"round {self.round} removed {achieved:.2%} of the {budget}, not the asked "
@@ -339,12 +337,12 @@ class PruneRetrain(L.Callback):
             )
 
     def _report_whole(self, graph: PruningGraph) -> None:
-        self.left_whole = dict(graph.left_whole)
-        for name, reason in graph.left_whole.items():
+        self.excluded = dict(graph.excluded)
+        for name, reason in graph.excluded.items():
             log.warning("left whole: %s (%s)", name, reason)
         cut, all_ = graph.prunable_share()
         if cut < all_ / 2:
-            listed = "; ".join(f"{name}: {why}" for name, why in list(self.left_whole.items())[:20])
+            listed = "; ".join(f"{name}: {why}" for name, why in list(self.excluded.items())[:20])
             raise UnreachableRateError(
                 f"only {cut:,} of the {all_:,} parameters in prune.scope="
                 f"{list(self.plan.scope)} can be cut. Left whole: {listed}"

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 
-class Removed:
+class RoundRecord:
     """The scores of a round and the channels that it removed, for inspection."""
 
     def __init__(self) -> None:

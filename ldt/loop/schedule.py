@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from ldt.pruning.budget import RANKINGS, Budget, Limits
+from ldt.pruning.budget import RANKINGS, Limits
+from ldt.pruning.costs import Budget, parse_budget
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningSchedule:
     """What is removed and when.
 
     Attributes:
         rate: share of the unpruned model's budget that is gone at the end, in (0, 1).
         rounds: cuts; 0 trains only.
-        budget: ``params`` or ``flops`` (multiply-adds).
+        budget: ``params`` or ``macs`` (multiply-adds).
         base_epochs: epochs before the first cut; 0 cuts at once.
         retrain_epochs: epochs after each cut.
         ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
@@ -41,12 +42,11 @@ class Plan:
     retrain_lr: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", parse_budget(self.budget))
         if not 0 < self.rate < 1:
             raise ValueError(
                 f"prune.rate={self.rate} must lie between 0 and 1, e.g. prune.rate=0.5"
             )
-        if self.budget not in ("params", "flops"):
-            raise ValueError(f"prune.budget={self.budget!r}; choose params or flops")
         if self.rounds < 0 or self.base_epochs < 0:
             raise ValueError("prune.rounds and recipe.epochs cannot be negative")
         if self.rounds and self.retrain_epochs < 1:
@@ -82,7 +82,7 @@ class Plan:
         after = epoch + 1 - self.base_epochs
         return after == 0 or (after > 0 and after % self.retrain_epochs == 0)
 
-    def gone(self, round_: float) -> float:
+    def removed_share(self, round_: float) -> float:
         """Share of the unpruned budget that is gone after a round: 1 - (1 - rate)^(t/T).
 
         Inner rounds divide a round evenly, which gives them an exponential schedule of their own.

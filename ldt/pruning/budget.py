@@ -4,84 +4,19 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldt.pruning.dependency import depthwise
-from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
+from ldt.pruning.costs import CostModel
+from ldt.pruning.graph import CoupledGroup, PruningGraph
 
-Budget = Literal["params", "flops"]
 RANKINGS = ("global", "global_per_cost", "global_normalised", "uniform")
 TOLERANCE = 0.005  # of the unpruned model's budget
 
 
 class UnreachableRateError(ValueError):
     """The asked rate cannot be had within the scope and the limits per layer."""
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """Cost of a layer: ``per_pair * in * out + per_out * out`` (channelwise: ``in`` is 1)."""
-
-    ins: int
-    outs: int
-    per_pair: float
-    per_out: float
-
-    def saved(self, removed_in: int, removed_out: int) -> float:
-        ins, outs = self.ins - removed_in, self.outs - removed_out
-        return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
-
-
-def _cost(layer: nn.Module, budget: Budget, positions: int) -> _Cost:
-    if not isinstance(layer, CONVOLUTIONS):
-        learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
-        per_element = 1 + (
-            getattr(layer, "weight", None) is not None
-        )  # as ldt.evaluation.profiling counts
-        return _Cost(1, 1, 0.0, learnt if budget == "params" else per_element * positions)
-    if isinstance(layer, nn.Linear):
-        ins, outs = layer.in_features, layer.out_features
-    else:  # depthwise: one filter per channel
-        ins, outs = 1 if depthwise(layer) else layer.in_channels, layer.out_channels
-    scale = 1 if budget == "params" else positions
-    biases = float(getattr(layer, "bias", None) is not None and budget == "params")
-    return _Cost(ins, outs, scale * layer.weight.numel() / (ins * outs), biases)
-
-
-class CostModel:
-    """What a choice of channels saves, exactly, without cutting anything.
-
-    Args:
-        graph: the groups.
-        budget: ``params`` or ``flops`` (multiply-adds).
-    """
-
-    def __init__(self, graph: PruningGraph, budget: Budget) -> None:
-        self.groups = graph.groups
-        positions = graph.positions if budget == "flops" else {}
-        self._costs = {
-            m.name: _cost(m.layer, budget, positions.get(m.name, 0))
-            for group in graph.groups.values()
-            for m in group.members
-        }
-
-    def saved(self, removed: Mapping[str, np.ndarray]) -> float:
-        """Parameters or multiply-adds saved by removing these channels of each group."""
-        gone: dict[str, list[int]] = {name: [0, 0] for name in self._costs}
-        for name, channels in removed.items():
-            group = self.groups[name]
-            mask = np.zeros(group.size, dtype=bool)
-            mask[channels] = True
-            for member in group.members:
-                count = int(mask[member.roots].sum())
-                gone[member.name][member.side != "in"] += count
-        return sum(
-            self._costs[name].saved(0 if self._costs[name].ins == 1 else ins, outs)
-            for name, (ins, outs) in gone.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +60,7 @@ def _keys(
     return ranked
 
 
-def choose(
+def select_channels(
     graph: PruningGraph,
     scores: Mapping[str, Tensor],
     costs: CostModel,
@@ -191,12 +126,12 @@ def check_reachable(
     most = costs.saved({name: np.arange(count) for name, count in counts.items()})
     if most < save:
         raise UnreachableRateError(
-            f"{save:,.0f} must go, {most:,.0f} can: {limits}, and {len(graph.left_whole)} layers "
+            f"{save:,.0f} must go, {most:,.0f} can: {limits}, and {len(graph.excluded)} layers "
             "of the scope are left whole. Ask for a smaller prune.rate or widen prune.scope"
         )
 
 
-def weakest(
+def lowest_scoring(
     graph: PruningGraph,
     scores: Mapping[str, Tensor],
     costs: CostModel,
@@ -206,7 +141,7 @@ def weakest(
     limits: Limits | None = None,
     original: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The channels that go in the first ``steps`` steps of :func:`choose`'s order."""
+    """The channels that go in the first ``steps`` steps of :func:`select_channels`'s order."""
     order, units = _order(graph, scores, costs, ranking, limits or Limits(), original or {})
     return {name: units[name][:n].reshape(-1) for name, n in Counter(order[:steps]).items()}
 

@@ -101,7 +101,7 @@ class PruningGraph:
         model, forward, never: as given.
         groups: what can be cut, by name of the root layer.
         scored: the convolutions of the scope that the groups' channels come from.
-        left_whole: layers of the scope that cannot be cut, with the reason: those that rules
+        excluded: layers of the scope that cannot be cut, with the reason: those that rules
             exclude, and those whose cut fails in a trial.
         norm_of: the normalisation layer that directly follows a convolution.
     """
@@ -122,7 +122,7 @@ class PruningGraph:
         )
         self.groups: dict[str, CoupledGroup] = {}
         self.scored: dict[str, nn.Module] = {}
-        self.left_whole: dict[str, str] = {}
+        self.excluded: dict[str, str] = {}
         self.norm_of = self._norms()
         in_scope: dict[str, nn.Module] = {
             name: module
@@ -135,14 +135,14 @@ class PruningGraph:
                 f"prune.scope={list(scope)} holds no convolution; the detector's parts are: {parts}"
             )
         made = set(never) & set(in_scope)  # what is decoded from them is not followed
-        self.left_whole.update({name: f"its channels are predictions of {name}" for name in made})
+        self.excluded.update({name: f"its channels are predictions of {name}" for name in made})
         for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
             if self._names[layer] not in made:
                 made |= self._add(self._raw(layer), in_scope, set(never), scope)
         self._sift(list(self.groups))
         for name in in_scope:
             if name not in self.scored:
-                self.left_whole.setdefault(name, "not reached by tracing")
+                self.excluded.setdefault(name, "not reached by tracing")
 
     def _unfrozen(self, model: nn.Module, images: Any) -> Any:
         return self.forward(model.requires_grad_(True), images)  # mmdet's eval() freezes stages
@@ -204,7 +204,7 @@ class PruningGraph:
             self.groups[group.name] = group
             self.scored.update(inside)
         else:
-            self.left_whole.update(dict.fromkeys(inside, reason))
+            self.excluded.update(dict.fromkeys(inside, reason))
         return set(inside)
 
     def _sift(self, names: Sequence[str]) -> None:
@@ -218,7 +218,7 @@ class PruningGraph:
             return
         for maker in self.groups.pop(names[0]).makers:
             if self.scored.pop(maker.name, None):
-                self.left_whole[maker.name] = reason
+                self.excluded[maker.name] = reason
 
     def _trial(self, names: Sequence[str]) -> str | None:
         """Why half of the channels of these groups cannot go, or None.
@@ -302,7 +302,7 @@ class PruningGraph:
         return counted
 
     @cached_property
-    def points(self) -> dict[nn.Module, nn.Module]:
+    def feature_modules(self) -> dict[nn.Module, nn.Module]:
         """For every convolution that may lose filters, the module whose output is its F^(l).
 
         That is the normalisation that follows it, where there is one.
@@ -312,8 +312,8 @@ class PruningGraph:
 
     @cached_property
     def activated(self) -> frozenset[nn.Module]:
-        """The convolutions of :attr:`points` whose map goes straight into an activation module."""
-        makers = {point: layer for layer, point in self.points.items()}
+        """The convolutions of :attr:`feature_modules` whose map goes into an activation."""
+        makers = {point: layer for layer, point in self.feature_modules.items()}
         made: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the maps, so that ids stay theirs
         found = set()
 
@@ -352,7 +352,7 @@ class PruningGraph:
         sizes = {
             name: sum(p.numel() for p in module.parameters(recurse=False))
             for name, module in self.model.named_modules()
-            if name in self.scored or name in self.left_whole
+            if name in self.scored or name in self.excluded
         }
         return sum(size for name, size in sizes.items() if name in self.scored), sum(sizes.values())
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
-BUDGETS = {"params": "parameters", "flops": "multiply-adds"}
+BUDGETS = {"params": "parameters", "macs": "multiply-adds", "flops": "multiply-adds"}
 PLAIN_WIDTH = 200  # characters, where the output is no terminal: nothing is cut off
 
 

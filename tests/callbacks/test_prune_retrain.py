@@ -14,7 +14,7 @@ from ldt.criteria.base import Criterion
 from ldt.detectors.forward import raw_forward
 from ldt.evaluation.profiling import count_parameters
 from ldt.loop.gradual_masking import GradualPruning
-from ldt.loop.schedule import Plan
+from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
 
@@ -24,8 +24,8 @@ from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
 @pytest.mark.parametrize("rate", [0.15, 0.5, 0.9])
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 def test_every_round_keeps_the_same_share_of_what_is_left(rate, rounds):
-    plan = Plan(rate=rate, rounds=rounds, base_epochs=1, retrain_epochs=1)
-    kept = [1 - plan.gone(t) for t in range(rounds + 1)]
+    plan = PruningSchedule(rate=rate, rounds=rounds, base_epochs=1, retrain_epochs=1)
+    kept = [1 - plan.removed_share(t) for t in range(rounds + 1)]
     assert kept[0] == 1.0
     assert kept[-1] == pytest.approx(1 - rate)
     shares = [after / before for before, after in itertools.pairwise(kept)]
@@ -36,7 +36,7 @@ def test_every_round_keeps_the_same_share_of_what_is_left(rate, rounds):
     ("base", "retrain", "rounds"), [(3, 2, 2), (0, 2, 3), (1, 1, 1), (4, 1, 0)]
 )
 def test_phases_tile_the_run(base, retrain, rounds):
-    plan = Plan(rate=0.5, rounds=rounds, base_epochs=base, retrain_epochs=retrain)
+    plan = PruningSchedule(rate=0.5, rounds=rounds, base_epochs=base, retrain_epochs=retrain)
     ends = [epoch for epoch in range(plan.total_epochs) if plan.is_last_epoch(epoch)]
     phases = [base] * (base > 0) + [retrain] * rounds
     assert ends == [end - 1 for end in itertools.accumulate(phases)]
@@ -50,7 +50,7 @@ def test_phases_tile_the_run(base, retrain, rounds):
         ({"rate": 1.0}, r"prune.rate=1.0"),
         ({"rate": 25}, r"prune.rate=25"),
         ({"rate": float("nan")}, r"prune.rate=nan"),
-        ({"budget": "param"}, r"prune.budget='param'; choose params or flops"),
+        ({"budget": "param"}, r"prune.budget='param'; choose params, macs or flops"),
         ({"rounds": -1}, r"prune.rounds"),
         ({"base_epochs": -1}, r"recipe.epochs"),
         ({"retrain_epochs": 0}, r"recipe.retrain_epochs=0; at least 1"),
@@ -66,7 +66,7 @@ def test_phases_tile_the_run(base, retrain, rounds):
 def test_a_value_out_of_range_names_its_key(wrong, message):
     right = {"rate": 0.5, "rounds": 2, "base_epochs": 1, "retrain_epochs": 1}
     with pytest.raises(ValueError, match=message):
-        Plan(**right | wrong)
+        PruningSchedule(**right | wrong)
 
 
 # Runs -----------------------------------------------------------------------------------------
@@ -121,11 +121,11 @@ def two_rounds(tmp_path_factory):
 def test_each_round_reaches_its_rate(two_rounds):
     folder, _ = two_rounds
     found = rows(folder)
-    plan = Plan(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=1)
+    plan = PruningSchedule(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=1)
     assert [row["round"] for row in found] == [0, 1, 2]
     for row in found:
         assert row["rate"] == row["params_rate"]
-        assert row["rate"] == pytest.approx(plan.gone(row["round"]), abs=TOLERANCE)
+        assert row["rate"] == pytest.approx(plan.removed_share(row["round"]), abs=TOLERANCE)
         assert row["rate"] == pytest.approx(1 - row["params"] / found[0]["params"])
         assert {"AP", "mAP", "multiply_adds"} <= set(row)
 
@@ -273,9 +273,11 @@ class KeptScores(Criterion):
     """Scores that stay with their channels whatever else goes."""
 
     def collect(self, target, graph, batches):
-        norms = {layer: norm for layer, norm in graph.points.items() if norm is not layer}
+        norms = {layer: norm for layer, norm in graph.feature_modules.items() if norm is not layer}
         self.values = {layer: norm.running_var for layer, norm in norms.items()}
-        self.values |= {layer: layer.bias.abs() for layer in graph.points if layer not in norms}
+        self.values |= {
+            layer: layer.bias.abs() for layer in graph.feature_modules if layer not in norms
+        }
 
     def channel_scores(self, layer):
         return self.values[layer]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ldt.criteria.base import score_groups
 from ldt.evaluation.profiling import count_parameters
-from ldt.pruning.budget import TOLERANCE, CostModel, choose
+from ldt.pruning.budget import TOLERANCE, select_channels
+from ldt.pruning.costs import CostModel
 from ldt.pruning.graph import CoupledGroup, PruningGraph
 from ldt.pruning.structure import rebuild, record
 
@@ -141,7 +142,7 @@ def test_permuting_channels_permutes_scores(name: str, network: str) -> None:
 def test_a_detector_is_cut_to_the_asked_rate_and_goes_on(name: str) -> None:
     subject, rate = case("gfl_tiny"), 0.5
     whole, graph = count_parameters(subject.model), subject.graph()
-    channels = choose(
+    channels = select_channels(
         graph,
         scores_of(subject, name, graph),
         CostModel(graph, "params"),

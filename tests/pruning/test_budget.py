@@ -8,19 +8,12 @@ import torch
 from small import REAL, SCOPE, SMALL, Case, case
 from torch import Tensor
 
-from ldt.evaluation.profiling import count_parameters, multiply_adds
-from ldt.pruning.budget import (
-    RANKINGS,
-    TOLERANCE,
-    Budget,
-    CostModel,
-    Limits,
-    UnreachableRateError,
-    choose,
-)
+from ldt.evaluation.profiling import count_macs, count_parameters
+from ldt.pruning.budget import RANKINGS, TOLERANCE, Limits, UnreachableRateError, select_channels
+from ldt.pruning.costs import Budget, CostModel
 from ldt.pruning.graph import PruningGraph
 
-BUDGETS: tuple[Budget, ...] = ("params", "flops")
+BUDGETS: tuple[Budget, ...] = ("params", "macs")
 WITH_HEAD = (*SCOPE, "head", "bbox_head")
 FREE = Limits(max_layer_rate=1.0, min_channels=1)
 
@@ -29,7 +22,7 @@ def count(subject: Case, budget: Budget) -> int:
     if budget == "params":
         return count_parameters(subject.model)
     n, c, h, w = subject.example.shape
-    return multiply_adds(subject.model, lambda x: subject.forward(subject.model, x), (n, c, h, w))
+    return count_macs(subject.model, lambda x: subject.forward(subject.model, x), (n, c, h, w))
 
 
 def random_scores(graph: PruningGraph, seed: int = 0) -> dict[str, Tensor]:
@@ -53,7 +46,7 @@ def cut(
 ) -> dict[str, list[int]]:
     """Choose and remove channels; returns them."""
     graph = subject.graph(scope)
-    chosen = choose(
+    chosen = select_channels(
         graph,
         scores or random_scores(graph),
         CostModel(graph, budget),
@@ -92,9 +85,9 @@ def test_the_achieved_rate_is_the_asked_one(name: str) -> None:
         ("params", "global", 0.2),
         ("params", "uniform", 0.5),
         ("params", "global_normalised", 0.7),
-        ("flops", "global_per_cost", 0.2),
-        ("flops", "global", 0.5),
-        ("flops", "uniform", 0.7),
+        ("macs", "global_per_cost", 0.2),
+        ("macs", "global", 0.5),
+        ("macs", "uniform", 0.7),
     )
     for budget, ranking, rate in cases:
         subject = case(name)
@@ -204,12 +197,12 @@ def test_ranking_per_cost_takes_the_expensive_channels_first() -> None:
     subject = case("pyramid")
     graph = subject.graph()
     equal = {name: torch.ones(group.size) for name, group in graph.groups.items()}
-    costs = CostModel(graph, "flops")
+    costs = CostModel(graph, "macs")
     worth = {name: costs.saved({name: np.array([0])}) for name in graph.groups}
     dearest = max(worth, key=worth.__getitem__)
-    chosen = cut(subject, worth[dearest], 1, "flops", "global_per_cost", scores=equal)
+    chosen = cut(subject, worth[dearest], 1, "macs", "global_per_cost", scores=equal)
     assert chosen == {dearest: [0]}
-    assert list(cut(case("pyramid"), 1, 1e9, "flops", "global", scores=equal)) != [dearest]
+    assert list(cut(case("pyramid"), 1, 1e9, "macs", "global", scores=equal)) != [dearest]
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)

@@ -135,9 +135,9 @@ def test_every_layer_of_the_scope_is_cut_or_left_whole_with_a_reason(
         for layer, module in subject.model.named_modules()
         if isinstance(module, CONVOLUTIONS) and layer.startswith(scope)
     }
-    assert set(graph.scored) | set(graph.left_whole) == layers
-    assert not set(graph.scored) & set(graph.left_whole)
-    assert all(graph.left_whole.values())
+    assert set(graph.scored) | set(graph.excluded) == layers
+    assert not set(graph.scored) & set(graph.excluded)
+    assert all(graph.excluded.values())
     cut, whole = graph.prunable_share()
     modules = dict(subject.model.named_modules())
     sizes = {n: sum(p.numel() for p in modules[n].parameters(recurse=False)) for n in layers}
@@ -247,7 +247,7 @@ def test_what_cannot_be_cut_says_why(
     model = odd_parts(middle, width).eval()
     example = torch.zeros(1, 3, 32, 48)
     graph = PruningGraph(model, lambda net, x: net(x), example, scope, never=["head.0"])
-    assert reason in graph.left_whole[layer]
+    assert reason in graph.excluded[layer]
     assert layer not in graph.scored
     graph.remove(random_channels(graph, seed=0, share=0.9))
     model(torch.randn(2, 3, 32, 48))
@@ -257,7 +257,7 @@ def test_layers_that_share_channels_with_the_outside_stay() -> None:
     subject = case("residual")
     graph = subject.graph(scope=["backbone.0.1"])
     assert set(graph.scored) == {"backbone.0.1.first.0"}
-    assert "outside of prune.scope" in graph.left_whole["backbone.0.1.second.0"]
+    assert "outside of prune.scope" in graph.excluded["backbone.0.1.second.0"]
 
 
 def test_a_layer_that_tracing_does_not_reach_is_reported() -> None:
@@ -265,7 +265,7 @@ def test_a_layer_that_tracing_does_not_reach_is_reported() -> None:
     neck: Any = subject.model.neck
     neck.spare = nn.Conv2d(4, 4, 1)
     neck.forward = lambda maps: [neck[0](x) for x in maps]
-    assert subject.graph().left_whole == {"neck.spare": "not reached by tracing"}
+    assert subject.graph().excluded == {"neck.spare": "not reached by tracing"}
 
 
 def test_a_scope_without_layers_names_the_parts() -> None:

@@ -1,0 +1,90 @@
+"""What each layer costs, and what removing channels saves, without touching the network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from torch import nn
+
+from ldt.pruning.dependency import depthwise
+from ldt.pruning.graph import CONVOLUTIONS, PruningGraph
+
+Budget = Literal["params", "macs"]
+ALIASES: dict[str, Budget] = {"flops": "macs"}  # the papers' tables say FLOPs and count MACs
+
+
+def parse_budget(name: str) -> Budget:
+    """Return the budget that a name or its alias stands for.
+
+    Raises:
+        ValueError: it is none.
+    """
+    for budget in get_args(Budget):
+        if ALIASES.get(name, name) == budget:
+            return budget
+    raise ValueError(f"prune.budget={name!r}; choose params, macs or flops (the same as macs)")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of a layer: ``per_pair * in * out + per_out * out`` (channelwise: ``in`` is 1)."""
+
+    ins: int
+    outs: int
+    per_pair: float
+    per_out: float
+
+    def saved(self, removed_in: int, removed_out: int) -> float:
+        """Return the cost saved by removing so many input and output channels."""
+        ins, outs = self.ins - removed_in, self.outs - removed_out
+        return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
+
+
+def _cost(layer: nn.Module, budget: Budget, positions: int) -> LayerCost:
+    if not isinstance(layer, CONVOLUTIONS):
+        learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
+        per_element = 1 + (
+            getattr(layer, "weight", None) is not None
+        )  # as ldt.evaluation.profiling counts
+        return LayerCost(1, 1, 0.0, learnt if budget == "params" else per_element * positions)
+    if isinstance(layer, nn.Linear):
+        ins, outs = layer.in_features, layer.out_features
+    else:  # depthwise: one filter per channel
+        ins, outs = 1 if depthwise(layer) else layer.in_channels, layer.out_channels
+    scale = 1 if budget == "params" else positions
+    biases = float(getattr(layer, "bias", None) is not None and budget == "params")
+    return LayerCost(ins, outs, scale * layer.weight.numel() / (ins * outs), biases)
+
+
+class CostModel:
+    """What a choice of channels saves, exactly, without cutting anything.
+
+    Args:
+        graph: the groups.
+        budget: ``params`` or ``macs`` (multiply-adds).
+    """
+
+    def __init__(self, graph: PruningGraph, budget: Budget) -> None:
+        self.groups = graph.groups
+        positions = graph.positions if budget == "macs" else {}
+        self._costs = {
+            m.name: _cost(m.layer, budget, positions.get(m.name, 0))
+            for group in graph.groups.values()
+            for m in group.members
+        }
+
+    def saved(self, removed: Mapping[str, np.ndarray]) -> float:
+        """Parameters or multiply-adds saved by removing these channels of each group."""
+        gone: dict[str, list[int]] = {name: [0, 0] for name in self._costs}
+        for name, channels in removed.items():
+            group = self.groups[name]
+            mask = np.zeros(group.size, dtype=bool)
+            mask[channels] = True
+            for member in group.members:
+                count = int(mask[member.roots].sum())
+                gone[member.name][member.side != "in"] += count
+        return sum(
+            self._costs[name].saved(0 if self._costs[name].ins == 1 else ins, outs)
+            for name, (ins, outs) in gone.items()
+        )
