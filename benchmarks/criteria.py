@@ -26,9 +26,10 @@ from ldt_overhead import HEIGHT, WIDTH, batch
 from ldt.config import register
 from ldt.criteria.base import score_groups
 from ldt.criteria.chip import channel_independence
+from ldt.detectors.adapter import PreparedBatch
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.models import model_config, quiet
-from ldt.module import DetectorModule, PreparedBatch
+from ldt.module import DetectorModule
 
 CONF = Path(__file__).parents[1] / "conf"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -43,7 +44,7 @@ class Batches:
     def __iter__(self) -> Iterator[PreparedBatch]:
         torch.manual_seed(0)
         for _ in range(self.images // self.size):
-            yield self.module.prepare(batch(self.size), training=True)
+            yield self.module.adapter.prepare(batch(self.size), training=True)
 
 
 def give_back() -> None:
@@ -84,7 +85,7 @@ def methods() -> list[str]:
 
 def forward_backward(module: DetectorModule, batches: Batches) -> None:
     for ready in batches:
-        module.detection_loss(ready).backward()
+        module.adapter.detection_loss(ready).backward()
     module.zero_grad(set_to_none=True)
 
 
@@ -131,7 +132,7 @@ def main() -> None:
     batches = Batches(module, options.images, options.batch)
     register()
     with eval_with_gradients(module.detector), initialize_config_dir(str(CONF), version_base="1.3"):
-        graph = module.trace(("backbone", "neck"))
+        graph = module.adapter.trace(("backbone", "neck"))
         forward_backward(module, Batches(module, options.batch, options.batch))  # warm-up
         whole, memory = measured(lambda: forward_backward(module, batches))
         print(f"{options.images} images of {HEIGHT}x{WIDTH}, batches of {options.batch}")
@@ -141,7 +142,7 @@ def main() -> None:
             criterion = instantiate(chosen.criterion)
 
             def score(criterion: Any = criterion) -> None:
-                score_groups(criterion, module, graph, batches)
+                score_groups(criterion, module.adapter, graph, batches)
 
             seconds, memory = measured(score)
             ratio = f"x {seconds / whole:.2f}"

@@ -71,8 +71,8 @@ def prune(module: DetectorModule, rate: float) -> None:
     """Remove a share of all parameters."""
     whole = count_parameters(module.detector)
     with eval_with_gradients(module.detector):
-        graph = module.trace(SCOPE)
-        scores = score_groups(GroupMagnitudeImportance(p=1), module, graph, [])
+        graph = module.adapter.trace(SCOPE)
+        scores = score_groups(GroupMagnitudeImportance(p=1), module.adapter, graph, [])
         rule: Any = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * whole}
         graph.remove(select_channels(graph, scores, save=rate * whole, ranking="uniform", **rule))
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.config import RecipeConfig
 from ldt.detectors.models import model_config, quiet
-from ldt.discriminant import Objects
 from ldt.module import DetectorModule
+from ldt.objects import Objects
 
 HEIGHT, WIDTH, BATCH, OBJECTS = 416, 1344, 2, 12
 

@@ -362,7 +362,7 @@ def outputs(detector: nn.Module, model: Model) -> list[Tensor]:
 def check_gradients(module: DetectorModule, model: Model) -> None:
     """One backward in training mode."""
     module.train().zero_grad()
-    module.detection_loss(module.prepare(batch(model, 4), training=True)).backward()
+    module.adapter.detection_loss(module.adapter.prepare(batch(model, 4), training=True)).backward()
     gradients = [p.grad for p in module.detector.parameters() if p.grad is not None]
     if not gradients or not all(bool(g.isfinite().all()) for g in gradients):
         raise RuntimeError("a gradient is missing or not finite")
@@ -379,20 +379,20 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
     yield "trace"
     whole = count_parameters(detector)
     with eval_with_gradients(detector):
-        graph = module.trace(model.scope)
+        graph = module.adapter.trace(model.scope)
         cut, in_scope = graph.prunable_share()
         row["share"], row["left"] = cut / in_scope, dict(graph.excluded)
         if cut < in_scope / 2:
             reasons = ", ".join(sorted(set(graph.excluded.values())))
             raise RuntimeError(f"only {cut / in_scope:.0%} of the scope can be cut: {reasons}")
         yield "score"
-        batches = [module.prepare(batch(model, 2))]
+        batches = [module.adapter.prepare(batch(model, 2))]
         for criterion in (
             GroupFisherCriterion(),
             GroupMagnitudeImportance(p=1),
             LDTCriterion(model.source),
         ):
-            scores = score_groups(criterion, module, graph, batches)
+            scores = score_groups(criterion, module.adapter, graph, batches)
         yield "cut"
         rule = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * in_scope}
         graph.remove(select_channels(graph, scores, save=RATE * in_scope, **rule))

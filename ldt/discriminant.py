@@ -20,22 +20,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_pool
 
+from ldt.objects import Objects
+
 Vectors = Sequence[Tensor] | Tensor  # [N, C_s] of each scale, or [S, N, C]
 Memory = tuple[Vectors, Tensor]  # detached vectors of earlier batches, and their labels [M]
 OBJECTS_AT_ONCE = 64  # attention: 64 distance maps of 208 x 336 cells are 18 MB
-
-
-class Objects(NamedTuple):
-    """The ground-truth objects of a batch, ignored regions left out.
-
-    `boxes` [K, 4] are (x1, y1, x2, y2) in pixels of the padded network input, `labels` [K] int64,
-    `image` [K] int64 is the index in the batch, `shape` the (height, width) of the padded input.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    image: Tensor
-    shape: tuple[int, int]
 
 
 class Discriminants(NamedTuple):

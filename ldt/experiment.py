@@ -206,7 +206,7 @@ def _execute(
         "ldt": config.ldt.enabled,
         "metric": config.dataset.metric,
         "seed": config.seed,
-        "input_size": list(module.input_size),
+        "input_size": list(module.adapter.input_size),
         "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": config.prune.budget},
         "rounds": loop.rows,
         "left_whole": loop.excluded,

@@ -1,28 +1,24 @@
 """A LightningModule around any mmdet detector."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldt.detectors.adapter import Detector
 from ldt.detectors.checkpoints import detector_state
-from ldt.detectors.forward import find_neck, find_predictors, forward_for_tracing, neck_maps
-from ldt.detectors.models import build, labelled_objects
+from ldt.detectors.models import build
 from ldt.detectors.weights import load_weights
-from ldt.discriminant import Objects
 from ldt.evaluation.metrics import DetectionMetrics
+from ldt.objects import Objects
 from ldt.pruning import structure
-from ldt.pruning.graph import NORMS, PruningGraph
 from ldt.recipe import learning_rate
 
 log = logging.getLogger(__name__)
@@ -32,21 +28,6 @@ LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
 
 class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; names the term and the step."""
-
-
-@dataclass
-class PreparedBatch:
-    """A batch as the network sees it.
-
-    Attributes:
-        images: [N, 3, H, W], normalised and padded.
-        samples: mmdet's data samples.
-        objects: the labelled objects, in pixels of ``images``.
-    """
-
-    images: Tensor
-    samples: list[DetDataSample]
-    objects: Objects
 
 
 class DetectorModule(L.LightningModule):
@@ -65,7 +46,8 @@ class DetectorModule(L.LightningModule):
             them; checkpoints carry them.
 
     Attributes:
-        detector: the mmdet detector.
+        detector: the mmdet detector; its weights are stored below ``detector.``.
+        adapter: the same detector as criteria, tracing and the loop see it.
         loss_terms: further losses by name; each gets the neck's maps and the objects of a batch,
             and gives named values. Those whose name holds ``loss`` are added to mmdet's own, and
             logged as shares of them too (``share_<name>``).
@@ -88,83 +70,19 @@ class DetectorModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
-        self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
-        self.neck_name, self.resize = neck, list(resize)
+        self.classes, self.resize = tuple(classes), list(resize)
         self.detector = build(model, initialise=initialise and checkpoint is None)
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
         self.schedule: str = recipe["schedule"]
         self.metrics = DetectionMetrics(self.classes)
-        if find_neck(self.detector, neck) is getattr(self.detector, "backbone", None):
+        self.adapter = Detector(
+            self.detector, input_size, neck, predictors, bool(recipe.get("channels_last"))
+        )
+        if self.adapter.acts_on_backbone:
             log.info("%s has no neck: LDT acts on its backbone", type(self.detector).__name__)
-        self.predictors = list(predictors or find_predictors(self.detector, self.example(), neck))
-        known = dict(self.detector.named_modules())
-        if unknown := [name for name in self.predictors if name not in known]:
-            found = find_predictors(self.detector, self.example(), neck)
-            raise ValueError(
-                f"detector.predictors names {', '.join(unknown)}, which "
-                f"{type(self.detector).__name__} lacks; found by themselves: {', '.join(found)}"
-            )
         if checkpoint is not None:
-            load_weights(self.detector, checkpoint, self.predictors)
-
-    def tapped_neck(self) -> AbstractContextManager[list[Tensor]]:
-        """Within it, a forward fills the list with the neck's maps."""
-        return neck_maps(self.detector, self.neck_name)
-
-    def example(self) -> Tensor:
-        """A zero image [1, 3, H, W] of the input size, on the detector's device."""
-        parameter = next(self.detector.parameters())
-        return parameter.new_zeros(1, 3, *self.input_size)
-
-    # What a criterion sees (ldt.criteria.base.Target) -------------------------------------
-
-    @property
-    def model(self) -> nn.Module:
-        """The detector, as criteria call it."""
-        return self.detector
-
-    def prepare(self, batch: dict[str, Any], training: bool = False) -> PreparedBatch:
-        """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
-        with nullcontext() if training else _no_batch_augments(self.detector):
-            data = self._preprocessed(batch, training=True)  # makes all that a loss needs
-        images, samples = data["inputs"], data["data_samples"]
-        shape = (int(images.shape[2]), int(images.shape[3]))
-        return PreparedBatch(images, samples, labelled_objects(samples, shape))
-
-    def _preprocessed(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        preprocess: Any = self.detector.data_preprocessor
-        data = preprocess(batch, training)
-        if self.recipe.get("channels_last"):  # every layer keeps its input's order
-            data["inputs"] = data["inputs"].contiguous(memory_format=torch.channels_last)
-        return data
-
-    def features(self, batch: PreparedBatch) -> list[Tensor]:
-        """The neck's output maps, each [N, C, h, w]."""
-        extract: Any = self.detector.extract_feat
-        with self.tapped_neck() as maps:
-            extract(batch.images)
-        return maps
-
-    def detection_loss(self, batch: PreparedBatch) -> Tensor:
-        """The detector's own training loss of a batch, a scalar; norms and dropout keep their mode.
-
-        All else is in training mode meanwhile: there are heads that give other maps outside of it.
-        """
-        waiting = [m for m in self.detector.modules() if not m.training and not _is_random(m)]
-        for module in waiting:
-            module.training = True
-        try:
-            losses = self.detector(batch.images, batch.samples, mode="loss")
-        finally:
-            for module in waiting:
-                module.training = False
-        return _total(self.detector, losses)[0]
-
-    def trace(self, scope: Sequence[str]) -> PruningGraph:
-        """The coupled groups below ``scope``; call within `eval_with_gradients`."""
-        forward = forward_for_tracing(self.detector, self.neck_name)
-        return PruningGraph(self.detector, forward, self.example(), scope, never=self.predictors)
+            load_weights(self.detector, checkpoint, self.adapter.predictors)
 
     # Training and validation --------------------------------------------------------------
 
@@ -179,10 +97,8 @@ class DetectorModule(L.LightningModule):
         hub = MessageHub.get_current_instance()  # mmdet's own parts read their progress here
         hub.update_info("iter", self.global_step)
         hub.update_info("epoch", self.current_epoch)
-        ready = self.prepare(batch, training=True)
-        with self.tapped_neck() as maps:
-            losses = self.detector(ready.images, ready.samples, mode="loss")
-        total, logs = _total(self.detector, losses)
+        ready = self.adapter.prepare(batch, training=True)
+        total, logs, maps = self.adapter.losses(ready)
         detection, shares = total.detach().abs(), {}
         for term in self.loss_terms.values():
             for name, value in term(maps, ready.objects).items():
@@ -211,13 +127,9 @@ class DetectorModule(L.LightningModule):
                 "(ldt.alpha, ldt.beta, ldt.ridge)"
             )
 
-    def predict_samples(self, batch: dict[str, Any]) -> list[DetDataSample]:
-        """Data samples with ``pred_instances`` in the coordinates of the original images."""
-        return self.detector(**self._preprocessed(batch, False), mode="predict")
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collect detections for the metrics."""
-        self.metrics.update(self.predict_samples(batch))
+        self.metrics.update(self.adapter.predict(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log every metric as ``val/<name>``."""
@@ -263,9 +175,9 @@ class DetectorModule(L.LightningModule):
             "model": self.model_config,
             "classes": list(self.classes),
             "structure": structure.record(self.detector),
-            "predictors": self.predictors,
-            "neck": self.neck_name,
-            "input_size": list(self.input_size),
+            "predictors": self.adapter.predictors,
+            "neck": self.adapter.neck,
+            "input_size": list(self.adapter.input_size),
             "resize": self.resize,
             "phase": {
                 "phase_epochs": self.phase_epochs,
@@ -314,26 +226,3 @@ def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModu
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
-
-
-@contextmanager
-def _no_batch_augments(detector: Any) -> Iterator[None]:
-    """Within it, mmdet's preprocessor leaves batches as they are in training too."""
-    preprocess = detector.data_preprocessor
-    augments, preprocess.batch_augments = preprocess.batch_augments, None
-    try:
-        yield
-    finally:
-        preprocess.batch_augments = augments
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether a module computes with the batch's statistics, or at random, in training mode."""
-    dropping = type(module).__name__.startswith("Drop")
-    return dropping or isinstance(module, (*NORMS, nn.MultiheadAttention))
-
-
-def _total(detector: Any, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of a loss dict and its parts, by mmdet's rule."""
-    total, logs = detector.parse_losses(losses)
-    return total, dict(logs)

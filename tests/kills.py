@@ -25,9 +25,10 @@ from short_runs import rows, tiny
 
 from ldt import experiment
 from ldt.callbacks import checkpoint_io
+from ldt.detectors.adapter import Detector
 from ldt.evaluation import profiling
 from ldt.figures import from_runs
-from ldt.loop import prune_retrain
+from ldt.loop import prune_retrain, pruning_round
 from ldt.module import DetectorModule
 from ldt.pruning.graph import PruningGraph
 
@@ -35,10 +36,10 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "training step": (DetectorModule, "training_step"),
     "backward": (DetectorModule, "backward"),
     "validation": (DetectorModule, "validation_step"),
-    "counting": (profiling, "multiply_adds"),
-    "tracing": (DetectorModule, "trace"),
-    "scoring": (DetectorModule, "features"),
-    "choosing": (prune_retrain, "select_channels"),
+    "counting": (profiling, "count_macs"),
+    "tracing": (Detector, "trace"),
+    "scoring": (Detector, "features"),
+    "choosing": (pruning_round, "select_channels"),
     "cutting": (PruningGraph, "remove"),
     "record of a round": (prune_retrain, "write_rows"),
     "half a checkpoint": (checkpoint_io.torch, "save"),

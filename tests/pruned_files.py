@@ -51,7 +51,7 @@ def pruned_checkpoint(file: Path, data: Any, *overrides: str) -> Path:
     module = build_module(config, plain, data)
     randomise_norms(module, torch.Generator().manual_seed(0))
     with eval_with_gradients(module.detector):
-        graph = module.trace(["backbone", "neck"])
+        graph = module.adapter.trace(["backbone", "neck"])
         graph.remove(random_channels(graph, seed=0))
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)

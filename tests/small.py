@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
 from ldt.config import register
-from ldt.detectors.forward import find_predictors, raw_forward
+from ldt.detectors.adapter import PreparedBatch
+from ldt.detectors.forward import raw_forward
 from ldt.detectors.models import model_config
-from ldt.discriminant import Objects
-from ldt.module import DetectorModule, PreparedBatch
+from ldt.module import DetectorModule
+from ldt.objects import Objects
 from ldt.pruning.dependency import ModulatedDeformConv2dPack
 from ldt.pruning.graph import CONVOLUTIONS, NORMS, Forward, PruningGraph
 
@@ -383,8 +384,8 @@ def _real(name: str, seed: int) -> Case:
     module.requires_grad_(True)
     randomise_norms(module.detector, generator)
     batches = [prepared(n, shape, generator) for n in (3, 2)]
-    never = find_predictors(module.detector, module.example())
-    return Case(module, raw_forward, module.example(), never, batches)
+    detector = module.adapter
+    return Case(detector, raw_forward, detector.example(), detector.predictors, batches)
 
 
 def prepared(images: int, shape: tuple[int, int], generator: torch.Generator) -> PreparedBatch:

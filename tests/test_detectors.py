@@ -22,10 +22,11 @@ from ldt.detectors.forward import (
     find_predictors,
     raw_forward,
 )
-from ldt.detectors.models import build, labelled_objects, model_config
+from ldt.detectors.models import build, model_config
 from ldt.detectors.weights import load_weights
 from ldt.evaluation.profiling import count_macs, count_parameters
 from ldt.module import DetectorModule
+from ldt.objects import labelled_objects
 from ldt.pruning.budget import TOLERANCE, select_channels
 from ldt.pruning.costs import CostModel
 
@@ -99,15 +100,15 @@ def test_full_size_detectors_pruned_as_in_the_paper_run_and_save_as_much(name, s
     module = DetectorModule(config_of(name), ("a", "b", "c"), recipe, (128, 128))
     detector, whole = module.detector, count_parameters(module.detector)
     with eval_with_gradients(detector):
-        graph = module.trace(["backbone", "neck", "bbox_head"])
-        scores = score_groups(GroupMagnitudeImportance(p=1), module, graph, [])
+        graph = module.adapter.trace(["backbone", "neck", "bbox_head"])
+        scores = score_groups(GroupMagnitudeImportance(p=1), module.adapter, graph, [])
         rule = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * whole}
         graph.remove(select_channels(graph, scores, save=rate * whole, ranking="uniform", **rule))
     assert 1 - count_parameters(detector) / whole == pytest.approx(rate, abs=TOLERANCE)
 
     module.train()
     batch = prepared(2, (128, 128), torch.Generator().manual_seed(0))
-    module.detection_loss(batch).backward()
+    module.adapter.detection_loss(batch).backward()
     gradients = [p.grad for p in detector.parameters() if p.grad is not None]
     assert all(bool(g.isfinite().all()) for g in gradients)
     assert any(bool(g.any()) for g in gradients)

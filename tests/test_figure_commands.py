@@ -148,7 +148,7 @@ def test_utilities_are_the_criterions_own_batch_by_batch(run):
     opened = open_run(run).at(0)
     module, criterion = opened.module(), LDTCriterion()
     loader = opened.data.calibration_dataloader(8, 4)
-    found = score_stability.batch_utilities(module, criterion, loader, ["backbone", "neck"])
+    found = score_stability.batch_utilities(module.adapter, criterion, loader, ["backbone", "neck"])
     assert [stage.utilities.shape[0] for stage in found] == [2] * len(found)
     names = dict(module.detector.named_modules())
     assert len({stage.name.rsplit(".", 2)[0] for stage in found}) == len(found)

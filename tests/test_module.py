@@ -70,9 +70,9 @@ def fit(module, batches, *callbacks, epochs=1, **options):
 
 def test_the_total_is_mmdets_sum_and_the_terms():
     module, batch = module_of().train(), many()
-    ready = module.prepare(batch, training=True)
-    own = module.detection_loss(ready)
-    squared = sum(f.square().mean() for f in module.features(ready))
+    ready = module.adapter.prepare(batch, training=True)
+    own = module.adapter.detection_loss(ready)
+    squared = sum(f.square().mean() for f in module.adapter.features(ready))
 
     def terms(maps, objects):
         assert objects.boxes.tolist() == MANY
@@ -96,9 +96,9 @@ def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
     for sample in data["data_samples"]:
         ones = np.ones((len(sample.gt_instances), size[0] - 8, size[1]), dtype=np.uint8)
         sample.gt_instances.masks = BitmapMasks(ones, size[0] - 8, size[1])
-    ready = module.prepare(data)
+    ready = module.adapter.prepare(data)
     assert all(s.gt_instances.masks.masks.shape[1:] == size for s in ready.samples)
-    trained = module.prepare(data, training=True)
+    trained = module.adapter.prepare(data, training=True)
     assert torch.equal(trained.images, 2 * ready.images)
 
 

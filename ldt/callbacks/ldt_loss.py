@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from ldt.discriminant import Objects, discriminants_of, object_vectors
+from ldt.discriminant import discriminants_of, object_vectors
 from ldt.module import DetectorModule
+from ldt.objects import Objects
 
 
 class LDTLoss(L.Callback):

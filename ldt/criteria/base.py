@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
-from ldt.discriminant import Objects
+from ldt.objects import Objects
 from ldt.pruning.graph import ACTIVATIONS, PruningGraph
 
 

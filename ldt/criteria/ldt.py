@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ldt.criteria.base import Criterion, Target, feature_gradients
 from ldt.discriminant import (
-    Objects,
     attention,
     channel_ratio,
     discriminant_directions,
@@ -19,6 +18,7 @@ from ldt.discriminant import (
     location_aware_discriminants,
     stacked_vectors,
 )
+from ldt.objects import Objects
 from ldt.pruning.graph import PruningGraph
 
 Source = Literal["neck", "neck_all", "neck_energy", "power", "discriminant", "detection"]

@@ -23,6 +23,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from ldt.data.datamodule import test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.detectors.models import quiet
+from ldt.objects import corners
 from ldt.runs.files import write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -130,8 +131,8 @@ def predict(
 def _results(number: int, sample: Any) -> list[dict[str, Any]]:
     """An image's detections in COCO's results format; a category's id is its label plus 1."""
     found = sample.pred_instances
-    corners = getattr(found.bboxes, "tensor", found.bboxes)
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    ends = corners(found)
+    boxes = torch.cat([ends[:, :2], ends[:, 2:] - ends[:, :2]], 1).tolist()
     rows = zip(found.labels.tolist(), boxes, found.scores.tolist(), strict=True)
     return [
         {"image_id": number, "category_id": label + 1, "bbox": box, "score": score}

@@ -3,24 +3,20 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope, registry
 from mmengine.utils import import_modules_from_strings
 from torch import nn
-
-from ldt.discriminant import Objects
 
 
 def use_mmdet() -> None:
@@ -173,19 +169,6 @@ def _import(custom: dict[str, Any]) -> None:
             f"the detector's config imports {custom['imports']}, of which one cannot be imported "
             f"({error}); put its folder on PYTHONPATH"
         ) from error
-
-
-def labelled_objects(samples: Sequence[DetDataSample], shape: tuple[int, int]) -> Objects:
-    """The labelled objects of a batch, in pixels of the network input (ignored ones left out)."""
-    boxes, labels, image = [], [], []
-    for index, sample in enumerate(samples):
-        instances: Any = sample.gt_instances
-        found = instances.bboxes
-        found = getattr(found, "tensor", found)
-        boxes.append(found)
-        labels.append(instances.labels)
-        image.append(torch.full((len(found),), index, dtype=torch.long, device=found.device))
-    return Objects(torch.cat(boxes).float(), torch.cat(labels).long(), torch.cat(image), shape)
 
 
 def quiet() -> None:

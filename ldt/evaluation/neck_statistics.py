@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldt.detectors.forward import neck_maps
-from ldt.detectors.models import labelled_objects
 from ldt.discriminant import (
-    Objects,
     channel_ratio,
     discriminant_directions,
     discriminant_share,
@@ -21,6 +19,7 @@ from ldt.discriminant import (
     scatter,
     stacked_vectors,
 )
+from ldt.objects import Objects, labelled_objects
 
 
 @dataclass(frozen=True, eq=False)

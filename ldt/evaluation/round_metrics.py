@@ -3,29 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ldt.detectors.forward import eval_with_gradients, raw_forward
+from ldt.detectors.adapter import Detector
+from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation import profiling
-from ldt.module import DetectorModule
 
 
-def count_params_and_macs(module: DetectorModule) -> dict[str, int]:
-    """Parameters (``params``), and multiply-adds (``macs``) of one image of the input size."""
-    shape = (1, 3, module.input_size[0], module.input_size[1])
+def count_params_and_macs(detector: Detector) -> dict[str, int]:
+    """Return parameters (``params``), and MACs (``macs``) of one image of the input size."""
+    shape = (1, 3, *detector.input_size)
     return {
-        "params": profiling.count_parameters(module.detector),
-        "macs": profiling.count_macs(
-            module.detector, lambda x: raw_forward(module.detector, x), shape
-        ),
+        "params": profiling.count_parameters(detector.model),
+        "macs": profiling.count_macs(detector.model, detector.raw_maps, shape),
     }
 
 
-def measure_latency(module: DetectorModule, runs: int) -> dict[str, Any]:
-    """Median latency of a forward in ms, its deciles, and where it was measured."""
-    image = module.example()
-    with eval_with_gradients(module.detector):
-        found = profiling.latency(
-            lambda: raw_forward(module.detector, image), runs=runs, device=image.device
-        )
+def measure_latency(detector: Detector, runs: int) -> dict[str, Any]:
+    """Return the median latency of a forward in ms, its deciles, and where it was measured."""
+    image = detector.example()
+    with eval_with_gradients(detector.model):
+        found = profiling.latency(lambda: detector.raw_maps(image), runs=runs, device=image.device)
     return {
         "latency_ms": round(found.median_ms, 3),
         "latency_p10_ms": round(found.p10_ms, 3),

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from ldt.criteria.ldt import LDTCriterion, rank_correlation
+from ldt.detectors.adapter import Calibration, Detector
 from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation.layers import stages
-from ldt.loop.prune_retrain import Calibration
-from ldt.module import DetectorModule
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,20 +28,20 @@ class StageScores:
 
 
 def batch_utilities(
-    module: DetectorModule, criterion: LDTCriterion, loader: Any, scope: Sequence[str]
+    detector: Detector, criterion: LDTCriterion, loader: Any, scope: Sequence[str]
 ) -> list[StageScores]:
     """Utilities (eq. 16) of the last scored layer of every stage, batch by batch.
 
     Args:
-        module: the detector.
+        detector: an mmdet detector.
         criterion: scores it.
         loader: calibration batches; those without objects are left out.
         scope: parts of the detector that are traced (``prune.scope``).
     """
-    with eval_with_gradients(module.detector):
-        graph = module.trace(scope)
-        criterion.collect(module, graph, Calibration(module, loader))
-    order = [name for name, _ in module.detector.named_modules() if name in graph.scored]
+    with eval_with_gradients(detector.model):
+        graph = detector.trace(scope)
+        criterion.collect(detector, graph, Calibration(detector, loader))
+    order = [name for name, _ in detector.model.named_modules() if name in graph.scored]
     images = np.array(criterion.batch_images)
     found = []
     for stage in stages(order):

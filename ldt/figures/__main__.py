@@ -68,7 +68,9 @@ def stability(runs: Sequence[Run], given: argparse.Namespace) -> Figure:
         criterion = LDTCriterion()
     images = given.images or prune.images
     loader = run.data.calibration_dataloader(images, prune.batch_size)
-    return draw_stability(batch_utilities(run.module(), criterion, loader, list(prune.scope)))
+    return draw_stability(
+        batch_utilities(run.module().adapter, criterion, loader, list(prune.scope))
+    )
 
 
 def channels(runs: Sequence[Run], given: argparse.Namespace) -> Figure:

@@ -21,6 +21,7 @@ from ldt.figures.detections import Scene, ShownBoxes, draw_detections
 from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
+from ldt.objects import corners
 from ldt.pruning import structure
 from ldt.report import number
 
@@ -169,8 +170,7 @@ def _boxes(instances: Any) -> ShownBoxes:
 
 
 def _corners(instances: Any) -> np.ndarray:
-    boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
-    return boxes.numpy(force=True).copy()
+    return corners(instances).numpy(force=True).copy()
 
 
 def _scene(item: dict[str, Any], found: Sequence[ShownBoxes]) -> Scene:

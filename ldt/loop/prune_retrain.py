@@ -2,44 +2,35 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import Tensor, nn
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.ema import ExponentialMovingAverage
-from ldt.criteria.base import score_groups
 from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors.adapter import Calibration
 from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation import profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
 from ldt.loop.distributed import check_same_channels, rewrap_ddp
 from ldt.loop.gradual_masking import GradualPruning
+from ldt.loop.pruning_round import (
+    Unpruned,
+    check_prunable,
+    check_rate,
+    check_schedule,
+    prune_round,
+    selection,
+)
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
-from ldt.module import DetectorModule, PreparedBatch
-from ldt.pruning.budget import TOLERANCE, UnreachableRateError, check_reachable, select_channels
-from ldt.pruning.costs import ALIASES, CostModel
-from ldt.pruning.graph import PruningGraph
+from ldt.module import DetectorModule
+from ldt.pruning.costs import ALIASES
 from ldt.runs.files import write_rows
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Calibration:
-    """The images that criteria see, prepared anew at every pass."""
-
-    module: DetectorModule
-    loader: Any
-
-    def __iter__(self) -> Iterator[PreparedBatch]:
-        for batch in self.loader:
-            yield self.module.prepare(batch)
 
 
 class PruneRetrain(L.Callback):
@@ -84,8 +75,7 @@ class PruneRetrain(L.Callback):
         self.round = 0
         self.rows: list[dict[str, Any]] = []
         self.excluded: dict[str, str] = {}
-        self._unpruned: dict[str, int] = {}  # budget -> cost of the unpruned model
-        self._channels: dict[str, int] = {}  # layer -> channels in the unpruned model
+        self._unpruned = Unpruned({}, {})
         self._started = time.perf_counter()
         self._metrics: dict[str, float] = {}
         self._notes: dict[str, float] = {}
@@ -99,8 +89,8 @@ class PruneRetrain(L.Callback):
             "notes": self._notes,
             "masking_epochs": self._masking_epochs,
             "masks": self.gradual.state_dict() if self.gradual else {},
-            "unpruned": self._unpruned,
-            "channels": self._channels,
+            "unpruned": self._unpruned.costs,
+            "channels": self._unpruned.channels,
             "seconds": time.perf_counter() - self._started,
         }
 
@@ -109,9 +99,9 @@ class PruneRetrain(L.Callback):
         self.round, self.rows = state_dict["round"], state_dict["rows"]
         self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
-        self._channels = state_dict["channels"]
         costs: dict[str, int] = state_dict["unpruned"]  # earlier versions wrote "flops"
-        self._unpruned = {ALIASES.get(key, key): cost for key, cost in costs.items()}
+        costs = {ALIASES.get(key, key): cost for key, cost in costs.items()}
+        self._unpruned = Unpruned(costs, state_dict["channels"])
         self._started = time.perf_counter() - state_dict["seconds"]
 
     # When ---------------------------------------------------------------------------------
@@ -119,15 +109,11 @@ class PruneRetrain(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check scope and rate before any training, and count the unpruned model once."""
         assert isinstance(pl_module, DetectorModule)
-        if self._unpruned:
+        if self._unpruned.costs:
             return
-        self._unpruned = count_params_and_macs(pl_module)
-        for name, layer in pl_module.detector.named_modules():
-            width = getattr(layer, "out_channels", None)
-            if isinstance(width, int):
-                self._channels[name] = width
+        self._unpruned = Unpruned.of(pl_module.adapter)
         if self.criterion is not None:
-            self._check_plan(pl_module)
+            self.excluded = check_schedule(pl_module.adapter, self.plan, self._unpruned)
 
     def is_last_epoch(self, epoch: int) -> bool:
         """Whether a phase ends with this epoch (counted from 0)."""
@@ -146,6 +132,7 @@ class PruneRetrain(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Without base training, the first cut comes before the first step."""
+        assert isinstance(pl_module, DetectorModule)
         if self._masks:
             state, self._masks = self._masks, {}
             self._begin_masking(pl_module).restore(state)
@@ -182,6 +169,7 @@ class PruneRetrain(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At the end of a phase: record the round, and begin the next one."""
+        assert isinstance(pl_module, DetectorModule)
         if self._masking:
             self._cut_masked(trainer, pl_module)
         elif self.is_last_epoch(trainer.current_epoch):
@@ -200,18 +188,18 @@ class PruneRetrain(L.Callback):
 
     # What ---------------------------------------------------------------------------------
 
-    def _finish_round(self, trainer: L.Trainer, module: Any) -> None:
-        counts = count_params_and_macs(module)
+    def _finish_round(self, trainer: L.Trainer, module: DetectorModule) -> None:
+        counts, whole = count_params_and_macs(module.adapter), self._unpruned.costs
         path = self.folder / f"round-{self.round}.ckpt"
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
         row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
-        row["rate"] = 1 - counts[self.plan.budget] / self._unpruned[self.plan.budget]
-        row["params_rate"] = 1 - counts["params"] / self._unpruned["params"]
-        row["multiply_adds_rate"] = 1 - counts["macs"] / self._unpruned["macs"]
+        row["rate"] = 1 - counts[self.plan.budget] / whole[self.plan.budget]
+        row["params_rate"] = 1 - counts["params"] / whole["params"]
+        row["multiply_adds_rate"] = 1 - counts["macs"] / whole["macs"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
-            row.update(measure_latency(module, self.latency_runs))
+            row.update(measure_latency(module.adapter, self.latency_runs))
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
@@ -224,9 +212,9 @@ class PruneRetrain(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
         if trainer.is_global_zero:
-            log.info(format_round(row, module.input_size))
+            log.info(format_round(row, module.adapter.input_size))
 
-    def _begin_round(self, trainer: L.Trainer, module: Any) -> None:
+    def _begin_round(self, trainer: L.Trainer, module: DetectorModule) -> None:
         self.round += 1
         self._started = time.perf_counter()
         if self.gradual is None:
@@ -236,30 +224,36 @@ class PruneRetrain(L.Callback):
         module.phase_epochs, module.lr_scale, module.schedule = 1, self.gradual.lr, "constant"
         self._rebuild(trainer, module)
 
-    def _cut(self, trainer: L.Trainer, module: Any) -> None:
-        """Score, choose and remove channels, as often as the plan says."""
-        removed = RoundRecord()
-        with eval_with_gradients(module.detector):
-            for inner in range(1, self.plan.inner_rounds + 1):
-                graph = module.trace(self.plan.scope)
-                if inner == 1:
-                    self._report_whole(graph)
-                scores = self._score(trainer, module, graph)
-                channels = self._choose(module, graph, scores, inner)
-                graph.remove(channels)
-                removed.add(scores, channels)
+    def _cut(self, trainer: L.Trainer, module: DetectorModule) -> None:
+        """Score, select and remove channels, as often as the schedule says."""
+        assert self.criterion is not None
+        loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
+        record = prune_round(
+            module.adapter,
+            self.criterion,
+            Calibration(module.adapter, loader),
+            self.plan,
+            self.round,
+            self._unpruned,
+            # batch statistics differ between ranks, what is removed must not
+            synchronize=trainer.strategy.broadcast,
+        )
+        self.excluded = record.excluded
         self._notes = dict(getattr(self.criterion, "notes", {}))
-        self._retrain(trainer, module, removed)
+        self._retrain(trainer, module, record)
 
-    def _begin_masking(self, module: Any) -> GradualPruning:
+    def _begin_masking(self, module: DetectorModule) -> GradualPruning:
         assert self.gradual is not None
-        with eval_with_gradients(module.detector):
-            graph = module.trace(self.plan.scope)
-        self._report_whole(graph)
-        self.gradual.begin(graph, **self._rule(module, graph, self.round))
+        detector, plan = module.adapter, self.plan
+        with eval_with_gradients(detector.model):
+            graph = detector.trace(plan.scope)
+        check_prunable(graph, plan)
+        self.excluded = dict(graph.excluded)
+        rule = selection(detector, graph, plan, self._unpruned, self.round)
+        self.gradual.begin(graph, **rule)
         return self.gradual
 
-    def _cut_masked(self, trainer: L.Trainer, module: Any) -> None:
+    def _cut_masked(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Remove the channels that were masked while training, once their budget is met."""
         gradual = self.gradual
         if gradual is None or not gradual.done:
@@ -272,92 +266,21 @@ class PruneRetrain(L.Callback):
         self._notes = {"events": gradual.events, "channels_per_event": gradual.channels}
         self._retrain(trainer, module, removed)
 
-    def _retrain(self, trainer: L.Trainer, module: Any, removed: RoundRecord) -> None:
+    def _retrain(self, trainer: L.Trainer, module: DetectorModule, removed: RoundRecord) -> None:
         check_same_channels(trainer, removed)
         if trainer.is_global_zero:
             removed.save(self.folder / f"scores-{self.round}.npz")
-        self._check_rate(module)
+        check_rate(module.adapter, self.plan, self.round, self._unpruned)
         module.phase_epochs, module.lr_scale = self.plan.retrain_epochs, self.plan.retrain_lr
         module.schedule = module.recipe["schedule"]
         self._rebuild(trainer, module)
 
-    def _rebuild(self, trainer: L.Trainer, module: Any) -> None:
+    def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Make everything anew that holds on to parameters."""
         rewrap_ddp(trainer)
         trainer.strategy.setup_optimizers(trainer)
         for callback in _averages(trainer):
             callback.restart(trainer, module)
-
-    def _score(self, trainer: L.Trainer, module: Any, graph: PruningGraph) -> dict[str, Tensor]:
-        assert self.criterion is not None
-        loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
-        scores = score_groups(self.criterion, module, graph, Calibration(module, loader))
-        # batch statistics differ between processes, what is cut must not
-        return trainer.strategy.broadcast(scores)
-
-    def _choose(
-        self, module: Any, graph: PruningGraph, scores: dict[str, Tensor], inner: int
-    ) -> dict[str, list[int]]:
-        rounds = self.plan.inner_rounds
-        rule = self._rule(module, graph, self.round - 1 + inner / rounds)
-        if inner < rounds:  # only what the round ends with must be exact
-            rule["tolerance"] = self._unpruned[self.plan.budget]
-        return select_channels(graph, scores, **rule)
-
-    def _rule(self, module: Any, graph: PruningGraph, after: float) -> dict[str, Any]:
-        """What :func:`select_channels` is told, so that a (partial) round ends as planned."""
-        plan, whole = self.plan, self._unpruned[self.plan.budget]
-        return {
-            "costs": CostModel(graph, plan.budget),
-            "save": plan.removed_share(after) * whole
-            - (whole - count_params_and_macs(module)[plan.budget]),
-            "tolerance": TOLERANCE * whole,
-            "ranking": plan.ranking,
-            "limits": plan.limits,
-            "original": self._channels,
-        }
-
-    def _check_plan(self, module: Any) -> None:
-        plan = self.plan
-        _check_scope(plan.scope, module.detector)
-        with eval_with_gradients(module.detector):
-            graph = module.trace(plan.scope)
-        self._report_whole(graph)
-        save = (plan.rate - TOLERANCE) * self._unpruned[plan.budget]
-        check_reachable(graph, CostModel(graph, plan.budget), save, plan.limits, self._channels)
-
-    def _check_rate(self, module: Any) -> None:
-        budget = self.plan.budget
-        achieved = 1 - count_params_and_macs(module)[budget] / self._unpruned[budget]
-        asked = self.plan.removed_share(self.round)
-        if abs(achieved - asked) > TOLERANCE:
-            raise RuntimeError(
-                f"round {self.round} removed {achieved:.2%} of the {budget}, not the asked "
-                f"{asked:.2%}: the cost model and the cut network disagree"
-            )
-
-    def _report_whole(self, graph: PruningGraph) -> None:
-        self.excluded = dict(graph.excluded)
-        for name, reason in graph.excluded.items():
-            log.warning("left whole: %s (%s)", name, reason)
-        cut, all_ = graph.prunable_share()
-        if cut < all_ / 2:
-            listed = "; ".join(f"{name}: {why}" for name, why in list(self.excluded.items())[:20])
-            raise UnreachableRateError(
-                f"only {cut:,} of the {all_:,} parameters in prune.scope="
-                f"{list(self.plan.scope)} can be cut. Left whole: {listed}"
-            )
-
-
-def _check_scope(scope: tuple[str, ...], detector: nn.Module) -> None:
-    names = {name for name, _ in detector.named_modules()}
-    for name in scope:
-        if name not in names:
-            parts = ", ".join(part for part, _ in detector.named_children())
-            raise ValueError(
-                f"prune.scope={list(scope)}: {type(detector).__name__} has no part {name!r}. Its "
-                f"parts are: {parts}; parts of them go too, e.g. prune.scope=[backbone.layer4]"
-            )
 
 
 def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:

@@ -13,6 +13,7 @@ class RoundRecord:
 
     def __init__(self) -> None:
         self.scores: dict[str, np.ndarray] = {}  # as the round began
+        self.excluded: dict[str, str] = {}  # layers that cannot be pruned, with the reason
         self.left: dict[str, np.ndarray] = {}  # channels, numbered as the round began
 
     def add(self, scores: Mapping[str, Tensor], channels: Mapping[str, Sequence[int]]) -> None:

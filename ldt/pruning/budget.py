@@ -105,8 +105,9 @@ def select_channels(
     if abs(saved(best) - save) > tolerance:
         check_reachable(graph, costs, save, limits, original)
         raise UnreachableRateError(
-            f"{save:,.0f} must go, {saved(best):,.0f} is the nearest to it: single channels are "
-            f"worth more than the tolerance of {tolerance:,.0f}. Choose another prune.rate"
+            f"{save:,.0f} {costs.unit} must go, {saved(best):,.0f} is the nearest to it: single "
+            f"channels are worth more than the tolerance of {tolerance:,.0f}. Choose another "
+            "prune.rate"
         )
     return {name: sorted(map(int, gone)) for name, gone in channels(best).items()}
 
@@ -126,8 +127,9 @@ def check_reachable(
     most = costs.saved({name: np.arange(count) for name, count in counts.items()})
     if most < save:
         raise UnreachableRateError(
-            f"{save:,.0f} must go, {most:,.0f} can: {limits}, and {len(graph.excluded)} layers "
-            "of the scope are left whole. Ask for a smaller prune.rate or widen prune.scope"
+            f"{save:,.0f} {costs.unit} must go, {most:,.0f} can: {limits}, and "
+            f"{len(graph.excluded)} layers of the scope are excluded. Ask for a smaller "
+            "prune.rate or widen prune.scope"
         )
 
 

@@ -11,6 +11,7 @@ from ldt.pruning.dependency import depthwise
 from ldt.pruning.graph import CONVOLUTIONS, PruningGraph
 
 Budget = Literal["params", "macs"]
+UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
 ALIASES: dict[str, Budget] = {"flops": "macs"}  # the papers' tables say FLOPs and count MACs
 
 
@@ -63,10 +64,13 @@ class CostModel:
     Args:
         graph: the groups.
         budget: ``params`` or ``macs`` (multiply-adds).
+
+    Attributes:
+        unit: of what is saved, for messages.
     """
 
     def __init__(self, graph: PruningGraph, budget: Budget) -> None:
-        self.groups = graph.groups
+        self.groups, self.unit = graph.groups, UNITS[budget]
         positions = graph.positions if budget == "macs" else {}
         self._costs = {
             m.name: _cost(m.layer, budget, positions.get(m.name, 0))

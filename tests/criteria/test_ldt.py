@@ -12,7 +12,7 @@ from small import SCOPE, Batch, Case, case
 
 from ldt.criteria.base import score_groups
 from ldt.criteria.ldt import LDTCriterion
-from ldt.discriminant import Objects
+from ldt.objects import Objects
 
 PER_IMAGE = ("neck", "neck_all", "neck_energy", "discriminant")
 REDUCES = ("absolute", "signed", "sum_absolute", "position", "position_absolute")

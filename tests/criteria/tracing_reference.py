@@ -11,7 +11,7 @@ import torch
 from small import Batch, SmallTarget
 from torch import Tensor, nn
 
-from ldt.discriminant import Objects
+from ldt.objects import Objects
 from ldt.pruning.graph import CONVOLUTIONS, NORMS
 
 Traced = list[tuple[np.ndarray, np.ndarray]]  # F and dF'/dF, both [C, h, w], of each call

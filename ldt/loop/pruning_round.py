@@ -1,0 +1,176 @@
+"""One round of pruning: score the channels, select the lowest ones, remove them."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch_pruning.pruner.importance import Importance
+
+from ldt.criteria.base import score_groups
+from ldt.detectors.adapter import Detector, PreparedBatch
+from ldt.detectors.forward import eval_with_gradients
+from ldt.evaluation.round_metrics import count_params_and_macs
+from ldt.loop.round_record import RoundRecord
+from ldt.loop.schedule import PruningSchedule
+from ldt.pruning.budget import (
+    TOLERANCE,
+    UnreachableRateError,
+    check_reachable,
+    select_channels,
+)
+from ldt.pruning.costs import CostModel
+from ldt.pruning.graph import PruningGraph
+
+log = logging.getLogger(__name__)
+
+Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unpruned:
+    """The unpruned detector's size, which rates and limits are counted from.
+
+    Attributes:
+        costs: its parameters and MACs, by budget.
+        channels: output channels of its convolutions.
+    """
+
+    costs: dict[str, int]
+    channels: dict[str, int]
+
+    @classmethod
+    def of(cls, detector: Detector) -> "Unpruned":
+        """Measure a detector."""
+        widths = {
+            name: getattr(layer, "out_channels", None)
+            for name, layer in detector.model.named_modules()
+        }
+        channels = {name: width for name, width in widths.items() if isinstance(width, int)}
+        return cls(count_params_and_macs(detector), channels)
+
+
+def prune_round(
+    detector: Detector,
+    criterion: Importance,
+    batches: Iterable[PreparedBatch],
+    schedule: PruningSchedule,
+    round_: int,
+    unpruned: Unpruned,
+    synchronize: Callable[[Scores], Scores] = lambda scores: scores,
+) -> RoundRecord:
+    """Score, select and remove channels in place, as often as the schedule's inner rounds say.
+
+    Args:
+        detector: is pruned.
+        criterion: one of ours or any importance of Torch-Pruning.
+        batches: calibration images; may be iterated more than once.
+        schedule: how much goes, from which layers.
+        round_: number of the round, from 1.
+        unpruned: what the schedule's rate is counted from.
+        synchronize: makes scores equal on all ranks.
+
+    Returns:
+        The scores and channels of the round.
+
+    Raises:
+        UnreachableRateError: the rate is not reachable within the scope and per-layer limits.
+    """
+    record, rounds = RoundRecord(), schedule.inner_rounds
+    with eval_with_gradients(detector.model):
+        for inner in range(1, rounds + 1):
+            graph = detector.trace(schedule.scope)
+            if inner == 1:
+                check_prunable(graph, schedule)
+            scores = synchronize(score_groups(criterion, detector, graph, batches))
+            rule = selection(detector, graph, schedule, unpruned, round_ - 1 + inner / rounds)
+            if inner < rounds:  # only what the round ends with must be exact
+                rule["tolerance"] = unpruned.costs[schedule.budget]
+            try:
+                channels = select_channels(graph, scores, **rule)
+            except UnreachableRateError as error:
+                raise _with_rate(error, schedule, round_) from error
+            graph.remove(channels)
+            record.add(scores, channels)
+    record.excluded = dict(graph.excluded)
+    check_rate(detector, schedule, round_, unpruned)
+    return record
+
+
+def selection(
+    detector: Detector,
+    graph: PruningGraph,
+    schedule: PruningSchedule,
+    unpruned: Unpruned,
+    after: float,
+) -> dict[str, Any]:
+    """Return the arguments of :func:`select_channels` for a round, which may be a partial one."""
+    budget = schedule.budget
+    whole = unpruned.costs[budget]
+    removed = whole - count_params_and_macs(detector)[budget]
+    return {
+        "costs": CostModel(graph, budget),
+        "save": schedule.removed_share(after) * whole - removed,
+        "tolerance": TOLERANCE * whole,
+        "ranking": schedule.ranking,
+        "limits": schedule.limits,
+        "original": unpruned.channels,
+    }
+
+
+def check_schedule(
+    detector: Detector, schedule: PruningSchedule, unpruned: Unpruned
+) -> dict[str, str]:
+    """Check before any training that a schedule's rate is reachable; return excluded layers.
+
+    Raises:
+        ValueError: the scope names no part of the detector.
+        UnreachableRateError: the rate is not reachable.
+    """
+    with eval_with_gradients(detector.model):
+        graph = detector.trace(schedule.scope)
+    check_prunable(graph, schedule)
+    save = (schedule.rate - TOLERANCE) * unpruned.costs[schedule.budget]
+    costs = CostModel(graph, schedule.budget)
+    try:
+        check_reachable(graph, costs, save, schedule.limits, unpruned.channels)
+    except UnreachableRateError as error:
+        raise _with_rate(error, schedule, schedule.rounds) from error
+    return dict(graph.excluded)
+
+
+def check_prunable(graph: PruningGraph, schedule: PruningSchedule) -> None:
+    """Log the excluded layers; raise UnreachableRateError if they are most of the scope."""
+    for name, reason in graph.excluded.items():
+        log.warning("excluded: %s (%s)", name, reason)
+    prunable, total = graph.prunable_share()
+    if prunable < total / 2:
+        listed = "; ".join(f"{name}: {why}" for name, why in list(graph.excluded.items())[:20])
+        raise UnreachableRateError(
+            f"only {prunable:,} of the {total:,} parameters in prune.scope="
+            f"{list(schedule.scope)} can be pruned. Excluded layers: {listed}"
+        )
+
+
+def check_rate(
+    detector: Detector, schedule: PruningSchedule, round_: int, unpruned: Unpruned
+) -> None:
+    """Raise RuntimeError unless a round has removed what was requested."""
+    budget = schedule.budget
+    achieved = 1 - count_params_and_macs(detector)[budget] / unpruned.costs[budget]
+    requested = schedule.removed_share(round_)
+    if abs(achieved - requested) > TOLERANCE:
+        raise RuntimeError(
+            f"round {round_} removed {achieved:.2%} of the {budget}, not the requested "
+            f"{requested:.2%}: the cost model and the pruned network disagree"
+        )
+
+
+def _with_rate(
+    error: UnreachableRateError, schedule: PruningSchedule, round_: int
+) -> UnreachableRateError:
+    return UnreachableRateError(
+        f"prune.rate={schedule.rate:g} is not reachable (round {round_} of {schedule.rounds}, "
+        f"{schedule.removed_share(round_):.1%} of the {schedule.budget}): {error}"
+    )
