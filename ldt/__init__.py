@@ -1,20 +1,52 @@
 """ldt: compress visual detectors by location-aware discriminant analysis."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ldt.detectors.mmcv_ops import install
 
 if TYPE_CHECKING:
+    from ldt.api import PruningResult, evaluate, prune
+    from ldt.callbacks.ldt_loss import LDTLoss
+    from ldt.criteria.base import Criterion
+    from ldt.deployment.prediction import predict
+    from ldt.deployment.to_mmdet import export
     from ldt.detectors.checkpoints import load_pruned
+    from ldt.module import DetectorModule
+    from ldt.runs.opened import open_run
+    from ldt.runs.study import load_study
 
 install()
 
-__all__ = ["load_pruned"]
+__all__ = [
+    "Criterion",
+    "DetectorModule",
+    "LDTLoss",
+    "PruningResult",
+    "evaluate",
+    "export",
+    "load_pruned",
+    "load_study",
+    "open_run",
+    "predict",
+    "prune",
+]
+_FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
+    "Criterion": "ldt.criteria.base",
+    "DetectorModule": "ldt.module",
+    "LDTLoss": "ldt.callbacks.ldt_loss",
+    "PruningResult": "ldt.api",
+    "evaluate": "ldt.api",
+    "export": "ldt.deployment.to_mmdet",
+    "load_pruned": "ldt.detectors.checkpoints",
+    "load_study": "ldt.runs.study",
+    "open_run": "ldt.runs.opened",
+    "predict": "ldt.deployment.prediction",
+    "prune": "ldt.api",
+}
 
 
-def __getattr__(name: str) -> Any:  # keeps `import ldt` free of torch
-    if name == "load_pruned":
-        from ldt.detectors.checkpoints import load_pruned
-
-        return load_pruned
-    raise AttributeError(f"module 'ldt' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _FOUND_IN:
+        raise AttributeError(f"module 'ldt' has no attribute {name!r}")
+    return getattr(import_module(_FOUND_IN[name]), name)

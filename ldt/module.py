@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldt.detectors.adapter import Detector
-from ldt.detectors.checkpoints import detector_state
+from ldt.detectors.checkpoints import detector_state, pruning_record
 from ldt.detectors.models import build
 from ldt.detectors.weights import load_weights
 from ldt.evaluation.metrics import DetectionMetrics
@@ -171,20 +171,9 @@ class DetectorModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add everything that rebuilds the detector, as plain data."""
-        checkpoint["ldt"] = {
-            "model": self.model_config,
-            "classes": list(self.classes),
-            "structure": structure.record(self.detector),
-            "predictors": self.adapter.predictors,
-            "neck": self.adapter.neck,
-            "input_size": list(self.adapter.input_size),
-            "resize": self.resize,
-            "phase": {
-                "phase_epochs": self.phase_epochs,
-                "lr_scale": self.lr_scale,
-                "schedule": self.schedule,
-            },
-        }
+        record = pruning_record(self.adapter, self.model_config, self.classes, self.resize)
+        phase = ("phase_epochs", "lr_scale", "schedule")
+        checkpoint["ldt"] = {**record, "phase": {key: getattr(self, key) for key in phase}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's structure and phase before weights and optimizer are restored.

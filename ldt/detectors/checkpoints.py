@@ -1,13 +1,43 @@
 """From a checkpoint back to an ordinary mmdet detector."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldt.detectors.adapter import Detector
 from ldt.detectors.models import build
 from ldt.pruning import structure
+
+RECORD = "pruning_record"  # attribute of a loaded detector: what its checkpoint says of it
+
+
+def pruning_record(
+    detector: Detector,
+    model: dict[str, Any],
+    classes: Sequence[str],
+    resize: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return what a checkpoint says of its detector, as plain data; see :func:`load_pruned`.
+
+    Args:
+        detector: as it is now, pruned or not.
+        model: the config that the unpruned detector is built from.
+        classes: names in label order.
+        resize: the steps that bring an image to the network's input size, as mmdet's configs have
+            them; may be empty.
+    """
+    return {
+        "model": model,
+        "classes": list(classes),
+        "structure": structure.record(detector.model),
+        "predictors": detector.predictors,
+        "neck": detector.neck,
+        "input_size": list(detector.input_size),
+        "resize": list(resize),
+    }
 
 
 def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -27,6 +57,12 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or was not written by ldt.
         ImportError: a module of the detector's own config cannot be found.
+
+    Example:
+        >>> file = result.save("pruned.ckpt")
+        >>> pruned = ldt.load_pruned(file)
+        >>> pruned.dataset_meta["classes"]
+        ('Car', 'Pedestrian', 'Cyclist')
     """
     return detector_of(read(path), device)
 
@@ -38,7 +74,8 @@ def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") 
     detector = build(about["model"], initialise=False)
     structure.rebuild(detector, about["structure"], state)
     detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
-    detector.dataset_meta = {"classes": tuple(about["classes"])}  # type: ignore[assignment]
+    setattr(detector, "dataset_meta", {"classes": tuple(about["classes"])})  # noqa: B010
+    setattr(detector, RECORD, about)
     detector.to(device)
     detector.eval()  # not every detector's gives itself back
     return detector

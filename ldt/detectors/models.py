@@ -29,7 +29,7 @@ def use_mmdet() -> None:
 
 
 def model_config(
-    config: str, options: dict[str, Any], n_classes: int, pretrained: bool
+    config: str, options: dict[str, Any], n_classes: int | None, pretrained: bool
 ) -> dict[str, Any]:
     """The ``model`` part of an mmdet config as plain data, with our changes.
 
@@ -38,7 +38,7 @@ def model_config(
     Args:
         config: an mmdet config file, or ``mmdet::<family>/<file>`` for a packaged one.
         options: merged into ``model``, by mmengine's rules (``_delete_`` works).
-        n_classes: replaces every ``num_classes``.
+        n_classes: replaces every ``num_classes``; None keeps the config's.
         pretrained: keep the ``init_cfg`` entries that load pretrained backbones.
 
     Raises:
@@ -56,7 +56,8 @@ def model_config(
         raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
     whole.merge_from_dict({"model": options})
     model: Any = ConfigDict(whole.model).to_dict()
-    _set_num_classes(model, n_classes)
+    if n_classes is not None:
+        _set_num_classes(model, n_classes)
     if not pretrained:
         drop_pretrained(model)
     if "custom_imports" in whole:

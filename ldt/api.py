@@ -1,0 +1,318 @@
+"""Prune a detector in a few lines, without a training recipe, Hydra or Lightning.
+
+>>> import ldt
+>>> result = ldt.prune(detector, images, rate=0.3, criterion="ldt", budget="macs")
+>>> print(result)
+>>> result.save("pruned.ckpt")
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch_pruning.pruner.importance import Importance
+
+from ldt.criteria.methods import find_method
+from ldt.detectors.adapter import Calibration, Detector, RawBatch
+from ldt.detectors.batch_norm import reestimate_batch_norms
+from ldt.detectors.checkpoints import pruning_record
+from ldt.detectors.opening import OpenedDetector, open_detector
+from ldt.evaluation.layers import layers
+from ldt.evaluation.metrics import DetectionMetrics
+from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round
+from ldt.loop.round_record import RoundRecord
+from ldt.loop.schedule import PruningSchedule
+from ldt.pruning.budget import Limits
+from ldt.pruning.costs import parse_budget
+
+Images = Iterable[RawBatch] | Dataset
+LayerSizes = dict[str, dict[str, int]]
+KEYS = ("out", "params", "multiply_adds")  # of a layer's sizes
+
+
+@dataclass
+class PruningResult:
+    """A pruned detector and what pruning changed.
+
+    Attributes:
+        detector: the pruned mmdet detector.
+        before, after: ``in``, ``out``, ``params`` and ``multiply_adds`` of every layer.
+        excluded: layers of the scope that could not be pruned, with the reason.
+        record: the scores, and the channels that were removed.
+
+    Example:
+        >>> result = ldt.prune(detector, images, rate=0.3)
+        >>> list(result.table())
+        ['channels', 'kept', 'params', 'params_kept', 'macs', 'macs_kept']
+    """
+
+    detector: nn.Module = field(repr=False)
+    before: LayerSizes = field(repr=False)
+    after: LayerSizes = field(repr=False)
+    excluded: dict[str, str] = field(repr=False)
+    record: RoundRecord = field(repr=False)
+    _about: dict[str, Any] | None = field(repr=False)
+
+    def table(self) -> pd.DataFrame:
+        """Return a row per pruned layer, and the whole network's as the last one.
+
+        Columns: output ``channels`` and those that are ``kept``; ``params`` and ``macs`` (of one
+        image of the input size) before, and ``params_kept`` and ``macs_kept``.
+        """
+        rows = {
+            name: _row(size, self.after[name])
+            for name, size in self.before.items()
+            if size["out"] and size != self.after[name]
+        }
+        return pd.DataFrame.from_dict({**rows, "(network)": _row(*self._totals())}, "index")
+
+    def _totals(self) -> tuple[dict[str, int], dict[str, int]]:
+        before, after = (
+            {key: sum(size[key] for size in sizes.values()) for key in KEYS}
+            for sizes in (self.before, self.after)
+        )
+        return before, after
+
+    def __str__(self) -> str:
+        before, after = self._totals()
+        told = [
+            f"{before[key] / unit:.3f} -> {after[key] / unit:.3f} {name} "
+            f"(-{1 - after[key] / before[key]:.1%})"
+            for key, unit, name in (
+                ("params", 1e6, "M parameters"),
+                ("multiply_adds", 1e9, "GMACs"),
+            )
+        ]
+        return f"{type(self.detector).__name__}: {', '.join(told)}\n{self.table().to_string()}"
+
+    def save(self, path: str | Path) -> Path:
+        """Write a checkpoint that :func:`ldt.load_pruned` opens; return its path.
+
+        Raises:
+            ValueError: the config of the unpruned detector is not known.
+        """
+        if self._about is None:
+            raise ValueError(
+                "a checkpoint holds the config that the unpruned detector is built from, which "
+                "is not known here; give it: ldt.prune(..., config='my_config.py')"
+            )
+        state = {f"detector.{key}": value for key, value in self.detector.state_dict().items()}
+        torch.save({"state_dict": state, "ldt": self._about}, path)
+        return Path(path)
+
+
+def prune(
+    detector: nn.Module | Config | str | Path,
+    images: Images,
+    *,
+    rate: float | None = None,
+    keep: float | None = None,
+    criterion: str | Importance = "ldt",
+    budget: str = "params",
+    ranking: str | None = None,
+    scope: Sequence[str] = PruningSchedule.scope,
+    limits: Limits | None = None,
+    weights: str | Path | None = None,
+    config: Config | str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    calibration_images: int = PruningSchedule.images,
+    batch_size: int = PruningSchedule.batch_size,
+    input_size: tuple[int, int] | None = None,
+    neck: str | None = None,
+    predictors: Sequence[str] | None = None,
+    reestimate_bn: bool = True,
+    inplace: bool = False,
+    seed: int = 0,
+) -> PruningResult:
+    """Remove the least useful channels of a detector, structurally, without training.
+
+    Args:
+        detector: an mmdet detector that is built already, an mmdet config (a file, a packaged one
+            such as ``mmdet::gfl/gfl_r50_fpn_1x_coco.py``, an mmengine ``Config``), or a checkpoint
+            of ldt.
+        images: labelled images for calibration: a data loader of mmdet's batches, a data set of
+            mmdet's (boxes in the coordinates of the network input), or a data module of ours.
+        rate: share of the budget to remove, in (0, 1).
+        keep: share of the budget to keep; give either.
+        criterion: the name of a method of ``conf/method`` (``ldt``, ``group_fisher``, ``chip``,
+            ``hrank``, ``px``, ``l1``, ``random``) or an instance.
+        budget: ``params`` or ``macs`` (``flops`` means the same).
+        ranking: how scores of different layers are compared; the method's own by default.
+        scope: parts of the detector that lose filters.
+        limits: how far a layer may shrink.
+        weights: of a config's detector.
+        config: the mmdet config of a detector that is built already, for :meth:`save`.
+        classes: names in label order, for :meth:`save`.
+        calibration_images: at most so many images are looked at.
+        batch_size: images in a batch, where ``images`` is a data set.
+        input_size: (height, width) that MACs are counted for; that of the first batch by default.
+        neck: name of the module whose output feeds the head; found by itself.
+        predictors: layers whose outputs are never pruned; found by themselves.
+        reestimate_bn: re-estimate the statistics of batch norms on the same images.
+        inplace: prune the given detector itself, not a copy.
+        seed: of what criteria draw at random.
+
+    Returns:
+        The pruned detector, with a table and :meth:`~PruningResult.save`.
+
+    Raises:
+        ValueError: a value outside of what is allowed, or no image with an object.
+        UnreachableRateError: the rate is not reachable within the scope and per-layer limits.
+
+    Example:
+        >>> result = ldt.prune(detector, images, rate=0.3, criterion="ldt", budget="macs")
+        >>> type(result.detector).__name__  # an ordinary mmdet detector, as it was given
+        'GFL'
+        >>> network = result.table().loc["(network)"]
+        >>> print(f"{1 - network['macs_kept'] / network['macs']:.1f}")
+        0.3
+    """
+    method = find_method(criterion, ranking)
+    schedule = PruningSchedule(
+        rate=_rate(rate, keep),
+        rounds=1,
+        base_epochs=0,
+        retrain_epochs=1,
+        budget=parse_budget(budget),
+        ranking=method.ranking,
+        inner_rounds=method.inner_rounds,
+        scope=tuple(scope),
+        limits=limits or Limits(),
+        images=calibration_images,
+        batch_size=batch_size,
+    )
+    opened = open_detector(detector, weights, classes or getattr(images, "classes", None), config)
+    if isinstance(detector, nn.Module) and not inplace:
+        opened.model = deepcopy(detector)
+    batches = calibration_batches(images, calibration_images, batch_size)
+    if hasattr(images, "resize"):
+        opened.record = {**opened.record, "resize": getattr(images, "resize")}  # noqa: B009
+    adapter = _adapter(opened, batches, input_size, neck, predictors)
+    return _prune(adapter, opened, batches, schedule, method.criterion, reestimate_bn, seed)
+
+
+def _prune(
+    detector: Detector,
+    opened: OpenedDetector,
+    batches: DataLoader,
+    schedule: PruningSchedule,
+    criterion: Importance,
+    reestimate_bn: bool,
+    seed: int,
+) -> PruningResult:
+    calibration = Calibration(detector, batches)
+    before = layers(detector.model, detector.input_size)
+    unpruned = Unpruned.of(detector)
+    check_schedule(detector, schedule, unpruned)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        record = prune_round(detector, criterion, calibration, schedule, 1, unpruned)
+    if reestimate_bn:
+        reestimate_batch_norms(detector, calibration)
+    about = None
+    if opened.config is not None:
+        resize = opened.record.get("resize", ())
+        about = pruning_record(detector, opened.config, opened.classes, resize)
+    after = layers(detector.model, detector.input_size)
+    return PruningResult(detector.model, before, after, record.excluded, record, about)
+
+
+def _rate(rate: float | None, keep: float | None) -> float:
+    if (rate is None) == (keep is None):
+        raise ValueError("give either rate= (the share to remove) or keep= (the share to keep)")
+    return rate if rate is not None else 1 - (keep or 0.0)
+
+
+def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoader:
+    """Return collated batches of at most ``limit`` images, the same at every pass.
+
+    Args:
+        images: a data module of ours; a data set, of which evenly spread images are taken; or
+            collated batches, of which the first ones are kept in memory (a shuffled loader would
+            give others at each pass).
+        limit: most images.
+        batch_size: where ``images`` are not batches already.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    module: Any = images
+    if hasattr(images, "calibration_dataloader"):
+        module.setup("fit")
+        return module.calibration_dataloader(limit, batch_size)
+    if hasattr(images, "__len__") and not len(module):
+        raise ValueError("images holds no image; criteria need some labelled ones")
+    if hasattr(images, "__getitem__") and not isinstance(module[0]["data_samples"], list):
+        count = min(limit, len(module))
+        chosen = Subset(module, [index * len(module) // count for index in range(count)])
+        return DataLoader(chosen, batch_size, collate_fn=pseudo_collate)
+    found: list[RawBatch] = []
+    for batch in module:
+        room = limit - sum(len(earlier["data_samples"]) for earlier in found)
+        found.append({key: list(islice(value, room)) for key, value in batch.items()})
+        if len(found[-1]["data_samples"]) == room:
+            break
+    # copies, for mmdet's preprocessors change the samples that they are given
+    return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
+
+
+def _adapter(
+    opened: OpenedDetector,
+    batches: DataLoader,
+    input_size: tuple[int, int] | None,
+    neck: str | None,
+    predictors: Sequence[str] | None,
+) -> Detector:
+    record = opened.record
+    height, width = input_size or record.get("input_size") or _size_of_first(opened.model, batches)
+    neck = str(neck or record.get("neck", "auto"))
+    return Detector(opened.model, (height, width), neck, predictors or record.get("predictors"))
+
+
+def _size_of_first(model: Any, batches: DataLoader) -> tuple[int, int]:
+    """(height, width) of the first batch as the network sees it."""
+    images = model.data_preprocessor(next(iter(batches)), False)["inputs"]
+    return images.shape[2], images.shape[3]
+
+
+def _row(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    names = ("channels", "kept", "params", "params_kept", "macs", "macs_kept")
+    return dict(zip(names, (sizes[key] for key in KEYS for sizes in (before, after)), strict=True))
+
+
+@torch.no_grad()
+def evaluate(
+    detector: nn.Module, loader: Iterable[RawBatch], classes: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return COCO's and VOC's metrics (``AP``, ``AP50``, ``AP75``, ``mAP``, ...) of a detector.
+
+    Args:
+        detector: an mmdet detector.
+        loader: batches with boxes in the coordinates of the original images (mmdet's test
+            pipelines, ``val_dataloader`` of our data modules).
+        classes: names in label order; the detector's by default.
+
+    Example:
+        >>> found = ldt.evaluate(detector, images.val_dataloader(), images.classes)
+        >>> 0 <= found["AP"] <= found["AP50"]
+        True
+    """
+    names = tuple(classes or open_detector(detector).classes)
+    metrics, training = DetectionMetrics(names), detector.training
+    step: Any = detector.test_step
+    detector.eval()
+    try:
+        for batch in loader:
+            metrics.update(step(batch))
+    finally:
+        detector.train(training)
+    return metrics.compute()

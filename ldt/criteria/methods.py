@@ -1,0 +1,81 @@
+"""Pruning methods by name: a criterion of ``conf/method`` and how its scores are ranked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch_pruning.pruner.importance import Importance
+
+from ldt.pruning.budget import RANKINGS
+
+CONF = Path(__file__).parents[2] / "conf" / "method"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method's yaml file holds.
+
+    Attributes:
+        criterion: scores the channels.
+        ranking: how scores of different layers are compared.
+        inner_rounds: times that a round scores anew and removes channels.
+    """
+
+    criterion: Importance
+    ranking: str = "global"
+    inner_rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise ValueError(f"ranking={self.ranking!r}; choose one of {', '.join(RANKINGS)}")
+
+
+def find_method(criterion: str | Importance, ranking: str | None = None) -> Method:
+    """Return a method by the name of its yaml file, or wrap a criterion.
+
+    Args:
+        criterion: a name of ``conf/method``, or an instance: one of ours or any importance of
+            Torch-Pruning.
+        ranking: overrides the method's own.
+
+    Raises:
+        ValueError: there is no such method, or it does not prune at once.
+    """
+    if not isinstance(criterion, str):
+        return Method(criterion, ranking or Method.ranking)
+    content = _read(criterion)
+    return Method(
+        _instantiate(content["criterion"]),
+        ranking or content.get("ranking", Method.ranking),
+        content.get("inner_rounds", Method.inner_rounds),
+    )
+
+
+def _read(name: str) -> dict[str, Any]:
+    known = {file.stem: file for file in CONF.glob("*.yaml")}
+    usable = {}
+    for stem, file in known.items():
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if content.get("criterion") and not content.get("gradual"):
+            usable[stem] = content
+    if name in usable:
+        return usable[name]
+    reason = "prunes nothing at once" if name in known else "is not known"
+    raise ValueError(
+        f"criterion={name!r} {reason}; choose one of {', '.join(sorted(usable))}, or give an "
+        "instance, e.g. ldt.criteria.ldt.LDTCriterion()"
+    )
+
+
+def _instantiate(content: Mapping[str, Any]) -> Importance:
+    """The criterion of a yaml; what refers to a training's configuration keeps its default."""
+    module, _, name = content["_target_"].rpartition(".")
+    given = {
+        key: value
+        for key, value in content.items()
+        if key != "_target_" and not str(value).startswith("${")
+    }
+    return getattr(import_module(module), name)(**given)
