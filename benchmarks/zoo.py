@@ -42,8 +42,7 @@ from ldt.detectors.forward import eval_with_gradients, raw_forward
 from ldt.detectors.models import model_config, quiet
 from ldt.evaluation.profiling import count_parameters
 from ldt.module import DetectorModule
-from ldt.pruning.budget import TOLERANCE, select_channels
-from ldt.pruning.costs import CostModel
+from ldt.pruning.budget import TOLERANCE
 
 PARTS = {
     "head": ("roi_head", "bbox_head", "rpn_head", "mask_head", "panoptic_head"),
@@ -387,15 +386,20 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
             raise RuntimeError(f"only {cut / in_scope:.0%} of the scope can be cut: {reasons}")
         yield "score"
         batches = [module.adapter.prepare(batch(model, 2))]
-        for criterion in (
-            GroupFisherCriterion(),
-            GroupMagnitudeImportance(p=1),
-            LDTCriterion(model.source),
-        ):
-            scores = score_groups(criterion, module.adapter, graph, batches)
-        yield "cut"
-        rule = {"costs": CostModel(graph, "params"), "tolerance": TOLERANCE * in_scope}
-        graph.remove(select_channels(graph, scores, save=RATE * in_scope, **rule))
+        for criterion in (GroupFisherCriterion(), GroupMagnitudeImportance(p=1)):
+            score_groups(criterion, module.adapter, graph, batches)
+    yield "cut"
+    ldt.prune(
+        detector,
+        [batch(model, 2)],
+        rate=RATE * in_scope / whole,
+        criterion=LDTCriterion(model.source),
+        scope=model.scope,
+        input_size=(model.size, model.size),
+        neck=model.neck,
+        reestimate_bn=False,
+        inplace=True,
+    )
     achieved = (whole - count_parameters(detector)) / in_scope
     if abs(achieved - RATE) > TOLERANCE:
         raise RuntimeError(f"{achieved:.1%} of the scope's parameters are gone, not {RATE:.0%}")
