@@ -32,7 +32,8 @@ from ldt.detectors.models import model_config
 from ldt.module import DetectorModule
 from ldt.objects import Objects
 from ldt.pruning.dependency import ModulatedDeformConv2dPack
-from ldt.pruning.graph import CONVOLUTIONS, NORMS, Forward, PruningGraph
+from ldt.pruning.graph import Forward, PruningGraph
+from ldt.pruning.layer_types import CONVOLUTIONS, NORMS
 
 CONF = str(Path(__file__).parents[1] / "conf")
 REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")

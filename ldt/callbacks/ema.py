@@ -7,6 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from ldt.callbacks.lightning_internals import copy_average
+
 
 class ExponentialMovingAverage(WeightAveraging):
     """mmdet's ExpMomentumEMA: the average follows fast at first and slowly later.
@@ -30,7 +32,7 @@ class ExponentialMovingAverage(WeightAveraging):
 
     def finish(self, pl_module: L.LightningModule) -> None:
         """Copy the average into the module, as at the end of a phase."""
-        self._copy_average_to_current(pl_module)
+        copy_average(self, pl_module)
 
     def restart(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the average and start from the module as it is, with its present structure."""

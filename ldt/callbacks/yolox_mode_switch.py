@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from ldt.callbacks.lightning_internals import datamodule_of
+
 
 class YOLOXModeSwitch(L.Callback):
     """YOLOX's mode switch: the last epochs of a phase run without mosaic and with an L1 loss.
@@ -33,7 +35,7 @@ class YOLOXModeSwitch(L.Callback):
 
     def _switch(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         plain = any(self.is_last_epoch(epoch + ahead) for ahead in range(self.epochs))
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         (data.augment_off if plain else data.augment_on)()
         head: Any = getattr(pl_module.detector, "bbox_head", None)
         if hasattr(head, "use_l1"):

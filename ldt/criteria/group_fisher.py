@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ldt.criteria.base import Criterion, Target
 from ldt.pruning.costs import CostModel
-from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
+from ldt.pruning.coupled_groups import CoupledGroup
+from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import CONVOLUTIONS
 
 Cost = Literal["memory", "flops", "none"]
 

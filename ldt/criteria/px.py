@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldt.criteria.base import Criterion, Target
-from ldt.pruning.graph import ACTIVATIONS, CONVOLUTIONS, NORMS, PruningGraph
+from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS
 
 Forward = Callable[..., Tensor]
 

@@ -17,7 +17,8 @@ from ldt.detectors.forward import (
     raw_forward,
 )
 from ldt.objects import Objects, labelled_objects
-from ldt.pruning.graph import NORMS, PruningGraph
+from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import NORMS
 
 RawBatch = dict[str, Any]  # what mmdet's data loaders give: "inputs" and "data_samples"
 

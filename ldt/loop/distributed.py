@@ -1,13 +1,11 @@
-"""What several processes owe each other when a network changes its shape."""
+"""DDP helper: check that all ranks pruned the same channels."""
 
-import gc
 import hashlib
 import json
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from ldt.loop.round_record import RoundRecord
 
@@ -23,12 +21,3 @@ def check_same_channels(trainer: L.Trainer, removed: RoundRecord) -> None:
             f"process {trainer.global_rank} removed other channels than the others: the processes' "
             "detectors had drifted apart, and training on would be meaningless"
         )
-
-
-def rewrap_ddp(trainer: L.Trainer) -> None:
-    """Let DDP forget the parameters it was made with: its buckets hold on to their shapes."""
-    strategy: Any = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
-        strategy.model = trainer.lightning_module
-        gc.collect()  # the old wrapper's hooks fire until it is gone, and it is part of cycles
-        strategy.configure_ddp()

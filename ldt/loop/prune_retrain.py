@@ -9,12 +9,18 @@ import lightning as L
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.callbacks.lightning_internals import (
+    datamodule_of,
+    rebuild_optimizers,
+    rewrap_ddp,
+    set_max_epochs,
+)
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.adapter import Calibration
 from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation import profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
-from ldt.loop.distributed import check_same_channels, rewrap_ddp
+from ldt.loop.distributed import check_same_channels
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.pruning_round import (
     Unpruned,
@@ -141,7 +147,7 @@ class PruneRetrain(L.Callback):
             self._begin_round(trainer, pl_module)
 
     def _set_end(self, trainer: L.Trainer) -> None:
-        trainer.fit_loop.max_epochs = self.plan.total_epochs + self._masking_epochs
+        set_max_epochs(trainer, self.plan.total_epochs + self._masking_epochs)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate at the end of each phase, and as often as was asked in between."""
@@ -278,7 +284,7 @@ class PruneRetrain(L.Callback):
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Make everything anew that holds on to parameters."""
         rewrap_ddp(trainer)
-        trainer.strategy.setup_optimizers(trainer)
+        rebuild_optimizers(trainer)
         for callback in _averages(trainer):
             callback.restart(trainer, module)
 
@@ -289,6 +295,6 @@ def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
 
 
 def _data(trainer: L.Trainer) -> DetectionDataModule:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
     assert isinstance(data, DetectionDataModule)
     return data

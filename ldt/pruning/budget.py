@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from ldt.pruning.costs import CostModel
-from ldt.pruning.graph import CoupledGroup, PruningGraph
+from ldt.pruning.coupled_groups import CoupledGroup
+from ldt.pruning.graph import PruningGraph
 
 RANKINGS = ("global", "global_per_cost", "global_normalised", "uniform")
 TOLERANCE = 0.005  # of the unpruned model's budget

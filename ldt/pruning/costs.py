@@ -8,7 +8,8 @@ import numpy as np
 from torch import nn
 
 from ldt.pruning.dependency import depthwise
-from ldt.pruning.graph import CONVOLUTIONS, PruningGraph
+from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import CONVOLUTIONS
 
 Budget = Literal["params", "macs"]
 UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}

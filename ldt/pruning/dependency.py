@@ -39,9 +39,14 @@ from mmdet.models.backbones.res2net import Bottle2neck
 from mmdet.models.backbones.resnest import SplitAttentionConv2d
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
-from torch_pruning.dependency.index_mapping import _SplitIndexMapping
-from torch_pruning.dependency.node import Node
-from torch_pruning.ops import OPTYPE, DummyPruner, _ElementWiseOp
+
+from ldt.pruning.torch_pruning_internals import (
+    OPTYPE,
+    DummyPruner,
+    ElementWiseOp,
+    Node,
+    SplitIndexMapping,
+)
 
 DEFORMABLE = (DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d, ModulatedDeformConv2dPack)
 
@@ -218,7 +223,7 @@ def _map_part(part: Part, node: Any) -> None:
     (split,), ends = node.inputs, [part.start, part.start + part.width]
     for edge in (*split.dependencies, *node.dependencies):
         if (edge.source, edge.target) in ((split, node), (node, split)):
-            edge.index_mapping[0] = _SplitIndexMapping(ends, reverse=edge.source is node)
+            edge.index_mapping[0] = SplitIndexMapping(ends, reverse=edge.source is node)
 
 
 def split_into(node: Any) -> int:
@@ -279,7 +284,7 @@ def _merge_elementwise(nodes: dict[Any, Any]) -> None:
     """
 
     def inner(node: Any) -> bool:
-        return isinstance(node.module, _ElementWiseOp) and all(
+        return isinstance(node.module, ElementWiseOp) and all(
             n.type in (OPTYPE.ELEMENTWISE, OPTYPE.CONV, OPTYPE.BN)
             for n in (*node.inputs, *node.outputs)
         )

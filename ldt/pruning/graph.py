@@ -1,90 +1,29 @@
 """Which channels are coupled, and cutting them: a plain view of Torch-Pruning's graph."""
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from mmcv.cnn.bricks import HSwish, Swish
 from torch import Tensor, nn
-from torch.nn.modules import activation
-from torch_pruning._helpers import _HybridIndex
-from torch_pruning.ops import OPTYPE
 
-from ldt.pruning.dependency import (
-    DEFORMABLE,
-    Fixed,
-    Part,
-    Tracer,
-    depthwise,
-    divisions,
-    grouped,
-    resize_parts,
-    split_into,
+from ldt.pruning.coupled_groups import (
+    CoupledGroup,
+    Member,
+    cells_of,
+    fixed_operation,
+    misfit,
+    obstacle,
+    tied_roots,
 )
+from ldt.pruning.dependency import Part, Tracer, resize_parts
+from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, width_of
 from ldt.pruning.names import below
-
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-STATISTICS = (nn.GroupNorm, nn.LayerNorm)
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *DEFORMABLE)
-ACTIVATIONS = (
-    activation.ReLU, activation.ReLU6, activation.LeakyReLU, activation.PReLU, activation.ELU,
-    activation.SiLU, activation.Mish, activation.GELU, activation.Hardswish, Swish, HSwish,
-)  # fmt: skip
+from ldt.pruning.trial import failure
 
 Forward = Callable[..., Any]  # (model, images) -> the raw output maps
-
-
-@dataclass(frozen=True)
-class Member:
-    """One side of one layer that the channels of a group touch.
-
-    Attributes:
-        name: the layer's name in the model.
-        layer: the layer.
-        side: ``out`` (its filters), ``in`` (what it reads), or ``both`` (norms, depthwise
-            convolutions and other layers that keep channels apart).
-        channels: the touched channels of this side, each once.
-        roots: for each of them, the group's channel it belongs to.
-    """
-
-    name: str
-    layer: nn.Module
-    side: Literal["out", "in", "both"]
-    channels: np.ndarray
-    roots: np.ndarray
-
-
-@dataclass(frozen=True)
-class CoupledGroup:
-    """Channels that can only be removed together, over all the layers that share them.
-
-    Attributes:
-        name: the root layer, in whose channels the group is counted.
-        size: number of channels; those of the root layer that only go together count once.
-        members: every side of every layer that changes when a channel goes.
-        raw: Torch-Pruning's group, which an importance is called with.
-        parts: channels go in steps of one from each of this many equal parts (GroupNorm, grouped
-            convolutions, splits).
-    """
-
-    name: str
-    size: int
-    members: tuple[Member, ...]
-    raw: Any = field(repr=False, default=None)
-    parts: int = 1
-
-    @property
-    def makers(self) -> tuple[Member, ...]:
-        """The convolutions whose output channels the group is made of."""
-        return tuple(
-            m for m in self.members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)
-        )
 
 
 class PruningGraph:
@@ -174,7 +113,7 @@ class PruningGraph:
             if partly and maker not in tried:
                 return self._raw(maker, layer, *tried)
         if any(isinstance(item.dep.target.module, Part) for item in raw.items):
-            root_of = _tied(raw)
+            root_of = tied_roots(raw)
             for item in raw.items:
                 item.root_idxs = [root_of[root] for root in item.root_idxs]
         return raw
@@ -195,11 +134,11 @@ class PruningGraph:
             if item.dep.target.module in self._names
         )
         root = members[0]
-        size, cells = len(set(root.roots)), _cells(members, raw)
+        size, cells = len(set(root.roots)), cells_of(members, raw)
         parts = math.lcm(*(cell.count for cell in cells if not cell.even))
         group = CoupledGroup(root.name, size, members, raw, parts)
         inside = {m.name: m.layer for m in group.makers if m.name in in_scope}
-        reason = _obstacle(group, never, scope) or _operation(raw) or _misfit(group, cells)
+        reason = obstacle(group, never, scope) or fixed_operation(raw) or misfit(group, cells)
         if reason is None:
             self.groups[group.name] = group
             self.scored.update(inside)
@@ -209,7 +148,7 @@ class PruningGraph:
 
     def _sift(self, names: Sequence[str]) -> None:
         """Leave whole what a trial shows to be unsafe, halving down to the groups at fault."""
-        reason = self._trial(names) if names else None
+        reason = failure(self, names) if names else None
         if reason is None:
             return
         if len(names) > 1:
@@ -219,60 +158,6 @@ class PruningGraph:
         for maker in self.groups.pop(names[0]).makers:
             if self.scored.pop(maker.name, None):
                 self.excluded[maker.name] = reason
-
-    def _trial(self, names: Sequence[str]) -> str | None:
-        """Why half of the channels of these groups cannot go, or None.
-
-        Where all readers of the channels see zeros, their values must not matter: else tracing has
-        missed a reader, or taken one channel for another. Then the network must run when it is cut.
-        """
-        gone = {name: _half(self.groups[name]) for name in names}
-        try:
-            if any(
-                not torch.equal(one.nan_to_num(), other.nan_to_num())
-                for one, other in zip(self._masked(gone, 0), self._masked(gone, 1), strict=True)
-            ):
-                return "something that tracing does not see reads its channels"
-            with self._put_back():
-                self.remove({name: channels.tolist() for name, channels in gone.items()})
-                for group in (self.groups[name] for name in names):
-                    root = group.members[0]
-                    cut = np.isin(root.roots, gone[group.name]).sum()
-                    if width_of(root.layer, "out") != len(root.channels) - cut:
-                        return "some of its channels only go together"
-                self._run()
-        except Exception as error:  # whatever a model's code does with unexpected shapes
-            reason = " ".join(str(error).split())[:120]
-            return f"the network does not run without half of them ({reason})"
-        return None
-
-    def _masked(self, gone: dict[str, np.ndarray], noise: float) -> list[Tensor]:
-        """The raw maps with noise on the channels that are gone, which no reader sees."""
-        with ExitStack() as hooks:
-            for layer in self._names:
-                if isinstance(layer, STATISTICS):
-                    hooks.callback(layer.register_forward_hook(_affine).remove)
-            for name, channels in gone.items():
-                for member in self.groups[name].members:
-                    touched = member.channels[np.isin(member.roots, channels)]
-                    if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
-                        masking = _masking(member.layer, member.side, touched, noise)
-                        hooks.callback(masking.remove)
-            return list(self._run())
-
-    @contextmanager
-    def _put_back(self) -> Iterator[None]:
-        """Within it, surgery is for a trial only."""
-        before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for module in self._names:
-            sizes = {k: v for k, v in vars(module).items() if isinstance(v, (int, tuple))}
-            before.append((vars(module), sizes))
-            before += [(d, dict(d)) for d in (module._parameters, module._buffers)]
-        try:
-            yield
-        finally:
-            for place, content in before:
-                place.update(content)
 
     def _side(self, dep: Any) -> Literal["out", "in", "both"]:
         out = self._graph.is_out_channel_pruning_fn(dep.handler)
@@ -298,7 +183,7 @@ class PruningGraph:
             counted[name] = counted.get(name, 0) + counted_map.numel() // channels
 
         layers = [m for m in self._names if isinstance(m, CONVOLUTIONS + NORMS)]
-        self._run([layer.register_forward_hook(count) for layer in layers])
+        self.run([layer.register_forward_hook(count) for layer in layers])
         return counted
 
     @cached_property
@@ -330,10 +215,10 @@ class PruningGraph:
             for module in self._names
             if isinstance(module, ACTIVATIONS)
         ]
-        self._run(hooks)
+        self.run(hooks)
         return frozenset(found)
 
-    def _run(self, hooks: Sequence[Any] = ()) -> Any:
+    def run(self, hooks: Sequence[Any] = ()) -> Any:
         """One forward of the example in eval mode, after which the hooks are removed."""
         training = [module for module in self._names if module.training]
         for module in training:
@@ -375,169 +260,3 @@ class PruningGraph:
         resize_parts(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable[name])
-
-
-def _half(group: CoupledGroup) -> np.ndarray:
-    """Half of a group's channels, the same number of each of its parts."""
-    size, rng = group.size // group.parts, np.random.default_rng(0)
-    chosen = [first + rng.permutation(size)[: size // 2] for first in range(0, group.size, size)]
-    return np.concatenate(chosen)
-
-
-def _affine(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A normalisation by statistics over several channels, without these: they mix channels."""
-    if layer.weight is None:
-        return inputs[0]
-    plain = type(layer) is nn.LayerNorm  # its subclasses work on maps, as GroupNorm does
-    shape = layer.normalized_shape if plain else (-1, 1, 1)
-    return inputs[0] * layer.weight.view(shape) + layer.bias.view(shape)
-
-
-def _masking(layer: nn.Module, side: str, channels: np.ndarray, noise: float) -> Any:
-    """A hook that hides channels from a reader, or adds noise to what a layer makes."""
-    shape = (-1,) if isinstance(layer, nn.Linear) else (-1, 1, 1)
-    mask = torch.zeros(width_of(layer, side))
-    mask[channels] = torch.linspace(1, 2, len(channels))
-    mask = mask.view(shape)
-
-    def hide(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].masked_fill(mask.to(inputs[0]) != 0, 0), *inputs[1:])
-
-    def disturb(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output + noise * mask.to(output)
-
-    if side == "in":
-        return layer.register_forward_pre_hook(hide)
-    return layer.register_forward_hook(disturb)
-
-
-def _tied(raw: Any) -> list[int]:
-    """For each of the root layer's channels its number, counting those that are tied as one.
-
-    Two are tied where one channel of a layer is coupled with both. Torch-Pruning keeps the first
-    that reaches the layer, so every edge of the group is followed once more.
-    """
-    first = list(range(len(raw[0].idxs)))  # of the channels that each is tied to
-
-    def find(root: int) -> int:
-        while first[root] != root:
-            root = first[root]
-        return root
-
-    known = {
-        (item.dep.target, item.dep.handler): dict(zip(item.idxs, item.root_idxs, strict=True))
-        for item in raw.items
-    }
-    for (node, handler), roots in known.items():
-        for edge in node.dependencies:
-            if edge.is_triggered_by(handler):
-                given = [_HybridIndex(*pair) for pair in roots.items()]
-                for mapping in filter(None, edge.index_mapping):
-                    given = mapping(given)
-                reached = known.get((edge.target, edge.handler), {})
-                for index, root in given:
-                    one, other = sorted((find(root), find(reached.get(index, root))))
-                    first[other] = one
-    heads = [find(root) for root in range(len(first))]
-    return np.unique(heads, return_inverse=True)[1].tolist()
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A layer or split whose ``width`` channels are ``count`` cells that must stay equally full."""
-
-    name: str
-    count: int
-    width: int
-    channels: np.ndarray
-    roots: np.ndarray
-
-    @cached_property
-    def pairs(self) -> list[tuple[int, int]]:
-        """The root and the cell of each channel."""
-        cells = self.channels // (self.width // self.count)
-        return list(zip(self.roots.tolist(), cells.tolist(), strict=True))
-
-    @cached_property
-    def even(self) -> bool:
-        """Whether every root has as many channels in one cell as in any other."""
-        shares: dict[int, Counter[int]] = defaultdict(Counter)
-        for root, cell in self.pairs:
-            shares[root][cell] += 1
-        return all(len(s) == self.count and len({*s.values()}) == 1 for s in shares.values())
-
-    def fits(self, group: CoupledGroup) -> bool:
-        """Whether each of the group's parts lies within one cell, all cells equally full."""
-        if self.even:
-            return True
-        if group.size % group.parts or len(self.roots) != self.width:
-            return False
-        pairs = {(root // (group.size // group.parts), cell) for root, cell in self.pairs}
-        return len(pairs) == len({part for part, _ in pairs})
-
-
-def _cells(members: Sequence[Member], raw: Any) -> list[_Cells]:
-    """What of a group has cells: GroupNorm, grouped and deformable convolutions, splits."""
-    found = [
-        _Cells(m.name, count, width_of(m.layer, m.side), m.channels, m.roots)
-        for m in members
-        if (count := divisions(m.layer, m.side)) > 1
-    ]
-    for item in raw.items:
-        node = item.dep.target
-        if node.type == OPTYPE.SPLIT and (count := split_into(node)):
-            width = count * node.outputs[0].module.width
-            places = np.asarray(item.idxs), np.asarray(item.root_idxs)
-            found.append(_Cells("a split", count, width, *places))
-    return found
-
-
-def _misfit(group: CoupledGroup, cells: Sequence[_Cells]) -> str | None:
-    """What of a group's channels cannot be as tracing has it, or None."""
-    for m in group.members:
-        if isinstance(m.layer, CONVOLUTIONS) and m.channels.max() >= width_of(m.layer, m.side):
-            return f"tracing takes other channels for those of {m.name}"
-    for cell in cells:
-        if not cell.fits(group):
-            return f"the groups of {cell.name} hold other channels too"
-    return None
-
-
-def width_of(layer: Any, side: str) -> int:
-    """Channels on a side of a layer."""
-    names = ("in_channels", "in_features") if side == "in" else ("out_channels", "out_features")
-    found = (getattr(layer, name, None) for name in names)
-    return next((width for width in found if width), 0) or layer.num_channels
-
-
-def _obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str | None:
-    """Why a group must stay whole, or None."""
-    for member in group.members:
-        layer = member.layer
-        if member.side != "in" and isinstance(layer, CONVOLUTIONS):
-            if member.name in never:
-                return f"its channels are predictions of {member.name}"
-            if len(member.channels) < width_of(layer, "out"):
-                return f"coupled with a part of {member.name} only"
-            if not below(member.name, scope) and not depthwise(layer):  # those only follow
-                return f"coupled with {member.name}, which is outside of prune.scope"
-        if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
-            return f"coupled with the grouped transposed convolution {member.name}"
-        if grouped(layer) and layer.groups == layer.out_channels:
-            return f"{member.name} makes each channel of several others"
-        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
-            return f"{member.name} normalises more than channels"
-    return None
-
-
-def _operation(raw: Any) -> str | None:
-    """Which operation on a group's channels cannot follow a cut, or None."""
-    nodes = [item.dep.target for item in raw.items]
-    if any(isinstance(node.module, Fixed) for node in nodes):
-        return "its channels are coordinates, offsets or masks"
-    for node in nodes:
-        if node.type == OPTYPE.PARAMETER:
-            return f"coupled with the parameter {raw._DG._param_to_name[node.module]}"
-        if node.type == OPTYPE.SPLIT and not split_into(node):
-            return "split into parts of a fixed size"
-    return None

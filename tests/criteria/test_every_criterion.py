@@ -18,7 +18,8 @@ from ldt.criteria.base import score_groups
 from ldt.evaluation.profiling import count_parameters
 from ldt.pruning.budget import TOLERANCE, select_channels
 from ldt.pruning.costs import CostModel
-from ldt.pruning.graph import CoupledGroup, PruningGraph
+from ldt.pruning.coupled_groups import CoupledGroup
+from ldt.pruning.graph import PruningGraph
 from ldt.pruning.structure import rebuild, record
 
 METHODS = sorted(

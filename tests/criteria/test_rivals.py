@@ -16,7 +16,8 @@ from ldt.criteria.chip import CHIPCriterion, channel_independence
 from ldt.criteria.group_fisher import Fisher, GroupFisherCriterion
 from ldt.criteria.hrank import HRankCriterion
 from ldt.criteria.px import PXCriterion
-from ldt.pruning.graph import CONVOLUTIONS, PruningGraph
+from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import CONVOLUTIONS
 
 RIVALS = {
     "hrank": HRankCriterion,

@@ -12,7 +12,7 @@ from small import Batch, SmallTarget
 from torch import Tensor, nn
 
 from ldt.objects import Objects
-from ldt.pruning.graph import CONVOLUTIONS, NORMS
+from ldt.pruning.layer_types import CONVOLUTIONS, NORMS
 
 Traced = list[tuple[np.ndarray, np.ndarray]]  # F and dF'/dF, both [C, h, w], of each call
 

@@ -22,8 +22,10 @@ from small import (
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
+from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.dependency import followed
-from ldt.pruning.graph import CONVOLUTIONS, CoupledGroup, PruningGraph
+from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.pruning.structure import channels, record
 
 ALL = [*SMALL, *REAL]
