@@ -38,7 +38,7 @@ def exit_codes(told: Callable[[Exception], str] = str) -> Iterator[None]:
     except (KeyboardInterrupt, click.Abort):
         _end(130, "interrupted")
     except click.UsageError as error:
-        shown = f"; {error.ctx.command_path} --help shows how" if error.ctx else ""
+        shown = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         _end(2, error.format_message().rstrip(".") + shown)
     except Exception as error:
         if FULL_ERROR:
