@@ -29,7 +29,7 @@ from ldt.cli.exit_codes import exit_codes
 from ldt.config import conf_dir, register
 from ldt.runs.refusal import KINDS, refused
 
-utils.run_and_report = lambda function: function()  # errors come to `exit_codes` as they are
+utils.run_and_report = lambda func: func()  # errors come to `exit_codes` as they are
 
 
 class Job:
