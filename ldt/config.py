@@ -6,6 +6,8 @@ the wrong type stops a run before any model is built, naming the key.
 
 import hashlib
 from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -194,6 +196,13 @@ class Config:
     objectives: list[str] = field(default_factory=list)  # what a sweeper is given; [] = the metric
     seed: int = 0
     run_name: str = MISSING
+
+
+def conf_dir() -> Path:
+    """The folder of the configuration files: ``conf`` of a checkout or ``ldt/conf`` of a wheel."""
+    package = Path(str(files("ldt")))
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def identity_suffix(overrides: str) -> str:

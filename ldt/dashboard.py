@@ -1,6 +1,8 @@
-"""`python -m ldt.dashboard`: see :mod:`ldt.report.workspaces`."""
+"""`python -m ldt.dashboard` is `ldt dashboard`."""
 
-from ldt.report.workspaces import main
+import sys
+
+from ldt.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["dashboard", *sys.argv[1:]])

@@ -15,9 +15,11 @@ import lightning as L
 import torch
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from ldt import report
@@ -31,13 +33,18 @@ from ldt.build import (
 )
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.config import DETAILS, MethodConfig, PruneConfig
+from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import quiet
 from ldt.evaluation import layers, profiling
 from ldt.figures import from_runs
+from ldt.loop.prune_retrain import PruneRetrain
+from ldt.loop.schedule import PruningSchedule
+from ldt.module import DetectorModule
 from ldt.runs.files import read_json, write_json, write_text
+from ldt.runs.refusal import KINDS, is_refusal, refusing
 
 log = logging.getLogger(__name__)
-
+REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # while a run is being set up
 
 OBJECTIVES = ("AP", "AP50", "AP75", "mAP", "params", "multiply_adds", "latency_ms")
 
@@ -62,10 +69,11 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
     """
     with _alone(folder):
         try:
-            plain = _claim(config, folder)
-        except ValueError:
+            with refusing(*REFUSALS):
+                plain = _claim(config, folder)
+        except REFUSALS as error:
             if in_sweep:
-                log.exception("%s is refused", folder.name)
+                log.error("%s is refused: %s", folder.name, error)
                 return _result(config, {})
             raise
         summary = read_json(folder / "summary.json")
@@ -74,7 +82,9 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
                 log.info("%s is finished already", folder)
                 _show(config, summary, folder)
             else:
-                with opened_logger(config, folder) as logger:
+                with contextlib.ExitStack() as opened:
+                    with refusing(*REFUSALS):
+                        logger = opened.enter_context(opened_logger(config, folder))
                     if summary.get("status") != "finished":
                         summary = _execute(config, plain, folder, logger)
                     _show(config, summary, folder)
@@ -85,7 +95,7 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         except Exception as error:
             _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
             if in_sweep:
-                log.exception("%s failed", folder.name)
+                log.error("%s failed: %s", folder.name, error, exc_info=not is_refusal(error))
                 return _result(config, {})  # the other jobs of the sweep go on
             raise
     return _result(config, summary["rounds"][-1])
@@ -153,8 +163,9 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 def _execute(
     config: DictConfig, plain: dict[str, Any], folder: Path, logger: Logger | None
 ) -> dict[str, Any]:
-    plan = build_schedule(config)
-    _check_choices(config)
+    with refusing(*REFUSALS):
+        plan = build_schedule(config)
+        _check_choices(config)
     if config.base == "shared" and plan.base_epochs:
         base = _shared_base(config, plain, folder.parent)
         if not plan.rounds:
@@ -166,16 +177,8 @@ def _execute(
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
         return _execute(config, OmegaConf.to_container(config, resolve=True), folder, logger)  # type: ignore[arg-type]
-    quiet()
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
-    loop = build_loop(config, plan, folder)
-    trainer = build_trainer(config, plan, loop, folder, logger)
-    data = build_data(config)
-    data.prepare_data()
-    data.setup("fit")
-    module = build_module(config, plain, data)
+    with refusing(*REFUSALS):
+        loop, trainer, data, module = _set_up(config, plain, plan, folder, logger)
     about = {
         "environment": profiling.environment(),
         "git": profiling.git_state(Path(__file__).parent),
@@ -216,6 +219,26 @@ def _execute(
     if trainer.is_global_zero:
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _set_up(
+    config: DictConfig,
+    plain: dict[str, Any],
+    plan: PruningSchedule,
+    folder: Path,
+    logger: Logger | None,
+) -> tuple[PruneRetrain, L.Trainer, DetectionDataModule, DetectorModule]:
+    """Build everything that training needs, and read the data."""
+    quiet()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    loop = build_loop(config, plan, folder)
+    trainer = build_trainer(config, plan, loop, folder, logger)
+    data = build_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    return loop, trainer, data, build_module(config, plain, data)
 
 
 def _check_choices(config: DictConfig) -> None:
@@ -274,10 +297,12 @@ class StudyTable(Callback):
     """After a sweep, prints its study; ends with an error if a run of the study has failed."""
 
     def __init__(self) -> None:
-        self.refused = 0  # jobs whose folder belongs to another run
+        self.jobs = 0
+        self.refused = 0  # jobs without a result
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Called by Hydra after each job."""
+        self.jobs += 1
         value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
         values = value if isinstance(value, tuple) else (value,)
         self.refused += any(isinstance(v, float) and math.isnan(v) for v in values)
@@ -287,4 +312,4 @@ class StudyTable(Callback):
         with contextlib.suppress(FileNotFoundError):
             failed = report.print_study(Path(config.hydra.sweep.dir))
             if failed or self.refused:
-                sys.exit(1)
+                sys.exit(1 if failed or self.refused < self.jobs else 2)

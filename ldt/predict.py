@@ -1,6 +1,14 @@
-"""`python -m ldt.predict`: see :mod:`ldt.deployment.prediction`."""
+"""`python -m ldt.predict` is `ldt predict`; imported, this name is :func:`ldt.predict`."""
 
-from ldt.deployment.prediction import main
+import sys
+from typing import Any
 
 if __name__ == "__main__":
-    main()
+    from ldt.cli import main
+
+    main(["predict", *sys.argv[1:]])
+else:
+    from ldt.deployment.prediction import predict
+
+    function: Any = predict
+    sys.modules[__name__] = function

@@ -1,13 +1,13 @@
 """The workspace and the report of a study, as the library writes them; saving them; errors."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import wandb
 import wandb_here
 
+from ldt.cli import main
 from ldt.report import workspaces
 
 COSTS = ["round/params", "round/multiply_adds", "round/latency_ms"]
@@ -122,9 +122,8 @@ def service(monkeypatch):
     return found
 
 
-def test_both_are_saved_and_their_addresses_printed(service, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dashboard", STUDY.name])
-    workspaces.main()
+def test_both_are_saved_and_their_addresses_printed(service, capsys):
+    main(["dashboard", STUDY.name])
     assert [variables["type"] for variables in service.asked] == ["project-view", "runs"]
     for variables in service.asked:
         assert (variables["entityName"], variables["projectName"]) == ("me", "ldt")
@@ -136,29 +135,28 @@ def test_both_are_saved_and_their_addresses_printed(service, monkeypatch, capsys
     assert report.startswith("report: https://wandb.here/me/ldt/reports/")
 
 
-def refused(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dashboard", *arguments])
+def refused(capsys, study, code=2):
     with pytest.raises(SystemExit) as ended:
-        workspaces.main()
-    assert ended.value.code == 1
+        main(["dashboard", study])
+    assert ended.value.code == code
     return capsys.readouterr().err
 
 
 def test_without_an_account_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     wandb_here.seal(monkeypatch, tmp_path)
-    told = refused(monkeypatch, capsys, "compare")
+    told = refused(capsys, "compare")
     assert "Type `wandb login`, or set WANDB_API_KEY" in told
 
 
-def test_a_study_without_runs_on_the_server_says_how_they_come_there(service, monkeypatch, capsys):
-    told = refused(monkeypatch, capsys, "compare")
+def test_a_study_without_runs_on_the_server_says_how_they_come_there(service, capsys):
+    told = refused(capsys, "compare")
     assert "me/ldt has no run of the study 'compare'" in told
     assert "wandb sync runs/compare/*/wandb/offline-run-*" in told
 
 
 def test_a_server_that_fails_is_told_with_what_it_was_asked(service, monkeypatch, capsys):
     monkeypatch.setattr(service, "execute_graphql", lambda *_, **__: {}["upsertView"])
-    told = refused(monkeypatch, capsys, STUDY.name)
+    told = refused(capsys, STUDY.name, code=1)
     assert "was asked to save a workspace and a report, and failed: 'upsertView'" in told
 
 
@@ -169,7 +167,7 @@ def test_a_server_without_workspaces_is_told(tmp_path, monkeypatch, capsys):
     wandb_here.seal(monkeypatch, tmp_path, **given)
     try:
         wandb_here.wait(server, process)
-        told = refused(monkeypatch, capsys, "compare")
+        told = refused(capsys, "compare")
     finally:
         process.terminate()
         process.wait()

@@ -214,8 +214,9 @@ def test_help_lists_groups_and_examples(tmp_path):
 
 def test_a_typo_on_the_command_line_stops_at_once(tmp_path):
     done = command("dataset.trian=3", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "dataset.trian" in done.stderr
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "dataset.trian: did you mean dataset.train?" in line
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,7 +1,6 @@
 """A pruned detector written for mmdet gives there what it gives here."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from small import composed
 
 import ldt
 from ldt import experiment
-from ldt.deployment.to_mmdet import export, main
+from ldt.cli import main
+from ldt.deployment.to_mmdet import export
 from ldt.detectors.models import build, model_config
 from ldt.pruning import structure
 
@@ -172,22 +172,21 @@ def test_a_checkpoint_without_its_preprocessing_is_told_what_to_add(scenes, tmp_
 
 
 @pytest.mark.parametrize("content", [None, {"state_dict": {}}])
-def test_what_is_no_checkpoint_of_ours_ends_the_command_with_a_line(content, tmp_path, monkeypatch):
+def test_what_is_no_checkpoint_of_ours_ends_the_command_with_a_line(content, tmp_path, capsys):
     file = tmp_path / "file.ckpt"
     if content is not None:
         torch.save(content, file)
-    monkeypatch.setattr(sys, "argv", ["ldt.deployment.to_mmdet", str(file), str(tmp_path / "out")])
-    reason = "no checkpoint at" if content is None else "was not written by ldt"
-    with pytest.raises(SystemExit, match=reason):
-        main()
+    code, reason = (2, "no checkpoint at") if content is None else (1, "was not written by ldt")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(file), str(tmp_path / "out")])
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
 
 
-def test_the_command_says_what_it_wrote(scenes, tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_it_wrote(scenes, tmp_path, capsys):
     file = pruned_checkpoint(tmp_path / "a.ckpt", data_of(scenes), "detector=gfl_tiny")
-    monkeypatch.setattr(
-        sys, "argv", ["ldt.deployment.to_mmdet", str(file), str(tmp_path / "deep/out")]
-    )
-    main()
+    main(["export", str(file), str(tmp_path / "deep/out")])
     written = [tmp_path / "deep/out" / name for name in ("config.py", "weights.pth")]
     said = capsys.readouterr().out
     assert all(path.is_file() and str(path) in said for path in written)

@@ -1,5 +1,6 @@
 """Figures from the directory of a tiny run, by their command."""
 
+import re
 import shutil
 
 import numpy as np
@@ -10,12 +11,11 @@ from matplotlib.image import imread
 from PIL import Image
 from short_runs import summary, tiny
 
-from ldt import experiment
+from ldt import cli, experiment
 from ldt.criteria.ldt import LDTCriterion
 from ldt.detectors.checkpoints import load_pruned
 from ldt.evaluation import gradcam, neck_statistics, score_stability
-from ldt.figures import __main__ as command
-from ldt.figures import from_runs
+from ldt.figures import NAMES, from_runs, paper
 from ldt.figures.curve_data import panels
 from ldt.runs.opened import open_run
 
@@ -35,19 +35,19 @@ def run(tmp_path_factory):
 def drawn(monkeypatch):
     """The figures that a command saves, to be read."""
     kept: list[Figure] = []
-    write = command.save
+    write = paper.save
     monkeypatch.setattr(
-        command, "save", lambda figure, path: (kept.append(figure), write(figure, path))
+        paper, "save", lambda figure, path: (kept.append(figure), write(figure, path))
     )
     return kept
 
 
 def main(name, *paths, out=None, **options):
     given = [f"--{key}={value}" for key, value in options.items()]
-    command.main([name, *map(str, paths), *([f"--out={out}"] if out else []), *given])
+    cli.main(["figures", name, *map(str, paths), *([f"--out={out}"] if out else []), *given])
 
 
-@pytest.mark.parametrize("name", command.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_figure_is_drawn_from_one_run(run, name, tmp_path, capsys):
     options = {"images": 8} if name == "stability" else {}
     main(name, run, out=tmp_path / f"{name}.png", **options)
@@ -171,33 +171,43 @@ def test_utilities_are_the_criterions_own_batch_by_batch(run):
         ("curves", "tiny/pictures", "no finished run that pruned something"),
     ],
 )
-def test_what_is_no_run_is_told(run, name, path, told):
-    with pytest.raises(SystemExit, match=told):
-        main(name, run.parent / path)
+def test_what_is_no_run_is_told(run, name, path, told, capsys):
+    assert re.search(told, refused(capsys, name, run.parent / path))
+
+
+def refused(capsys, *arguments, code=2, **options):
+    """The line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(*arguments, **options)
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_wrong_numbers_are_told(run, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="3 runs; discriminants are drawn of one or two"):
-        main("discriminants", run, run, run)
-    with pytest.raises(SystemExit, match="2 runs; this figure is drawn of one"):
-        main("stability", run, run)
-    with pytest.raises(SystemExit, match="--scale 9; the neck has the scales 0 to 3"):
-        main("discriminants", run, scale=9)
-    with pytest.raises(SystemExit, match="two batches to compare"):
-        main("stability", run, out=tmp_path / "a.png", images=1)
-    for arguments, told in (((run,), "--images 0; 1 or more"),):
-        with pytest.raises(SystemExit):
-            main("detections", *arguments, images=0)
-        assert told in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main("nose", run)
-    assert "invalid choice: 'nose'" in capsys.readouterr().err
+    for told, name, runs, options in (
+        ("3 runs; discriminants are drawn of one or two", "discriminants", 3, {}),
+        ("2 runs; this figure is drawn of one", "stability", 2, {}),
+        ("--scale 9; the neck has the scales 0 to 3", "discriminants", 1, {"scale": 9}),
+        ("'--images': 0 is not in the range x>=1", "detections", 1, {"images": 0}),
+        ("'nose' is not one of 'curves', 'discriminants'", "nose", 1, {}),
+    ):
+        assert told in refused(capsys, name, *[run] * runs, **options)
+    line = refused(capsys, "stability", run, code=1, out=tmp_path / "a.png", images=1)
+    assert "two batches to compare" in line
 
 
-def test_a_run_without_a_finished_round_is_told(run, tmp_path):
+def test_the_names_of_the_figures_are_those_that_can_be_drawn(capsys):
+    assert ("curves", *paper.DRAWN) == NAMES
+    cli.main(["figures", "--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert set(NAMES) <= set(listed)
+
+
+def test_a_run_without_a_finished_round_is_told(run, tmp_path, capsys):
     shutil.copy(run / "config.yaml", tmp_path)
-    with pytest.raises(SystemExit, match="has no finished round"):
-        main("shrinking", tmp_path)
+    assert "has no finished round" in refused(capsys, "shrinking", tmp_path)
 
 
 # Attention ------------------------------------------------------------------------------------
@@ -259,10 +269,9 @@ def test_a_detector_without_a_dense_head_is_refused(run):
         gradcam.heat(detector, opened.data.val_dataloader().dataset[0])
 
 
-def test_without_the_package_the_extra_is_named(run, monkeypatch):
+def test_without_the_package_the_extra_is_named(run, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "pytorch_grad_cam", None)
-    with pytest.raises(SystemExit, match=r"pip install 'ldt\[figures\]'"):
-        main("attention", run)
+    assert "pip install 'ldt[figures]'" in refused(capsys, "attention", run)
 
 
 def test_views_and_scenes_show_the_same_images(run):

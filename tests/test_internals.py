@@ -9,6 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch_pruning as tp
+from hydra._internal import utils
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from mmengine.registry import registry
@@ -20,6 +22,7 @@ from ldt.pruning import torch_pruning_internals as internals
 TORCH_PRUNING = "ldt/pruning/torch_pruning_internals.py and ldt/pruning/dependency.py"
 LIGHTNING = "ldt/callbacks/lightning_internals.py"
 MMENGINE = "ldt/detectors/models.py"
+HYDRA, SWEEPER = "ldt/cli/hydra_app.py", "hydra_plugins/ldt_grids.py"
 
 
 def parameters(function):
@@ -42,6 +45,14 @@ def parameters(function):
         (DDPStrategy, "configure_ddp", ["self"], LIGHTNING),
         (WeightAveraging, "_copy_average_to_current", ["self", "pl_module"], LIGHTNING),
         (registry, "get_object_from_string", ["obj_name"], MMENGINE),
+        (utils, "get_args_parser", [], HYDRA),
+        (utils, "run_and_report", ["func"], HYDRA),
+        (utils, "_run_hydra",
+         ["args", "args_parser", "task_function", "config_path", "config_name",
+          "caller_stack_depth"], HYDRA),
+        (BasicSweeper, "sweep", ["self", "arguments"], SWEEPER),
+        (BasicSweeper, "split_arguments", ["overrides", "max_batch_size"], SWEEPER),
+        (BasicSweeper, "split_overrides_to_chunks", ["lst", "n"], SWEEPER),
     ],
 )  # fmt: skip
 def test_a_function_takes_what_it_took(owner, name, expected, file):

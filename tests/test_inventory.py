@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from pruned_files import SIZE, write_cut_run
 
+from ldt.cli import main
 from ldt.detectors.checkpoints import load_pruned
 from ldt.detectors.forward import raw_forward
 from ldt.evaluation import layers
@@ -43,8 +44,7 @@ def test_groups_tell_which_layers_are_cut_together(run):
     assert all(name.startswith("backbone.") for name in groups)
 
 
-def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["inventory", str(tmp_path)])
+def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        layers.main()
+        main(["layers", str(tmp_path)])
     assert "no checkpoint at" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import sys
+import re
 from typing import Any
 
 import cv2
@@ -14,7 +14,8 @@ from pruned_files import data_of, pruned_checkpoint
 from pycocotools.coco import COCO
 
 import ldt
-from ldt.deployment.prediction import Predictor, find_images, main, predict
+from ldt.cli import main
+from ldt.deployment.prediction import Predictor, find_images, predict
 
 SIZES = {"wide.png": (64, 150), "tall.jpg": (333, 41), "tiny.bmp": (9, 7)}
 
@@ -41,9 +42,8 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["ldt.deployment.prediction", *map(str, arguments)])
-    main()
+def command(*arguments):
+    main(["predict", *map(str, arguments)])
 
 
 def test_an_image_is_seen_as_in_validation(data, checkpoint):
@@ -60,10 +60,8 @@ def test_an_image_is_seen_as_in_validation(data, checkpoint):
         assert pixels.shape == (*item["data_samples"].ori_shape, 3)
 
 
-def test_a_folder_of_any_sizes_gives_pictures_and_cocos_format(
-    checkpoint, folder, tmp_path, monkeypatch
-):
-    command(monkeypatch, checkpoint, folder, "--out", tmp_path / "out", "--threshold", "0.5")
+def test_a_folder_of_any_sizes_gives_pictures_and_cocos_format(checkpoint, folder, tmp_path):
+    command(checkpoint, folder, "--out", tmp_path / "out", "--threshold", "0.5")
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(tmp_path / "out/images.json")
         results = truth.loadRes(str(tmp_path / "out/predictions.json"))
@@ -120,26 +118,45 @@ def test_images_of_a_folder_come_by_name_and_files_as_given(folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["{folder}/gone.png"], "no image or folder at .*gone.png"),
-        (["{empty}"], "no image in the folder .*empty.*looked for: .jpg"),
-        (["{folder}/notes.txt"], "cannot read the image .*notes.txt"),
-        (["{folder}", "--threshold", "30"], "--threshold 30.0: a score from 0 to 1"),
+        (["{folder}/gone.png"], 2, "no image or folder at .*gone.png"),
+        (["{empty}"], 2, "no image in the folder .*empty.*looked for: .jpg"),
+        (["{folder}/notes.txt"], 1, "cannot read the image .*notes.txt"),
+        (["{folder}", "--threshold", "30"], 2, "'--threshold': 30.0 is not in the range 0<=x<=1"),
     ],
 )
 def test_wrong_arguments_end_the_command_with_a_line(
-    arguments, message, checkpoint, folder, tmp_path, monkeypatch
+    arguments, code, message, checkpoint, folder, tmp_path, capsys
 ):
     (tmp_path / "empty").mkdir()
     given = [text.format(folder=folder, empty=tmp_path / "empty") for text in arguments]
-    with pytest.raises(SystemExit, match=message):
-        command(monkeypatch, checkpoint, *given, "--out", tmp_path / "out")
+    found, line = ended(capsys, checkpoint, *given, "--out", tmp_path / "out")
+    assert found == code
+    assert re.search(message, line)
 
 
-def test_what_is_no_checkpoint_of_ours_is_told(folder, tmp_path, monkeypatch):
+def ended(capsys, *arguments):
+    """Exit code of a command that fails, and its line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    return ended.value.code, line
+
+
+def test_a_threshold_is_a_score(checkpoint, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"threshold=30.0: a score from 0 to 1"):
+        predict(checkpoint, [folder], tmp_path / "out", threshold=30.0)
+
+
+def test_what_is_no_checkpoint_of_ours_is_told(folder, tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "foreign.pth")
-    for name, message in (("foreign.pth", "was not written by ldt"), ("gone", "no checkpoint at")):
-        with pytest.raises(SystemExit, match=message):
-            command(monkeypatch, tmp_path / name, folder, "--out", tmp_path / "out")
+    for name, code, message in (
+        ("foreign.pth", 1, "was not written by ldt"),
+        ("gone", 2, "no checkpoint at"),
+    ):
+        found, line = ended(capsys, tmp_path / name, folder, "--out", tmp_path / "out")
+        assert found == code
+        assert message in line
     assert not (tmp_path / "out").exists()

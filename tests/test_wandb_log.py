@@ -10,8 +10,9 @@ from browser import needs_chromium, opened
 from omegaconf import OmegaConf
 from short_runs import rows, summary, tiny
 
-from ldt import experiment, repeat
+from ldt import experiment
 from ldt.callbacks.wandb_logger import WandbRun, rank_zero_only, run_id
+from ldt.cli import repetition
 from ldt.module import DetectorModule
 
 METHODS = ("l1", "random")
@@ -268,8 +269,8 @@ def test_an_id_stands_for_study_and_name():
 def test_a_repeated_run_is_a_run_of_its_own(tmp_path):
     plain = OmegaConf.to_container(tiny(tmp_path, "logger=wandb", "study=first"), resolve=True)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(plain))
-    config = repeat.renamed(repeat.load_config(tmp_path), tmp_path / "again" / "one")
+    config = repetition.renamed(repetition.load_config(tmp_path), tmp_path / "again" / "one")
     assert (config.study, config.run_name) == ("again", "one")
     assert (config.logger.study, config.logger.name) == ("again", "one")
-    without = repeat.renamed(tiny(tmp_path), tmp_path / "again" / "one")
+    without = repetition.renamed(tiny(tmp_path), tmp_path / "again" / "one")
     assert without.logger == {}

@@ -1,13 +1,9 @@
-"""Detects objects in one's own images with a detector of a run.
-
-python -m ldt.predict runs/<study>/<run>/round-2.ckpt <image or folder> ... [--out predictions]
+"""Detects objects in one's own images with a detector of a run; the command `ldt predict`.
 
 Writes ``pictures/`` with boxes, ``predictions.json`` in COCO's results format, and ``images.json``,
 which tells the ids in it (a COCO annotation file without annotations).
 """
 
-import argparse
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +18,6 @@ from mmengine.dataset import Compose, pseudo_collate
 
 from ldt.data.datamodule import test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
-from ldt.detectors.models import quiet
 from ldt.objects import corners
 from ldt.runs.files import write_json
 
@@ -110,7 +105,7 @@ def predict(
         ValueError: ``threshold`` is no score, or a file is no image or damaged.
     """
     if not 0 <= threshold <= 1:
-        raise ValueError(f"--threshold {threshold}: a score from 0 to 1, for example 0.3")
+        raise ValueError(f"threshold={threshold}: a score from 0 to 1, for example 0.3")
     paths, out = find_images(sources), Path(out)
     predictor = Predictor(checkpoint, device)
     out.mkdir(parents=True, exist_ok=True)
@@ -152,27 +147,3 @@ def _painter(classes: tuple[str, ...], threshold: float) -> Any:
         visualizer.add_datasample("image", pixels, sample, **options)
 
     return draw
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ldt.predict", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("checkpoint", type=Path, help="round-<t>.ckpt of a run")
-    parser.add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write")
-    help_ = "scores above it are drawn; predictions.json has all (default: %(default)s)"
-    parser.add_argument("--threshold", type=float, default=0.3, help=help_)
-    given = parser.parse_args()
-    quiet()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        predict(given.checkpoint, given.images, given.out, given.threshold, device)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{error}")
-    print(f"written: {given.out / 'predictions.json'}, {given.out / 'pictures'}")
-
-
-if __name__ == "__main__":
-    main()

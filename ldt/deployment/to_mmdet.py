@@ -1,13 +1,9 @@
-"""Writes a pruned detector as a folder that mmdet's own tools open.
-
-python -m ldt.export runs/<study>/<run>/round-2.ckpt <folder>
+"""Writes a pruned detector as a folder that mmdet's own tools open; the command `ldt export`.
 
 The folder holds ``config.py``, a plain mmdet config, and ``weights.pth``. After ``import ldt``,
 ``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer`` open it.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import torch
 from mmengine.config import Config
 
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
-from ldt.detectors.models import build, drop_pretrained, quiet
+from ldt.detectors.models import build, drop_pretrained
 from ldt.pruning import structure
 
 CONFIG, WEIGHTS = "config.py", "weights.pth"
@@ -95,23 +91,3 @@ def _images(resize: list[dict[str, Any]], classes: tuple[str, ...]) -> dict[str,
         "dataset": dataset,
     }
     return {"test_pipeline": pipeline, "test_dataloader": loader}
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ldt.export", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("checkpoint", type=Path, help="round-<t>.ckpt of a run")
-    parser.add_argument("folder", type=Path, help="where config.py and weights.pth go")
-    given = parser.parse_args()
-    quiet()
-    try:
-        folder = export(given.checkpoint, given.folder)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{error}")
-    print(f"written: {folder / CONFIG}, {folder / WEIGHTS}")
-
-
-if __name__ == "__main__":
-    main()

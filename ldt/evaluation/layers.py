@@ -1,9 +1,8 @@
 """What every layer of a run's detectors has, round by round, and which layers are cut together.
 
-`python -m ldt.evaluation.layers runs/<study>/<run> ...` writes it for runs that lack it.
+The command `ldt layers runs/<study>/<run> ...` writes it for runs that lack it.
 """
 
-import argparse
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import nn
 
 from ldt.detectors.checkpoints import detector_of, read
 from ldt.detectors.forward import eval_with_gradients, forward_for_tracing, raw_forward
-from ldt.detectors.models import quiet
 from ldt.evaluation.profiling import macs_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.runs.files import write_json
@@ -106,20 +104,3 @@ def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dic
         name: list(dict.fromkeys(member.name for member in group.members))
         for name, group in graph.groups.items()
     }
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m ldt.evaluation.layers", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="runs/<study>/<run>")
-    quiet()
-    for folder in parser.parse_args().runs:
-        try:
-            write_inventory(folder)
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-        print(folder / "structure.json")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,8 @@
 """Figures from plain data: numpy and matplotlib only, and never a window.
 
-The command, ``python -m ldt.figures``, makes that data from the directories of runs.
+The command `ldt figures` makes that data from the directories of runs.
 """
+
+NAMES = (  # of the figures that the command draws
+    "curves", "discriminants", "attention", "detections", "stability", "channels", "shrinking"
+)  # fmt: skip

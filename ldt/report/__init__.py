@@ -1,6 +1,6 @@
 """Runs told and compared: on the terminal, as a page, as tables for papers, in notebooks.
 
-`python -m ldt.report runs/<study>` writes the page or prints a table.
+The command `ldt report runs/<study>` writes the page or prints a table.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -18,7 +18,6 @@ from ldt.report.terminal import BUDGETS, METRICS, number
 from ldt.runs.aggregate import Cell, cells, flatten, varying
 from ldt.runs.run import Run
 
-MEGABYTES = 20.0  # of pictures
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -26,7 +25,7 @@ CONFIG = {
 }
 
 
-def page(study: Path, runs: Sequence[Run], megabytes: float = MEGABYTES) -> str:
+def page(study: Path, runs: Sequence[Run], megabytes: float) -> str:
     """The report of a study.
 
     Args:

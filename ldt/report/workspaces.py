@@ -1,10 +1,9 @@
-"""A study on Weights & Biases: ``python -m ldt.dashboard <study>`` saves a workspace and a report.
+"""A study on Weights & Biases: the command `ldt dashboard` saves a workspace and a report.
 
 Both compare the runs of the study: mAP against parameters, multiply-adds and latency, every round,
 every loss term, a table. Each call saves new ones and prints their addresses.
 """
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from ldt.callbacks.wandb_logger import account
+from ldt.runs.refusal import refusing
 
 COSTS = {"params": "parameters", "multiply_adds": "multiply-adds", "latency_ms": "latency (ms)"}
 ROUNDS = {"AP": "AP", "mAP": "mAP (IoU 0.5)"} | COSTS
@@ -137,24 +137,22 @@ def report(study: Study) -> wr.Report:
     )
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ldt.dashboard", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("study", help="W&B's group of the runs: study=<name> of run.py")
-    parser.add_argument("--project", default="ldt", help="as logger.project; default: %(default)s")
-    parser.add_argument("--entity", help="user or team; default: the account's own")
-    given = parser.parse_args()
-    try:
-        study = find(given.study, given.project, given.entity)
-        with _asking("to save a workspace and a report"):
-            saved = {"workspace": workspace(study).save(), "report": report(study).save()}
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
-    for name, what in saved.items():
-        print(f"{name}: {what.url}")
+def save(study: str, project: str, entity: str | None = None) -> dict[str, str]:
+    """Save a workspace and a report of a study.
 
+    Args:
+        study: W&B's group of the runs.
+        project: that the runs are in.
+        entity: user or team; None means the account's own.
 
-if __name__ == "__main__":
-    main()
+    Returns:
+        The addresses of ``workspace`` and ``report``.
+
+    Raises:
+        ValueError: as :func:`find`, or the server fails.
+    """
+    with refusing():
+        found = find(study, project, entity)
+    with _asking("to save a workspace and a report"):
+        saved = {"workspace": workspace(found).save(), "report": report(found).save()}
+        return {name: str(what.url) for name, what in saved.items()}

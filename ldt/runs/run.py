@@ -111,7 +111,7 @@ class Run:
         if not found:
             raise FileNotFoundError(
                 f"no structure.json in {self.folder}; "
-                f"python -m ldt.evaluation.layers {self.folder} makes it from the run's checkpoints"
+                f"`ldt layers {self.folder}` makes it from the run's checkpoints"
             )
         return found
 

@@ -9,8 +9,8 @@ from browser import needs_chromium, opened
 from PIL import Image
 from summaries import configured, row
 
+from ldt.cli import main
 from ldt.report import load_runs
-from ldt.report.__main__ import main
 from ldt.report.images import album
 from ldt.report.page import page
 from ldt.report.study_figures import MOST_POINTS, by_round, pareto, thinned, trade_off, training
@@ -146,23 +146,23 @@ def test_the_page_holds_everything_and_links_to_nothing(study):
 
 
 def test_text_of_configurations_and_errors_is_escaped(study):
-    text = page(study, load_runs(study))
+    text = page(study, load_runs(study), 20)
     assert EVIL not in text
     assert "&lt;script&gt;" in text
 
 
 def test_the_command_writes_the_page_into_the_study(study, capsys):
-    main([str(study)])
+    main(["report", str(study)])
     assert capsys.readouterr().out.strip() == str(study / "report.html")
     assert (study / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert len(load_runs(study)) == 8  # the report is not taken for a run
 
 
 def test_tables_are_printed_or_written(study, capsys, tmp_path):
-    main([str(study), "--format", "markdown"])
+    main(["report", str(study), "--format", "markdown"])
     printed = capsys.readouterr().out
     assert printed.startswith("| dataset |")
-    main([str(study), "--format", "markdown", "--out", str(tmp_path / "new/table.md")])
+    main(["report", str(study), "--format", "markdown", "--out", str(tmp_path / "new/table.md")])
     assert (tmp_path / "new/table.md").read_text() == printed
 
 
@@ -177,7 +177,7 @@ def test_tables_are_printed_or_written(study, capsys, tmp_path):
 def test_what_cannot_be_compared_is_told(study, capsys, place, told):
     (study / "empty").mkdir()
     with pytest.raises(SystemExit, match="2"):
-        main([str(study / place)])
+        main(["report", str(study / place)])
     assert re.search(told, capsys.readouterr().err.replace("\n", " "))
 
 
@@ -187,7 +187,7 @@ def test_a_study_of_failures_tells_them(tmp_path, capsys):
         tmp_path / "a/summary.json", {"status": "failed", "error": "ValueError: rate too high"}
     )
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        main(["report", str(tmp_path)])
     assert "a: ValueError: rate too high" in capsys.readouterr().err
 
 
@@ -202,7 +202,7 @@ def column(page, index):
 @needs_chromium
 def test_in_a_browser_it_is_quiet_drawn_sortable_and_safe(study):
     pytest.importorskip("playwright")
-    main([str(study)])
+    main(["report", str(study)])
     with opened(study / "report.html") as tab:
         page = tab.page
         assert tab.complaints == []
@@ -230,7 +230,7 @@ def test_what_was_not_measured_is_sorted_last(study):
     known = json.loads(file.read_text())
     del known["rounds"][-1]["latency_ms"]
     write_json(file, known)
-    main([str(study)])
+    main(["report", str(study)])
     with opened(study / "report.html") as tab:
         heading = tab.page.locator("#all-runs thead th", has_text="latency")
         for _ in range(2):

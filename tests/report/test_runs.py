@@ -66,7 +66,7 @@ def test_layers_are_in_network_order(tmp_path):
 
 
 def test_a_missing_structure_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m ldt\.evaluation\.layers"):
+    with pytest.raises(FileNotFoundError, match=r"ldt layers "):
         _ = load_run(configured(tmp_path, "a", {})).layers
 
 

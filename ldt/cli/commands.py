@@ -1,0 +1,250 @@
+"""The commands of `ldt`. What a command needs is imported when it runs, so that help is instant."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ldt.figures import NAMES
+from ldt.runs.refusal import refusing
+
+if TYPE_CHECKING:
+    from ldt.runs.run import Run
+
+PATH = click.Path(path_type=Path)
+FORMATS = ("html", "markdown", "latex", "csv")
+LISTED = 5  # runs in a message
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="ldt")
+@click.pass_context
+def ldt(context: click.Context) -> None:
+    """Compress visual detectors by location-aware discriminant analysis.
+
+    \b
+    Examples:
+      ldt run                                   train, prune and retrain on the embedded data set
+      ldt report runs/default                   compare the runs of a study on one HTML page
+      ldt export runs/default/<run>/round-2.ckpt exported     write a pruned detector for mmdet
+
+    ldt <command> --help shows the options of a command and examples.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@ldt.command(
+    add_help_option=False,  # Hydra has its own
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def run(overrides: tuple[str, ...]) -> None:
+    """Train, prune and retrain a detector: `python run.py`, with Hydra's overrides and flags."""
+    from ldt.cli.hydra_app import main
+
+    main(overrides)
+
+
+@ldt.command()
+@click.argument("study", type=PATH)
+@click.option("--format", "form", type=click.Choice(FORMATS), default="html", show_default=True)
+@click.option("--out", type=PATH, help="File [default: STUDY/report.html; tables are printed].")
+@click.option(
+    "--pictures",
+    type=click.FloatRange(0),
+    default=20.0,
+    show_default=True,
+    metavar="MB",
+    help="Most megabytes of pictures in the page; 0: none.",
+)
+def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
+    """Compare the runs of STUDY, a folder runs/<study>, on one HTML page or as a table.
+
+    \b
+    Examples:
+      ldt report runs/compare
+      ldt report runs/compare --format latex --out table.tex
+    """
+    from ldt.report.page import page
+    from ldt.report.tables import write
+    from ldt.runs.aggregate import cells
+    from ldt.runs.files import write_text
+
+    with refusing():
+        runs = _finished_study(study)
+    if form == "html":
+        out = out or study / "report.html"
+        text = page(study.resolve(), runs, pictures)
+    else:
+        text = write(cells(runs), form)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
+    click.echo(out)
+
+
+def _finished_study(study: Path) -> "list[Run]":
+    """The study's runs, at least one of them finished."""
+    from ldt.runs.run import load_runs
+
+    if (study / "summary.json").is_file() or (study / "config.yaml").is_file():
+        raise FileNotFoundError(f"{study} is a run; give its study: {study.parent}")
+    if not study.is_dir():
+        there = sorted(folder.name for folder in study.parent.glob("*/"))
+        raise FileNotFoundError(
+            f"no study at {study}; {study.parent} has: {', '.join(there) or 'nothing'}"
+        )
+    runs = load_runs(study)
+    if not any(run.finished for run in runs):
+        told = [f"; {run.name}: {run.row.get('error', run.row['status'])}" for run in runs]
+        raise FileNotFoundError(
+            f"no finished run in {study}, which holds {len(runs)} runs; `ldt run` with the same "
+            f"keys goes on with a run{''.join(told[:LISTED])}{'; ...' if told[LISTED:] else ''}"
+        )
+    return runs
+
+
+@ldt.command()
+@click.argument("name", type=click.Choice(NAMES), metavar="NAME")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", type=PATH, help="File [default: pictures/NAME.png of the run or study].")
+@click.option("--images", type=click.IntRange(1), help="How many are shown or looked at.")
+@click.option("--scale", type=int, help="discriminants: scale of the neck; else the strongest.")
+def figures(
+    name: str, runs: tuple[Path, ...], out: Path | None, images: int | None, scale: int | None
+) -> None:
+    """Draw the figure NAME of runs.
+
+    \b
+    Names:
+      curves          metric against parameters, of studies runs/<study> (Fig. 3)
+      discriminants   classes, eigenvalues and channels of one or two bases (Fig. 1)
+      attention       Grad-CAM on the same images (Fig. 4)
+      detections      what is found on the same images (Fig. 5)
+      stability       utilities of channels, batch by batch (Fig. 6)
+      channels        channels kept in every layer
+      shrinking       the width of every layer over the rounds, PNG and GIF
+
+    A RUN is its directory (its last round) or one of its round-<t>.ckpt files.
+
+    \b
+    Examples:
+      ldt figures detections runs/compare/<run> runs/compare/<another> --images 4
+      ldt figures attention runs/compare/<run>/round-0.ckpt runs/compare/<run>
+      ldt figures curves runs/compare
+    """
+    from ldt.detectors.models import quiet
+    from ldt.figures.paper import Options, draw
+
+    quiet()
+    with refusing(FileNotFoundError, ImportError):
+        files = draw(name, runs, Options(out, images, scale))
+    for file in files:
+        click.echo(file)
+
+
+@ldt.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("folder", type=PATH)
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write the pruned detector of CHECKPOINT into FOLDER: config.py and weights.pth for mmdet.
+
+    \b
+    Example:
+      ldt export runs/default/<run>/round-2.ckpt exported
+    """
+    from ldt.deployment import to_mmdet
+    from ldt.detectors.models import quiet
+
+    quiet()
+    with refusing(FileNotFoundError):
+        written = to_mmdet.export(checkpoint, folder)
+    click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
+
+
+@ldt.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("images", type=PATH, nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--out", type=PATH, default=Path("predictions"), show_default=True, help="Folder.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Scores above it are drawn; predictions.json has all.",
+)
+def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float) -> None:
+    """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
+
+    \b
+    Example:
+      ldt predict runs/default/<run>/round-2.ckpt photos --out predictions --threshold 0.5
+    """
+    from torch.cuda import is_available
+
+    from ldt.deployment import prediction
+    from ldt.detectors.models import quiet
+
+    quiet()
+    with refusing(FileNotFoundError):
+        prediction.predict(checkpoint, images, out, threshold, "cuda" if is_available() else "cpu")
+    click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
+
+
+@ldt.command()
+@click.argument("earlier", type=PATH, metavar="RUN")
+@click.argument("folder", type=PATH)
+def repeat(earlier: Path, folder: Path) -> None:
+    """Run the configuration of RUN again, in a new FOLDER.
+
+    \b
+    Example:
+      ldt repeat runs/default/<run> runs/again/<run>
+    """
+    from ldt.cli import repetition
+
+    repetition.repeat(earlier, folder)
+
+
+@ldt.command()
+@click.argument("study")
+@click.option("--project", default="ldt", show_default=True, help="As logger.project of the runs.")
+@click.option("--entity", help="User or team [default: the account's own].")
+def dashboard(study: str, project: str, entity: str | None) -> None:
+    """Save a Weights & Biases workspace and report that compare the runs of STUDY.
+
+    STUDY is the runs' group on W&B: study=<name> of `ldt run`.
+
+    \b
+    Example:
+      ldt dashboard compare --project ldt
+    """
+    from ldt.report import workspaces
+
+    for name, address in workspaces.save(study, project, entity).items():
+        click.echo(f"{name}: {address}")
+
+
+@ldt.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
+def layers(runs: tuple[Path, ...]) -> None:
+    """Write structure.json, the layers of every round, for runs that lack it.
+
+    \b
+    Example:
+      ldt layers runs/default/<run>
+    """
+    from ldt.detectors.models import quiet
+    from ldt.evaluation.layers import write_inventory
+
+    quiet()
+    for folder in runs:
+        with refusing(FileNotFoundError):
+            write_inventory(folder)
+        click.echo(folder / "structure.json")

@@ -1,0 +1,65 @@
+"""The exit codes of every command.
+
+- 0: done.
+- 1: something failed while it ran. What our own checks found, or the operating system, is told in
+  one line on stderr; any other error with its traceback.
+- 2: refused before any work, with one line on stderr.
+- 130: interrupted with Ctrl-C.
+
+With HYDRA_FULL_ERROR=1 in the environment every error comes with its traceback.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import click
+
+from ldt.runs.refusal import is_refusal
+
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@contextlib.contextmanager
+def exit_codes(told: Callable[[Exception], str] = str) -> Iterator[None]:
+    """End the process with the exit code for an error of the block.
+
+    Args:
+        told: gives an error's message for users.
+
+    Raises:
+        SystemExit: there was an error.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):
+        _end(130, "interrupted")
+    except click.UsageError as error:
+        shown = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _end(2, error.format_message().rstrip(".") + shown)
+    except Exception as error:
+        if FULL_ERROR:
+            traceback.print_exc()
+        if is_refusal(error):
+            _end(2, told(error))
+        if _is_explained(error):
+            _end(1, told(error))
+        if not FULL_ERROR:
+            traceback.print_exc()
+        sys.exit(1)
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message alone tells users what happened: our own code wrote it, or the system."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    ours = raised_in.partition(".")[0] == "ldt" and isinstance(error, (ValueError, ImportError))
+    return ours or isinstance(error, OSError)
+
+
+def _end(code: int, message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,179 @@
+"""The paper's figures by name, drawn from the directories of runs.
+
+A run is given by its directory (at its last round) or by one of its round-<t>.ckpt files.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ldt.build import build_criterion
+from ldt.criteria.ldt import LDTCriterion
+from ldt.evaluation.score_stability import batch_utilities
+from ldt.figures import from_runs
+from ldt.figures.attention import draw_attention
+from ldt.figures.channels import draw_channels
+from ldt.figures.comparison import draw_comparisons
+from ldt.figures.curve_data import panels
+from ldt.figures.detections import draw_detections
+from ldt.figures.discriminants import draw_discriminants
+from ldt.figures.shrinking import animate_shrinking, draw_shrinking
+from ldt.figures.stability import draw_stability
+from ldt.figures.style import save
+from ldt.runs.opened import Run, open_run
+from ldt.runs.refusal import refusing
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a figure is drawn.
+
+    Attributes:
+        out: the file; None means ``pictures/<name>.png`` of the run or study.
+        images: how many are shown or looked at.
+        scale: of the neck, for ``discriminants``; None means the strongest.
+    """
+
+    out: Path | None = None
+    images: int | None = None
+    scale: int | None = None
+
+
+def discriminants(runs: Sequence[Run], given: Options) -> Figure:
+    """Fig. 1: classes, eigenvalues and channels of one or two runs' bases."""
+    bases = [run if run.named else run.at(0) for run in runs]
+    found = [from_runs.spaces(run.checkpoint, runs[0].data, given.images) for run in bases]
+    scales = min(len(spaces) for spaces in found)
+    with refusing():
+        if given.scale is not None and not 0 <= given.scale < scales:
+            raise ValueError(f"--scale {given.scale}; the neck has the scales 0 to {scales - 1}")
+    power = [sum(spaces[scale].power for spaces in found) for scale in range(scales)]
+    scale = power.index(max(power)) if given.scale is None else given.scale
+    shown = [spaces[scale] for spaces in found]
+    return draw_discriminants(shown, _names(bases), runs[0].data.classes)
+
+
+def attention(runs: Sequence[Run], given: Options) -> Figure:
+    """Fig. 4: what detectors look at, on the same images; of a single run, base and last round."""
+    runs = _ends(runs)
+    files = [run.checkpoint for run in runs]
+    return draw_attention(from_runs.views(files, runs[0].data, given.images or 3), _titles(runs))
+
+
+def detections(runs: Sequence[Run], given: Options) -> Figure:
+    """Fig. 5: what detectors find, on the same images; of a single run, base and last round."""
+    runs = _ends(runs)
+    data, files = runs[0].data, [run.checkpoint for run in runs]
+    scenes = from_runs.scenes(files, data, given.images or 4)
+    return draw_detections(scenes, data.classes, _titles(runs))
+
+
+def stability(runs: Sequence[Run], given: Options) -> Figure:
+    """Fig. 6: utilities of the base's channels in every batch of calibration images."""
+    (run,) = runs
+    run = run if run.named else run.at(0)
+    criterion, prune = build_criterion(run.config), run.config.prune
+    if not isinstance(criterion, LDTCriterion):
+        criterion = LDTCriterion()
+    images = given.images or prune.images
+    loader = run.data.calibration_dataloader(images, prune.batch_size)
+    return draw_stability(
+        batch_utilities(run.module().adapter, criterion, loader, list(prune.scope))
+    )
+
+
+def channels(runs: Sequence[Run], given: Options) -> Figure:
+    """Channels of every layer that a run kept."""
+    (run,) = runs
+    return draw_channels(
+        from_runs.channels(run.at(0).checkpoint), from_runs.channels(run.checkpoint)
+    )
+
+
+def shrinking(runs: Sequence[Run], given: Options) -> Figure:
+    """The width of every layer from round to round."""
+    return draw_shrinking(*_rounds(runs[0]))
+
+
+DRAWN: dict[str, Callable[[Sequence[Run], Options], Figure]] = {
+    function.__name__: function
+    for function in (discriminants, attention, detections, stability, channels, shrinking)
+}
+ALONE = ("stability", "channels", "shrinking")  # drawn of one run
+
+
+def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
+    """Networks and names of a run's rounds."""
+    rounds = [run.at(row["round"]) for row in run.rows]
+    names = [from_runs.side_title(each.row, run.metric) for each in rounds]
+    return [from_runs.channels(each.checkpoint) for each in rounds], names
+
+
+def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
+    """The runs of a figure, as many as it shows."""
+    if name in ALONE and len(paths) != 1:
+        raise ValueError(f"{len(paths)} runs; this figure is drawn of one")
+    if name == "discriminants" and len(paths) > 2:
+        raise ValueError(f"{len(paths)} runs; discriminants are drawn of one or two")
+    return [open_run(path) for path in paths]
+
+
+def _ends(runs: Sequence[Run]) -> Sequence[Run]:
+    alone = len(runs) == 1 and not runs[0].named and runs[0].round > 0
+    return [runs[0].at(0), runs[0]] if alone else runs
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """``without LDT`` and ``with LDT`` where that tells runs apart, else what they are."""
+    kinds = ["with LDT" if run.config.ldt.enabled else "without LDT" for run in runs]
+    return kinds if len(set(kinds)) == len(runs) else [run.folder.name for run in runs]
+
+
+def _titles(runs: Sequence[Run]) -> list[str]:
+    """Method (or base), metric and size of each run."""
+    names = ["base" if run.round == 0 else run.config.method.name for run in runs]
+    names = [
+        f"{name}, LDT" if run.config.ldt.enabled and name != "ldt" else name
+        for name, run in zip(names, runs, strict=True)
+    ]
+    return [
+        from_runs.title(run.row, run.metric, name) for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
+    """Draw one figure.
+
+    Args:
+        name: one of :data:`ldt.figures.NAMES`.
+        paths: runs, or studies for ``curves``.
+        given: how.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        FileNotFoundError: there is no run or no checkpoint.
+        ValueError: too many or too few runs, or nothing to draw.
+        ImportError: the figure needs a package that is not installed; the message names the extra.
+    """
+    if name == "curves":
+        with refusing():
+            found = panels(paths)
+        file = given.out or paths[0] / "pictures" / "curves.png"
+        save(draw_comparisons(found), file)
+        return [file]
+    with refusing():
+        runs = _opened(name, paths)
+    folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
+    files = [given.out or folder / "pictures" / f"{name}.png"]
+    if name == "shrinking" and not given.out:
+        files.append(files[0].with_suffix(".gif"))
+    for file in files:
+        if name == "shrinking" and file.suffix == ".gif":
+            animate_shrinking(*_rounds(runs[0]), file)
+        else:
+            save(DRAWN[name](runs, given), file)
+    return files

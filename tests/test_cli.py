@@ -1,0 +1,275 @@
+"""`ldt`, `run.py` and the older addresses: help at once, and one convention of exit codes."""
+
+import json
+import resource
+import sys
+
+import click
+import pytest
+from short_runs import ROOT, python, tiny
+
+import ldt
+from ldt import experiment
+from ldt.cli import main
+from ldt.cli.commands import ldt as commands
+from ldt.cli.exit_codes import exit_codes
+from ldt.deployment import prediction, to_mmdet
+from ldt.runs.refusal import is_refusal, refused, refusing
+
+HEAVY = (
+    "torch",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "plotly",
+    "wandb",
+    "lightning",
+    "mmdet",
+    "optuna",
+)
+WATCHED = f"""
+import atexit, sys
+atexit.register(lambda: sys.stderr.write(" ".join(m for m in {HEAVY} if m in sys.modules)))
+from ldt.cli import main
+main(sys.argv[1:])
+"""
+NAN = float("nan")
+OLD = ("report", "figures", "export", "predict", "repeat", "dashboard")
+
+
+def refusal(capsys, *arguments, code=2):
+    """The only line on stderr of a command that ends with an exit code, 2 where none is given."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (code, "")
+    (line,) = err.splitlines()
+    return line.removeprefix("error: ")
+
+
+# Help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(commands.commands))
+def test_help_shows_an_example_and_imports_nothing_heavy(name, tmp_path):
+    done = python("-c", WATCHED, name, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    _, _, examples = done.stdout.partition("Example")
+    assert f"ldt {name} " in examples
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_command_the_commands_are_shown(tmp_path):
+    for arguments in ([], ["--help"]):
+        done = python("-c", WATCHED, *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert all(f"\n  {name} " in done.stdout for name in commands.commands)
+        assert "ldt report runs/default" in done.stdout
+
+
+def test_hydras_help_costs_little_more_than_composing(tmp_path):
+    """Hydra would copy every schema for each of its groups: a second of 1.4 in all."""
+
+    def seconds(*arguments):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python(str(ROOT / "run.py"), *arguments, cwd=tmp_path).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    ratios = [seconds("--help") / seconds("--cfg", "job") for _ in range(2)]
+    assert min(ratios) < 1.6
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_older_address_is_the_same_command(name, tmp_path, capsys):
+    main([name, "--help"])
+    done = python("-m", f"ldt.{name}", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == capsys.readouterr().out
+
+
+# Refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["report", "{here}/no"], "no study at {here}/no; {here} has: nothing"),
+        (["report", "{here}"], "no finished run in {here}, which holds 0 runs"),
+        (["figures", "channels", "{here}"], "give the directory of a run, runs/<study>/<run>"),
+        (["figures", "curves", "{here}/no"], "no study at {here}/no"),
+        (["export", "{here}/no.ckpt", "{here}/out"], "no checkpoint at '{here}/no.ckpt'"),
+        (["predict", "{here}/no.ckpt", "{here}/a.png"], "no image or folder at '{here}/a.png'"),
+        (["repeat", "{here}/no", "{here}/new"], "give the directory of a run, runs/<study>/<run>"),
+        (["layers", "{here}/no"], "no checkpoint at '{here}/no/round-0.ckpt'"),
+        (["report"], "Missing argument 'STUDY' (see ldt report --help)"),
+        (["report", "a", "--format", "pdf"], "'pdf' is not one of 'html', 'markdown', 'latex'"),
+        (["expotr", "a"], "No such command 'expotr'"),
+    ],
+)
+def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp_path, capsys):
+    line = refusal(capsys, *(text.format(here=tmp_path) for text in arguments))
+    assert told.format(here=tmp_path) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["detector=gfll"], "detector=gfll: did you mean gfl? choose from atss, atss_tiny, gfl"),
+        (["hydra/launcher=x"], "hydra/launcher=x: choose from basic, joblib"),
+        (["detectr=gfl"], "no key detectr: did you mean detector? choose from"),
+        (["prune.rat=0.5"], "no key prune.rat: did you mean prune.rate? choose from rate, rounds"),
+        (["prune.rate=abc"], "prune.rate=abc: Value 'abc' of type 'str' could not be converted"),
+        (["-m", "prune.rate=0.5,abc"], "prune.rate=abc: Value 'abc'"),
+        (["prune.rate"], "Error parsing override 'prune.rate'"),
+        (["study=${nope}"], "'nope' not found"),
+        (["--config-dir", "nowhere"], "nowhere' not found"),
+        (["--config-name", "nope"], "Cannot find primary config 'nope'"),
+        (["--bogus"], "unrecognized arguments: --bogus; --help shows the groups"),
+        (["--run", "--multirun"], "Only one of --run, --multirun"),
+        (["--experimental-rerun", "x"], "`ldt repeat` repeats a run"),
+    ],
+)
+def test_what_hydra_cannot_compose_is_refused_in_one_line(
+    arguments, told, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert told in refusal(capsys, "run", *arguments)
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_run_py_refuses_what_a_run_cannot_begin_with(tmp_path):
+    done = python(str(ROOT / "run.py"), "detector=mmdet", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: detector.config is not set; type detector.config=<value>\n"
+
+
+def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no")
+
+    for place, name, expected in (
+        (experiment, "opened_logger", 1),
+        (experiment, "build_schedule", 1),
+        (experiment, "build_trainer", 1),
+        (experiment, "build_module", 1),
+        (experiment.L.Trainer, "fit", 0),
+        (experiment.layers, "write_inventory", 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, broken)
+            if name == "write_inventory":
+                patch.setattr(experiment, "_execute", lambda *_: {"rounds": [{}]})
+            with pytest.raises(ValueError, match="no") as raised:
+                experiment.run(tiny(tmp_path), tmp_path / name)
+        assert is_refusal(raised.value) == expected, name
+        found = json.loads((tmp_path / name / "summary.json").read_text())
+        assert found == {"status": "failed", "error": "ValueError: no"}
+
+
+def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
+    config = experiment.OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    for values, failed, code in (([1.0, NAN], 0, 1), ([NAN, NAN], 0, 2), ([NAN, NAN], 1, 1)):
+        monkeypatch.setattr(experiment.report, "print_study", lambda _, failed=failed: failed)
+        table = experiment.StudyTable()
+        for value in values:
+            done = experiment.JobReturn(_return_value=value, status=experiment.JobStatus.COMPLETED)
+            table.on_job_end(config, done)
+        with pytest.raises(SystemExit) as ended:
+            table.on_multirun_end(config)
+        assert ended.value.code == code
+
+
+# The convention -------------------------------------------------------------------------------
+
+
+def raised_by_ours():
+    prediction.find_images(["/nowhere/at/all"])
+
+
+def wrong_value():
+    prediction.predict("x", [], "y", threshold=7)
+
+
+def raised_by_a_library():
+    int("seven")
+
+
+def disk_full():
+    raise OSError(28, "No space left on device")
+
+
+def refused_wrong_value():
+    with refusing():
+        wrong_value()
+
+
+def refused_lines():
+    raise refused(ValueError("one\n  two"))
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "told"),
+    [
+        (raised_by_ours, 1, "error: no image or folder at '/nowhere/at/all'"),
+        (wrong_value, 1, "error: threshold=7: a score from 0 to 1, for example 0.3"),
+        (disk_full, 1, "error: [Errno 28] No space left on device"),
+        (refused_wrong_value, 2, "error: threshold=7: a score from 0 to 1, for example 0.3"),
+        (refused_lines, 2, "error: one two"),
+        (interrupted, 130, "error: interrupted"),
+        (raised_by_a_library, 1, None),
+        (lambda: 1 / 0, 1, None),
+    ],
+)
+def test_every_error_has_its_exit_code(function, code, told, capsys):
+    with pytest.raises(SystemExit) as ended, exit_codes():
+        function()
+    assert ended.value.code == code
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback") if told is None else text == f"{told}\n"
+
+
+def test_only_the_named_kinds_become_refusals():
+    for kinds, expected in (((), True), ((FileNotFoundError,), False), ((ValueError,), True)):
+        with pytest.raises(ValueError, match="seven") as raised, refusing(*kinds):
+            raised_by_a_library()
+        assert is_refusal(raised.value) == expected
+
+
+def test_all_is_well_without_an_error():
+    with exit_codes():
+        pass
+
+
+# Names of the package -------------------------------------------------------------------------
+
+
+def test_a_module_that_is_also_a_function_is_the_function_when_imported():
+    import ldt.export
+    import ldt.predict
+
+    assert ldt.export is to_mmdet.export
+    assert ldt.predict is prediction.predict
+    assert sys.modules["ldt.export"] is to_mmdet.export
+
+
+def test_every_public_name_is_found_and_others_are_refused():
+    assert all(getattr(ldt, name) is not None for name in ldt.__all__)
+    with pytest.raises(AttributeError, match="'ldt' has no attribute 'nothing'"):
+        _ = ldt.nothing  # type: ignore[attr-defined]
+
+
+def test_the_package_is_imported_without_anything_heavy(tmp_path):
+    code = f"import sys, ldt; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python("-c", code, cwd=tmp_path).stdout == "[]\n"
+
+
+def test_commands_have_no_second_definition():
+    assert all(isinstance(command, click.Command) for command in commands.commands.values())
+    assert set(OLD) < set(commands.commands)
