@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -34,7 +34,16 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
 from ldt.pruning.costs import parse_budget
 
-Images = Iterable[RawBatch] | Dataset
+
+class CalibrationData(Protocol):
+    """A data module of ours."""
+
+    def calibration_dataloader(self, images: int, batch_size: int) -> DataLoader:
+        """Return calibration images, the same at every call."""
+        ...
+
+
+Images = Iterable[RawBatch] | Dataset | CalibrationData
 LayerSizes = dict[str, dict[str, int]]
 KEYS = ("out", "params", "multiply_adds")  # of a layer's sizes
 
@@ -124,6 +133,7 @@ def prune(
     weights: str | Path | None = None,
     config: Config | str | Path | None = None,
     classes: Sequence[str] | None = None,
+    resize: Sequence[dict[str, Any]] | None = None,
     calibration_images: int = PruningSchedule.images,
     batch_size: int = PruningSchedule.batch_size,
     input_size: tuple[int, int] | None = None,
@@ -152,6 +162,8 @@ def prune(
         weights: of a config's detector.
         config: the mmdet config of a detector that is built already, for :meth:`save`.
         classes: names in label order, for :meth:`save`.
+        resize: the steps that bring an image to the network's input size, as mmdet's configs have
+            them, for :meth:`save`: `ldt.export` and `ldt.predict` need them.
         calibration_images: at most so many images are looked at.
         batch_size: images in a batch, where ``images`` is a data set.
         input_size: (height, width) that MACs are counted for; that of the first batch by default.
@@ -194,8 +206,8 @@ def prune(
     if isinstance(detector, nn.Module) and not inplace:
         opened.model = deepcopy(detector)
     batches = calibration_batches(images, calibration_images, batch_size)
-    if hasattr(images, "resize"):
-        opened.record = {**opened.record, "resize": getattr(images, "resize")}  # noqa: B009
+    if steps := resize or getattr(images, "resize", None):
+        opened.record = {**opened.record, "resize": steps}
     adapter = _adapter(opened, batches, input_size, neck, predictors)
     return _prune(adapter, opened, batches, schedule, method.criterion, reestimate_bn, seed)
 

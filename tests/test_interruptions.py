@@ -14,7 +14,7 @@ from short_runs import ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
-from ldt.loop.prune_retrain import PruneRetrain
+from ldt.loop import pruning_round
 
 pytestmark = pytest.mark.slow
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
@@ -66,13 +66,13 @@ def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
     config = tiny(tmp_path, "method=l1", "prune=oneshot")
     experiment.run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        cut = PruneRetrain._report_whole
+        check = pruning_round.check_rate
 
-        def interrupted(loop, graph):
-            cut(loop, graph)
+        def interrupted(*given):
+            check(*given)
             raise KeyboardInterrupt
 
-        patch.setattr(PruneRetrain, "_report_whole", interrupted)
+        patch.setattr(pruning_round, "check_rate", interrupted)
         with pytest.raises(SystemExit) as stopped:
             experiment.run(config, tmp_path / "run")
     assert stopped.value.code == 130

@@ -29,6 +29,7 @@ def ldt(context: click.Context) -> None:
     Examples:
       ldt run                                   train, prune and retrain on the embedded data set
       ldt report runs/default                   compare the runs of a study on one HTML page
+      ldt prune CONFIG WEIGHTS DATA --rate 0.3  what would go, and what it costs in AP
       ldt export runs/default/<run>/round-2.ckpt exported     write a pruned detector for mmdet
 
     ldt <command> --help shows the options of a command and examples.
@@ -147,6 +148,67 @@ def figures(
         files = draw(name, runs, Options(out, images, scale))
     for file in files:
         click.echo(file)
+
+
+@ldt.command()
+@click.argument("config")
+@click.argument("weights", type=PATH)
+@click.argument("data", type=PATH)
+@click.option("--rate", type=float, required=True, help="Share of the budget to remove: 0.3.")
+@click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
+@click.option(
+    "--budget",
+    type=click.Choice(["params", "macs", "flops"]),
+    default="params",
+    show_default=True,
+    help="What the rate is counted in; flops means macs.",
+)
+@click.option(
+    "--ranking",
+    type=click.Choice(["global", "global_per_cost", "global_normalised", "uniform"]),
+    help="How scores of different layers are compared [default: the method's own].",
+)
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="To score.")
+@click.option(
+    "--val", type=click.IntRange(0), default=100, show_default=True, help="Images to measure AP on."
+)
+@click.option("--out", type=PATH, help="Checkpoint to write, for `ldt export` and `ldt predict`.")
+@click.option("--train-ann", help="Annotation file in COCO's format, below DATA.")
+@click.option("--train-img", help="Its image folder.")
+@click.option("--val-ann", help="The same for validation.")
+@click.option("--val-img", help="Its image folder.")
+def prune(
+    config: str,
+    weights: Path,
+    data: Path,
+    rate: float,
+    criterion: str,
+    budget: str,
+    ranking: str | None,
+    images: int,
+    val: int,
+    out: Path | None,
+    **files: str | None,
+) -> None:
+    """Show what pruning would remove and what it costs in AP, without training.
+
+    CONFIG is an mmdet config (a file, or mmdet::<family>/<file> for a packaged one), WEIGHTS its
+    weights, DATA a folder in COCO's or KITTI's layout.
+
+    \b
+    Example:
+      ldt prune mmdet::yolox/yolox_nano_8xb8-300e_coco.py yolox_nano.pth /data/coco --rate 0.3
+    """
+    from ldt.cli import pruning
+    from ldt.detectors.models import quiet
+
+    quiet()
+    given = {name: file for name, file in files.items() if file is not None}
+    pruning.run(
+        pruning.PruningCommand(
+            config, weights, data, rate, criterion, budget, ranking, images, val, out, given
+        )
+    )
 
 
 @ldt.command()

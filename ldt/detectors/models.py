@@ -44,14 +44,7 @@ def model_config(
     Raises:
         ValueError: no such config, or it defines no ``model``.
     """
-    use_mmdet()
-    try:
-        whole = Config.fromfile(_config_file(config))
-    except (OSError, KeyError, ImportError, SyntaxError) as error:
-        raise ValueError(
-            f"detector.config={config!r} cannot be read ({error}). Give a file, or a packaged "
-            "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
-        ) from error
+    whole = _read_config(config)
     if "model" not in whole:
         raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
     whole.merge_from_dict({"model": options})
@@ -63,6 +56,40 @@ def model_config(
     if "custom_imports" in whole:
         model["custom_imports"] = ConfigDict(whole.custom_imports).to_dict()
     return _plain(model)
+
+
+def input_settings(config: str) -> dict[str, Any]:
+    """Return ``scale`` (width, height), ``keep_ratio`` and ``pad`` of a config's test pipeline.
+
+    Args:
+        config: as for :func:`model_config`.
+
+    Raises:
+        ValueError: there is no such config, or its test pipeline has no ``Resize``.
+    """
+    whole = _read_config(config)
+    loader = whole.get("test_dataloader") or {}
+    steps = (loader.get("dataset") or {}).get("pipeline") or whole.get("test_pipeline") or []
+    resize = next((step for step in steps if step["type"] == "Resize"), None)
+    if resize is None:
+        raise ValueError(f"{config!r} has no test pipeline with a Resize, so no input size")
+    square = any(step["type"] == "Pad" and "size_divisor" not in step for step in steps)
+    return {
+        "scale": tuple(resize["scale"]),
+        "keep_ratio": bool(resize.get("keep_ratio")),
+        "pad": "square" if square else "none",
+    }
+
+
+def _read_config(config: str) -> Config:
+    use_mmdet()
+    try:
+        return Config.fromfile(_config_file(config))
+    except (OSError, KeyError, ImportError, SyntaxError) as error:
+        raise ValueError(
+            f"detector.config={config!r} cannot be read ({error}). Give a file, or a packaged "
+            "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+        ) from error
 
 
 def _config_file(config: str) -> str:

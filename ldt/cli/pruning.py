@@ -1,0 +1,112 @@
+"""What pruning would remove and cost, without training: the command `ldt prune`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from mmengine.dataset import pseudo_collate
+from torch.utils.data import DataLoader, Subset
+
+from ldt.api import calibration_batches, evaluate, prune
+from ldt.data.coco import CocoDataModule
+from ldt.data.datamodule import DetectionDataModule
+from ldt.data.kitti import KittiDataModule
+from ldt.detectors.models import input_settings
+from ldt.detectors.opening import OpenedDetector, open_detector
+from ldt.runs.refusal import refusing
+
+
+@dataclass(frozen=True)
+class PruningCommand:
+    """Arguments and options of `ldt prune`.
+
+    Attributes:
+        config: an mmdet config file or a packaged one.
+        weights: of its detector.
+        data: a folder in COCO's or KITTI's layout.
+        rate: share of the budget to remove.
+        criterion: name of a method.
+        budget: ``params`` or ``macs``.
+        ranking: how scores of different layers are compared; None takes the method's own.
+        images: calibration images.
+        validate: validation images that AP is measured on; 0 does not measure.
+        out: the checkpoint to write, or None.
+        files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of one's own COCO files.
+    """
+
+    config: str
+    weights: Path
+    data: Path
+    rate: float
+    criterion: str
+    budget: str
+    ranking: str | None
+    images: int
+    validate: int
+    out: Path | None
+    files: dict[str, str]
+
+
+def run(command: PruningCommand) -> None:
+    """Prune, and tell what goes and what it costs in AP."""
+    with refusing():
+        data = _open_data(command)
+        data.setup("fit")
+        opened = replace(open_detector(command.config, command.weights), classes=data.classes)
+        _check_classes(opened, data)
+        images = calibration_batches(data, command.images, 16)
+    click.echo(f"{command.config}: {command.images} calibration images of {command.data}")
+    before = _measure(opened.model, data, command.validate)
+    with refusing():
+        result = prune(
+            opened.model,
+            images,
+            rate=command.rate,
+            criterion=command.criterion,
+            budget=command.budget,
+            ranking=command.ranking,
+            config=command.config,
+            classes=data.classes,
+            resize=data.resize,
+            inplace=True,
+        )
+    click.echo(result)
+    after = _measure(result.detector, data, command.validate)
+    for name in before:
+        click.echo(
+            f"{name} on {command.validate} validation images, before any retraining: "
+            f"{before[name]:.3f} -> {after[name]:.3f}"
+        )
+    if command.out is not None:
+        click.echo(f"written: {result.save(command.out)}")
+
+
+def _open_data(command: PruningCommand) -> DetectionDataModule:
+    settings: dict[str, Any] = {"root": str(command.data), **input_settings(command.config)}
+    if (command.data / "training" / "label_2").is_dir():
+        return KittiDataModule(**settings)
+    settings |= command.files
+    return CocoDataModule(**settings)
+
+
+def _check_classes(opened: OpenedDetector, data: DetectionDataModule) -> None:
+    head: Any = getattr(opened.model, "bbox_head", None)
+    classes = getattr(head, "num_classes", len(data.classes))
+    if classes != len(data.classes):
+        raise ValueError(
+            f"the detector predicts {classes} classes, the data have {len(data.classes)} "
+            f"({', '.join(data.classes[:5])}, ...): give the data that it was trained for"
+        )
+
+
+def _measure(detector: Any, data: DetectionDataModule, images: int) -> dict[str, float]:
+    """AP and AP50 on evenly spread validation images."""
+    if not images:
+        return {}
+    dataset: Any = data.val_dataloader().dataset
+    count = min(images, len(dataset))
+    chosen = Subset(dataset, [index * len(dataset) // count for index in range(count)])
+    loader = DataLoader(chosen, data.val_batch_size, collate_fn=pseudo_collate)
+    found = evaluate(detector, loader, data.classes)
+    return {name: found[name] for name in ("AP", "AP50")}

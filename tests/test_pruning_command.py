@@ -1,0 +1,83 @@
+"""`ldt prune`: what would go and what it costs, without training."""
+
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mmengine.config import Config
+from omegaconf import OmegaConf
+from real_data import COCO, YOLOX_NANO, needs
+from short_runs import tiny
+from small import composed, randomise_norms
+
+import ldt
+from ldt.build import build_data
+from ldt.cli.commands import ldt as command
+from ldt.detectors.models import build, model_config
+
+
+def prune(*arguments):
+    return CliRunner().invoke(command, ["prune", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """An own config, weights, and data in KITTI's layout."""
+    folder = tmp_path_factory.mktemp("own")
+    data = build_data(tiny(folder))
+    data.prepare_data()
+    chosen: Any = OmegaConf.to_container(composed("detector=gfl_tiny").detector, resolve=True)
+    model = model_config(chosen["config"], chosen["options"], n_classes=3, pretrained=False)
+    pipeline = [{"type": "Resize", "scale": (128, 64), "keep_ratio": True}]
+    Config({"model": model, "test_pipeline": pipeline}).dump(folder / "config.py")
+    torch.manual_seed(0)
+    detector = build(model)
+    randomise_norms(detector, torch.Generator().manual_seed(0))
+    torch.save({"state_dict": detector.state_dict()}, folder / "weights.pth")
+    return folder / "config.py", folder / "weights.pth", data.folder()
+
+
+def test_it_tells_what_goes_and_what_it_costs(own, tmp_path):
+    out = tmp_path / "pruned.ckpt"
+    done = prune(*own, "--rate", "0.3", "--budget", "macs", "--images", "4", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "GMACs (-30." in done.output or "GMACs (-29." in done.output
+    assert "backbone.layer1.0.conv1" in done.output
+    assert "AP on" in done.output
+    assert "AP50 on" in done.output
+    pruned = ldt.load_pruned(out)
+    assert pruned.dataset_meta["classes"] == ("Car", "Pedestrian", "Cyclist")
+    ldt.export(out, tmp_path / "exported")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--rate": "1.5"}, "rate=1.5"),
+        ({"--criterion": "best"}, "criterion='best' is not known; choose one of chip"),
+        ({"config": "nowhere.py"}, "nowhere.py' cannot be read"),
+        ({"weights": "nowhere.pth"}, "no such file"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_refused(own, change, message):
+    given = {"config": own[0], "weights": own[1], "data": own[2], "--rate": "0.3", **change}
+    places = [given.pop(name) for name in ("config", "weights", "data")]
+    options = [part for option in given.items() for part in option]
+    done = prune(*places, *options, "--val", "0", "--images", "4")
+    assert done.exit_code == 1  # `exit_codes` gives it its number, in tests/test_cli.py
+    assert getattr(done.exception, "refused", False)
+    assert message in str(done.exception)
+
+
+@pytest.mark.slow
+@needs(YOLOX_NANO)
+def test_published_weights_keep_some_of_their_precision():
+    config = "mmdet::yolox/yolox_nano_8xb8-300e_coco.py"
+    options = ("--rate", "0.05", "--budget", "macs", "--ranking", "global_per_cost")
+    done = prune(config, YOLOX_NANO, COCO, *options, "--images", "16", "--val", "16")
+    assert done.exit_code == 0, done.output
+    before, after = (float(word) for word in done.output.split("retraining: ")[1].split()[::2][:2])
+    assert before > 0.25
+    assert 0.5 * before < after <= before + 0.02
