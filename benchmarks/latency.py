@@ -28,12 +28,12 @@ from ldt.evaluation.profiling import (
     MINIMUM_RUNS,
     count_macs,
     count_parameters,
-    environment,
     latency,
 )
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE, select_channels
 from ldt.pruning.costs import CostModel
+from ldt.runs.provenance import environment
 
 CONF = str(Path(__file__).parents[1] / "conf")
 CLASSES = ("Car", "Pedestrian", "Cyclist")

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import ROOT, SMALL, Cell, Run, differing, fill, load_cells, load_runs
+from cells import ROOT, SMALL, TableRow, differing, fill, load_cells, load_runs
 
+from ldt.runs import files, identity
 from ldt.runs.files import read_json, write_rows, write_text
+from ldt.runs.run import Run
 
 FIGURES = {
     "fig1_discriminants": "discriminants",
@@ -53,7 +55,7 @@ OTHER_CELLS = ("prune.rate", "prune.budget", "ldt.enabled")  # differ between ta
 # Numbers --------------------------------------------------------------------------------------
 
 
-def result(cell: Cell, base: Cell, metric: str, comparable: bool) -> dict[str, Any]:
+def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dict[str, Any]:
     """A line of results.csv.
 
     Args:
@@ -79,7 +81,7 @@ def result(cell: Cell, base: Cell, metric: str, comparable: bool) -> dict[str, A
     return line | {"runs": " ".join(run.folder.name for _, run in sorted(cell.runs.items()))}
 
 
-def results(size: str, cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
+def results(size: str, cells: Sequence[TableRow], metric: str) -> list[dict[str, Any]]:
     """The lines of one metric."""
     pairs = zip(cells, bases(cells), strict=True)
     return [result(cell, base, metric, size == "full") for cell, base in pairs]
@@ -93,13 +95,13 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return round(100 * part / whole, 1) if part is not None and whole else None
 
 
-def bases(cells: Sequence[Cell]) -> list[Cell]:
+def bases(cells: Sequence[TableRow]) -> list[TableRow]:
     """For each cell the first one of its detector and data set."""
-    first: dict[tuple[Any, ...], Cell] = {}
+    first: dict[tuple[Any, ...], TableRow] = {}
     return [first.setdefault(group(cell), cell) for cell in cells]
 
 
-def group(cell: Cell) -> tuple[Any, ...]:
+def group(cell: TableRow) -> tuple[Any, ...]:
     """Data set and detector of a cell, as far as its experiment has several."""
     return tuple(cell.keys[key] for key in GROUP if key in cell.keys)
 
@@ -148,7 +150,7 @@ def _text(name: str, line: dict[str, Any], best: bool) -> str:
     return f"{value:.2f}" if name == "unpruned" else str(value)
 
 
-def report(name: str, size: str, cells: Sequence[Cell], runs: Sequence[Run]) -> str:
+def report(name: str, size: str, cells: Sequence[TableRow], runs: Sequence[Run]) -> str:
     """results.md: what was measured where, a table for each metric, the missing cells.
 
     Args:
@@ -172,8 +174,8 @@ def report(name: str, size: str, cells: Sequence[Cell], runs: Sequence[Run]) -> 
 def _where(runs: Sequence[Run]) -> str:
     if not runs:
         return "No run is finished yet.\n"
-    last = max((run.folder / "summary.json").stat().st_mtime for run in runs)
-    about = [read_json(run.folder / "environment.json").get("environment", {}) for run in runs]
+    last = max((run.folder / files.SUMMARY).stat().st_mtime for run in runs)
+    about = [read_json(run.folder / files.ENVIRONMENT).get("environment", {}) for run in runs]
     kinds = dict.fromkeys(
         f"{a['cpu']}, {a['cores']} cores, GPU: {a['gpus']}, torch {a['torch']}" for a in about if a
     )
@@ -181,7 +183,7 @@ def _where(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs, the last of {day}. Machines: {'; '.join(kinds) or 'not recorded'}.\n"
 
 
-def _stand_ins(cells: Sequence[Cell]) -> str:
+def _stand_ins(cells: Sequence[TableRow]) -> str:
     named = {value for cell in cells for value in cell.keys.values()}
     pairs = [f"`{small}` for `{full}`" for known in SMALL.values() for full, small in known.items()
              if full in named]  # fmt: skip
@@ -191,7 +193,7 @@ def _stand_ins(cells: Sequence[Cell]) -> str:
     )
 
 
-def _missing(name: str, size: str, cells: Sequence[Cell]) -> str:
+def _missing(name: str, size: str, cells: Sequence[TableRow]) -> str:
     """The cells without all of their seeds, each with the command that fills it."""
     todo = [cell for cell in cells if cell.missing]
     commands = dict.fromkeys(command(name, size, cell) for cell in todo)
@@ -203,7 +205,7 @@ def _missing(name: str, size: str, cells: Sequence[Cell]) -> str:
     return text + "\n".join(commands) + "\n```\n"
 
 
-def command(name: str, size: str, cell: Cell | None = None) -> str:
+def command(name: str, size: str, cell: TableRow | None = None) -> str:
     """The command line that runs a cell, or the whole experiment."""
     experiment = name if size == "full" else f"{name}_small"
     job = list(cell.job) if cell else []
@@ -214,12 +216,13 @@ def command(name: str, size: str, cell: Cell | None = None) -> str:
     return " ".join(["python run.py -m", f"experiment={experiment}", *job])
 
 
-def _near_misses(cells: Sequence[Cell], runs: Sequence[Run]) -> str:
+def _near_misses(cells: Sequence[TableRow], runs: Sequence[Run]) -> str:
     """Runs that differ from a cell in details only, which the user may not have intended."""
     used = {run.folder for cell in cells for run in cell.runs.values()}
     found = []
     for run in runs:
-        keys = min((differing(cell, run) for cell in cells), key=len)
+        config = identity.cell(run.config)
+        keys = min((differing(cell, config) for cell in cells), key=len)
         another = any(key.endswith(".name") or key in OTHER_CELLS for key in keys)
         if run.folder not in used and keys and not another:
             place = f"{run.folder.parent.name}/{run.folder.name}"
@@ -230,7 +233,7 @@ def _near_misses(cells: Sequence[Cell], runs: Sequence[Run]) -> str:
 # Figures --------------------------------------------------------------------------------------
 
 
-def figure_commands(name: str, size: str, cells: Sequence[Cell]) -> Iterable[list[str]]:
+def figure_commands(name: str, size: str, cells: Sequence[TableRow]) -> Iterable[list[str]]:
     """A command for each detector that draws its runs; curves show pruned runs of all seeds."""
     figure, suffix = FIGURES[name], "" if size == "full" else "_small"
     for key in dict.fromkeys(map(group, cells)):
@@ -251,7 +254,7 @@ def figure_commands(name: str, size: str, cells: Sequence[Cell]) -> Iterable[lis
 
 def build(
     name: str, size: str, studies: Sequence[Path], given: Sequence[str], folder: Path
-) -> list[Cell]:
+) -> list[TableRow]:
     """Write results.csv and results.md of an experiment from whatever runs there are.
 
     Args:

@@ -1,8 +1,9 @@
-"""The cells of an experiment: what the paper reports, the job that measures it, its runs so far.
+"""The table of an experiment: what the paper reports, the job that measures it, its runs so far.
 
-A cell is a row of `expected.csv`. Its columns are overrides that tell the job, then numbers of the
-paper (:data:`METRICS`). A run belongs to a cell when its configuration is the job's, whatever its
-directory is called, so that studies can be shared and stray runs do not count.
+A table row is a row of `expected.csv`. Its columns are overrides that tell the job, then numbers of
+the paper (:data:`METRICS`). A run belongs to it when its configuration is the job's but for the
+seed (:mod:`ldt.runs.identity`), whatever its directory is called, so that studies can be shared and
+stray runs do not count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldt.config import DETAILS, LABELS, register
-from ldt.pruning.names import below
-from ldt.report import differences, load_study
+from ldt.config import register
+from ldt.runs import files, identity
+from ldt.runs.differences import differences
 from ldt.runs.files import read_json, read_rows
+from ldt.runs.run import Run, open_runs
 from ldt.sweeps import jobs
 
 ROOT = Path(__file__).parents[1]
@@ -43,23 +45,14 @@ SMALL = {  # what stands for the paper's in `<experiment>_small`
 
 
 @dataclass
-class Run:
-    """A finished run: its row of the study, directory and flat configuration."""
-
-    row: dict[str, Any]
-    folder: Path
-    config: dict[str, Any]
-
-
-@dataclass
-class Cell:
+class TableRow:
     """A row of the experiment's table.
 
     Attributes:
         keys: which row it is, by column.
         paper: the paper's number of each metric, None where it gives none.
         job: overrides that run it, without the seed.
-        config: the job's configuration, flat.
+        config: what the job's runs have in common, flat.
         seeds: those of the experiment.
         runs: the first run of each seed, by seed.
     """
@@ -79,7 +72,7 @@ class Cell:
             prefix: ``base_`` for the runs' own unpruned detectors.
         """
         key, factor = METRICS[metric]
-        rows = [run.row for _, run in sorted(self.runs.items())]
+        rows = [numbers(run) for _, run in sorted(self.runs.items())]
         return [factor * row[prefix + key] for row in rows if prefix + key in row]
 
     @property
@@ -88,8 +81,8 @@ class Cell:
         return [seed for seed in self.seeds if seed not in self.runs]
 
 
-def load_cells(name: str, size: str, given: Sequence[str] = ()) -> tuple[list[Cell], str]:
-    """The cells of an experiment, without runs, and its study.
+def load_cells(name: str, size: str, given: Sequence[str] = ()) -> tuple[list[TableRow], str]:
+    """The rows of an experiment, without runs, and its study.
 
     Args:
         name: a file of conf/experiment; its expected numbers are in experiments/<name>.
@@ -114,7 +107,7 @@ def load_cells(name: str, size: str, given: Sequence[str] = ()) -> tuple[list[Ce
         if own:
             job = [override for override in own[0][0] if not override.startswith("seed=")]
             seeds = sorted({config["seed"] for _, config in own})
-            cells.append(Cell(keys, paper, job, essence(own[0][1]), seeds))
+            cells.append(TableRow(keys, paper, job, identity.cell(own[0][1]), seeds))
     return cells, study
 
 
@@ -182,44 +175,37 @@ def _tells(keys: dict[str, Any], config: dict[str, Any]) -> bool:
     return all(_select(config, k) == words.get(v, v) for k, v in keys.items() if v != "")
 
 
-def essence(plain: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key and value of everything that decides what a configuration measures."""
-    flat = {key: value for key, _, value in differences({}, plain)}
-    idle = ["prune"] if flat["method.name"] == "none" else []
-    idle += [] if plain["ldt"]["enabled"] else [f"ldt.{k}" for k in plain["ldt"] if k != "enabled"]
-    aside = (*LABELS, *DETAILS, "base", "report", "trainer", *idle)
-    return {k: v for k, v in flat.items() if not below(k, aside)}
-
-
 def load_runs(studies: Sequence[Path]) -> Iterator[Run]:
     """The finished runs of studies; FileNotFoundError where there is none."""
     for study in studies:
-        for row in load_study(study):
-            folder = study / row["run"]
-            if row["status"] == "finished" and (folder / "config.yaml").is_file():
-                plain: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-                yield Run(row | _latencies(row, folder), folder, essence(plain))
+        yield from (run for run in open_runs(study) if run.finished and run.config)
+
+
+def numbers(run: Run) -> dict[str, Any]:
+    """What was measured of a run, with latencies by the kind of their device."""
+    return run.row | _latencies(run.row, run.folder)
 
 
 def _latencies(row: dict[str, Any], folder: Path) -> dict[str, float]:
     """Latency by the kind of its device: the run's own, then what was measured afterwards."""
-    gpus = read_json(folder / "environment.json").get("environment", {}).get("gpus", "")
+    gpus = read_json(folder / files.ENVIRONMENT).get("environment", {}).get("gpus", "")
     found = {}
     for prefix in ("base_", ""):
         if f"{prefix}latency_ms" in row:
             kind = "gpu_ms" if row[f"{prefix}device"] in gpus.split(", ") else "cpu_ms"
             found[prefix + kind] = row[f"{prefix}latency_ms"]
-    return found | read_json(folder / "latency.json")
+    return found | read_json(folder / files.LATENCY)
 
 
-def fill(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
-    """Give every cell its runs."""
+def fill(cells: Sequence[TableRow], runs: Sequence[Run]) -> None:
+    """Give every row its runs."""
     for run in runs:
+        config = identity.cell(run.config)
         for cell in cells:
-            if not differing(cell, run):
+            if not differing(cell, config):
                 cell.runs.setdefault(run.row["seed"], run)
 
 
-def differing(cell: Cell, run: Run) -> list[str]:
-    """Keys that both know and that differ; keys that one of them lacks are younger than a run."""
-    return [k for k, value in cell.config.items() if k in run.config and run.config[k] != value]
+def differing(cell: TableRow, config: dict[str, Any]) -> list[str]:
+    """Keys in which a run's cell, flat, is not the row's."""
+    return [key for key, _, _ in differences(config, cell.config)]

@@ -11,19 +11,20 @@ import argparse
 from pathlib import Path
 
 import torch
-from cells import ROOT, Run, fill, load_cells, load_runs
+from cells import ROOT, fill, load_cells, load_runs
 
 from ldt import load_pruned
 from ldt.detectors.forward import raw_forward
 from ldt.evaluation.profiling import latency
-from ldt.runs.files import read_json, write_json
+from ldt.runs.files import LATENCY, read_json, round_checkpoint, write_json
+from ldt.runs.run import Run
 
 DEVICES = {"cpu_ms": "cpu", "gpu_ms": "cuda"}
 
 
 def measure(run: Run, device: str, runs: int) -> float:
     """Median milliseconds of one image through a run's last detector."""
-    detector = load_pruned(run.folder / f"round-{run.row['rounds']}.ckpt", device)
+    detector = load_pruned(run.folder / round_checkpoint(run.row["rounds"]), device)
     image = torch.zeros(1, 3, *run.row["input_size"], device=device)
     found = latency(lambda: raw_forward(detector, image), runs=runs, device=device)
     return round(found.median_ms, 2)
@@ -39,12 +40,12 @@ def main() -> None:
     cells, study = load_cells("table4_latency", given.size)
     fill(cells, list(load_runs([given.runs or ROOT / "runs" / study])))
     for run in (run for cell in cells for run in cell.runs.values()):
-        known = read_json(run.folder / "latency.json")
+        known = read_json(run.folder / LATENCY)
         for key, device in DEVICES.items():
             if device == "cpu" or torch.cuda.is_available():
                 known[key] = measure(run, device, given.times)
                 print(f"{run.folder.name}  {key} {known[key]}")
-        write_json(run.folder / "latency.json", known)
+        write_json(run.folder / LATENCY, known)
 
 
 if __name__ == "__main__":

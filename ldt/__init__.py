@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ldt.deployment.to_mmdet import export
     from ldt.detectors.checkpoints import load_pruned
     from ldt.module import DetectorModule
-    from ldt.runs.opened import open_run
+    from ldt.runs.run import open_run
     from ldt.runs.study import load_study
 
 install()
@@ -40,7 +40,7 @@ _FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
     "export": "ldt.deployment.to_mmdet",
     "load_pruned": "ldt.detectors.checkpoints",
     "load_study": "ldt.runs.study",
-    "open_run": "ldt.runs.opened",
+    "open_run": "ldt.runs.run",
     "predict": "ldt.deployment.prediction",
     "prune": "ldt.api",
 }

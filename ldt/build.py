@@ -22,13 +22,16 @@ from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors.checkpoints import read
 from ldt.detectors.models import model_config
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
-from ldt.module import DetectorModule
+from ldt.module import DetectorModule, restored
 from ldt.pruning.budget import Limits
 from ldt.recipe import check_recipe
+from ldt.runs import files, inputs
+from ldt.runs.run import Run, load_config
 
 
 def build_schedule(config: DictConfig) -> PruningSchedule:
@@ -110,9 +113,7 @@ def build_module(
             "recipe.epochs=0 prunes at once, so weights are needed: detector.checkpoint=<file>"
         )
     return DetectorModule(
-        model_config(
-            detector["config"], detector["options"], len(data.classes), detector["pretrained"]
-        ),
+        _model_config(plain, data),
         data.classes,
         plain["recipe"],
         (-(-height // 32) * 32, -(-width // 32) * 32),  # as batches are padded
@@ -121,6 +122,41 @@ def build_module(
         checkpoint=detector["checkpoint"],
         resize=data.resize,
     )
+
+
+def _model_config(plain: dict[str, Any], data: DetectionDataModule) -> dict[str, Any]:
+    own = plain["detector"]
+    return model_config(own["config"], own["options"], len(data.classes), own["pretrained"])
+
+
+def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inputs:
+    """Fingerprint all that a run reads (:mod:`ldt.runs.inputs`).
+
+    Raises:
+        FileNotFoundError: some of it is missing.
+        ValueError: it cannot be read.
+    """
+    model, weights = _model_config(plain, data), plain["detector"]["checkpoint"]
+    return inputs.record(data.fingerprint(), model, weights)
+
+
+def data_of(run: Run) -> DetectionDataModule:
+    """Read the data of a run, from the last place that it was started with and that is there."""
+    config = load_config(run.folder)
+    known = files.read_json(run.folder / files.INPUTS).get("places", [])
+    places = [place for place in reversed(known) if Path(place).is_dir()]
+    if places and not Path(config.dataset.root or places[0]).is_dir():
+        config.dataset.root = places[0]
+    data = build_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def module_of(run: Run) -> DetectorModule:
+    """Load the detector of a run's round as criteria see it, in eval mode."""
+    recipe: Any = OmegaConf.to_container(load_config(run.folder).recipe, resolve=True)
+    return restored(read(run.checkpoint()), recipe)
 
 
 @contextlib.contextmanager
@@ -162,9 +198,7 @@ def build_trainer(
             enable_version_counter=False,
         )
     )
-    attempts = len(list(folder.glob("logs*")))  # CSVLogger empties a folder that it finds
-    logs = f"logs-{attempts + 1}" if attempts else "logs"
-    loggers: list[Logger] = [CSVLogger(folder, name="", version=logs)]
+    loggers: list[Logger] = [CSVLogger(folder, name="", version=files.next_logs(folder))]
     if logger is not None:
         loggers.append(logger)
     own = config.trainer

@@ -4,21 +4,14 @@ Hydra merges the files of ``conf/`` into these dataclasses, so that a misspelt k
 the wrong type stops a run before any model is built, naming the key.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.utils import get_method
 from omegaconf import MISSING, OmegaConf
-
-# Where things are and how fast they load: keys that do not change a run's result.
-DETAILS = (
-    "dataset.root", "dataset.cache", "dataset.workers", "trainer.devices", "report.pictures"
-)  # fmt: skip
-# What a run is called and recorded by, its seed among them: the runs of one cell differ in these.
-LABELS = ("seed", "run_name", "study", "logger", "objectives")
 
 
 @dataclass
@@ -205,11 +198,6 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def identity_suffix(overrides: str) -> str:
-    """``-<8 hex digits>`` of the overrides that a run's name does not spell out, or nothing."""
-    return "-" + hashlib.sha256(overrides.encode()).hexdigest()[:8] if overrides else ""
-
-
 def register() -> None:
     """Make the schema known to Hydra, and the resolver that names runs to OmegaConf."""
     store = ConfigStore.instance()
@@ -220,4 +208,9 @@ def register() -> None:
         ("coco", CocoConfig),
     ):
         store.store(group="dataset", name=f"{name}_schema", node=node)
-    OmegaConf.register_new_resolver("identity_suffix", identity_suffix, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+
+
+def _run_name(overrides: Any, *, _root_: Any) -> str:
+    """Ask for the name by its address, as Hydra does: a schema knows nothing of runs."""
+    return get_method("ldt.runs.identity.run_name")(overrides, _root_)

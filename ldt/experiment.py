@@ -1,8 +1,6 @@
 """One run, from its configuration to its summary: the only orchestration there is."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import shutil
@@ -30,18 +28,21 @@ from ldt.build import (
     build_schedule,
     build_trainer,
     opened_logger,
+    read_inputs,
 )
 from ldt.callbacks.checkpoint_io import resumable
-from ldt.config import DETAILS, MethodConfig, PruneConfig
+from ldt.config import MethodConfig, PruneConfig
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import quiet
-from ldt.evaluation import layers, profiling
+from ldt.evaluation import layers
 from ldt.figures import from_runs
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
+from ldt.runs import files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
 from ldt.runs.refusal import KINDS, is_refusal, refusing
+from ldt.runs.run import stored_config
 
 log = logging.getLogger(__name__)
 REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # while a run is being set up
@@ -64,41 +65,54 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         failed job of a sweep.
 
     Raises:
-        ValueError: bad configuration, or the folder holds a run of another one, which is left as
-            it is.
+        ldt.runs.identity.OtherRunError: the folder holds a run of another configuration, or one
+            that has read other data, weights or code; it is left as it is.
+        ValueError: bad configuration, or a damaged file of the run.
     """
     with _alone(folder):
         try:
             with refusing(*REFUSALS):
-                plain = _claim(config, folder)
+                plain, summary = _claim(config, folder), read_json(folder / files.SUMMARY)
         except REFUSALS as error:
             if in_sweep:
                 log.error("%s is refused: %s", folder.name, error)
                 return _result(config, {})
             raise
-        summary = read_json(folder / "summary.json")
         try:
-            if summary.get("drawn"):
-                log.info("%s is finished already", folder)
-                _show(config, summary, folder)
-            else:
-                with contextlib.ExitStack() as opened:
-                    with refusing(*REFUSALS):
-                        logger = opened.enter_context(opened_logger(config, folder))
-                    if summary.get("status") != "finished":
-                        summary = _execute(config, plain, folder, logger)
-                    _show(config, summary, folder)
+            summary = _finish(config, plain, folder, summary)
         except KeyboardInterrupt:
             _record(folder, {"status": "interrupted"})
             log.warning("interrupted; the same command goes on from the last finished epoch")
             sys.exit(130)
         except Exception as error:
-            _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+            if not isinstance(error, identity.OtherRunError):
+                _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
             if in_sweep:
                 log.error("%s failed: %s", folder.name, error, exc_info=not is_refusal(error))
                 return _result(config, {})  # the other jobs of the sweep go on
             raise
     return _result(config, summary["rounds"][-1])
+
+
+def _finish(
+    config: DictConfig, plain: dict[str, Any], folder: Path, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """The summary of the run, which is trained and drawn as far as it is not."""
+    finished = summary.get("status") == "finished"
+    if finished or files.has_checkpoint(folder):
+        with refusing(*REFUSALS):
+            _check_inputs(config, plain, folder, finished)
+    if summary.get("drawn"):
+        log.info("%s is finished already", folder)
+        _show(config, summary, folder)
+        return summary
+    with contextlib.ExitStack() as opened:
+        with refusing(*REFUSALS):
+            logger = opened.enter_context(opened_logger(config, folder))
+        if not finished:
+            summary = _execute(config, plain, folder, logger)
+        _show(config, summary, folder)
+    return summary
 
 
 def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float, ...]:
@@ -114,7 +128,7 @@ def _alone(folder: Path) -> Iterator[None]:
     if rank_zero_only.rank:  # a process of the same run
         yield
         return
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / files.LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -129,35 +143,51 @@ def _alone(folder: Path) -> Iterator[None]:
 def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
     """The resolved configuration; the folder is this configuration's from now on."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    file = folder / "config.yaml"
-    if file.is_file():
-        known: Any = OmegaConf.to_container(OmegaConf.load(file))
-        differing = report.differences(_essential(known), _essential(plain))
-        if differing:
-            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in differing)
-            raise ValueError(
-                f"{folder} holds a run of another configuration ({listed}). Choose another "
-                "study=<name> or run_name=<name>, or remove the folder"
-            )
-    write_text(file, OmegaConf.to_yaml(plain))
+    known = stored_config(folder)
+    identity.claim(folder, plain, known)
+    if not known and (folder / files.CONFIG).exists():
+        raise ValueError(f"{folder / files.CONFIG} is empty; remove the folder to run it again")
+    if not known and rank_zero_only.rank == 0:
+        write_text(folder / files.CONFIG, OmegaConf.to_yaml(plain))
     return plain
 
 
-def _essential(plain: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what does not change the result."""
-    aside = ("logger", "objectives")
-    kept = {key: value for key, value in plain.items() if key not in aside}
-    for dotted in DETAILS:
-        group, key = dotted.split(".")
-        kept[group] = {k: v for k, v in kept.get(group, {}).items() if k != key}
-    return kept
+def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finished: bool) -> None:
+    """Refuse to show or to continue a run that has read something else.
+
+    Every process checks, so that all of a distributed run refuse; the first one writes.
+    """
+    recorded = (folder / files.INPUTS).is_file()
+    try:
+        now = read_inputs(plain, build_data(config))
+    except (*REFUSALS, OSError) as error:
+        if not finished:
+            raise
+        log.warning("%s: what the run has read cannot be checked: %s", folder, error)
+        return
+    inputs.check(folder, now)
+    if not recorded:
+        log.warning(
+            "%s was made by an earlier version, which did not record what a run reads: whether "
+            "that is still the same cannot be checked",
+            folder,
+        )
+    if rank_zero_only.rank == 0 and (recorded or not finished):
+        begun = {} if recorded else {"begun_by_earlier_version": True}
+        inputs.write(folder, now, _place(plain), **begun)
+
+
+def _place(plain: Mapping[str, Any]) -> str | None:
+    """Where the data lie; None for generated data."""
+    root = plain["dataset"].get("root")
+    return None if root is None else str(Path(root).expanduser().resolve())
 
 
 @rank_zero_only
 def _record(folder: Path, state: dict[str, str]) -> None:
     """A run that ended early says so; one that was trained to its end stays finished."""
-    if read_json(folder / "summary.json").get("status") != "finished":
-        write_json(folder / "summary.json", state)
+    if read_json(folder / files.SUMMARY).get("status") != "finished":
+        write_json(folder / files.SUMMARY, state)
 
 
 def _execute(
@@ -172,19 +202,28 @@ def _execute(
             return _adopt(base, folder)
         continued = {
             "recipe": {"epochs": 0},
-            "detector": {"checkpoint": str(base / "round-0.ckpt")},
+            "detector": {"checkpoint": str(base / files.round_checkpoint(0))},
             "ldt": {"warmup_epochs": 0},  # the base has had it
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
-        return _execute(config, OmegaConf.to_container(config, resolve=True), folder, logger)  # type: ignore[arg-type]
+    return _train(config, plain, folder, logger)
+
+
+def _train(
+    config: DictConfig, claimed: dict[str, Any], folder: Path, logger: Logger | None
+) -> dict[str, Any]:
+    """The summary of a run that is trained to its end.
+
+    Args:
+        config: what is trained: from a shared base on where there is one.
+        claimed: the configuration that the folder is claimed for.
+        folder: the run's directory.
+        logger: beside the CSV files.
+    """
     with refusing(*REFUSALS):
-        loop, trainer, data, module = _set_up(config, plain, plan, folder, logger)
-    about = {
-        "environment": profiling.environment(),
-        "git": profiling.git_state(Path(__file__).parent),
-    }
-    write_json(folder / "split.json", data.split_ids())
-    write_json(folder / "environment.json", about)
+        plan = build_schedule(config)
+        loop, trainer, data, module = _set_up(config, plan, folder, logger)
+        about = _record_provenance(claimed, data, folder)
     resume = resumable(folder)
     if plan.base_epochs == 0 and resume is None:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -199,7 +238,19 @@ def _execute(
             f"training stopped after {len(loop.rows)} of {plan.rounds + 1} phases; the same "
             "command goes on from the last checkpoint"
         )
-    summary = {
+    summary = _summary(config, plan, loop, folder) | {
+        "input_size": list(module.adapter.input_size),
+        **about,
+    }
+    if trainer.is_global_zero:
+        write_json(folder / files.SUMMARY, summary)
+    return summary
+
+
+def _summary(
+    config: DictConfig, plan: PruningSchedule, loop: PruneRetrain, folder: Path
+) -> dict[str, Any]:
+    return {
         "status": "finished",
         "run": folder.name,
         "study": config.study,
@@ -209,24 +260,15 @@ def _execute(
         "ldt": config.ldt.enabled,
         "metric": config.dataset.metric,
         "seed": config.seed,
-        "input_size": list(module.adapter.input_size),
         "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": config.prune.budget},
         "rounds": loop.rows,
         "left_whole": loop.excluded,
-        "checkpoint": f"round-{plan.rounds}.ckpt",
-        **about,
+        "checkpoint": files.round_checkpoint(plan.rounds),
     }
-    if trainer.is_global_zero:
-        write_json(folder / "summary.json", summary)
-    return summary
 
 
 def _set_up(
-    config: DictConfig,
-    plain: dict[str, Any],
-    plan: PruningSchedule,
-    folder: Path,
-    logger: Logger | None,
+    config: DictConfig, plan: PruningSchedule, folder: Path, logger: Logger | None
 ) -> tuple[PruneRetrain, L.Trainer, DetectionDataModule, DetectorModule]:
     """Build everything that training needs, and read the data."""
     quiet()
@@ -235,10 +277,40 @@ def _set_up(
         torch.set_num_threads(config.trainer.threads)
     loop = build_loop(config, plan, folder)
     trainer = build_trainer(config, plan, loop, folder, logger)
+    _check_processes(trainer.world_size, folder)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")
     return loop, trainer, data, build_module(config, plain, data)
+
+
+def _check_processes(count: int, folder: Path) -> None:
+    """ValueError where a run of an earlier version would go on in several processes."""
+    record = read_json(folder / files.INPUTS)  # the first process may not have written it yet
+    begun = record.get("begun_by_earlier_version", not record and files.has_checkpoint(folder))
+    if begun and count > 1:
+        raise ValueError(
+            f"{folder} was begun by an earlier version, for which recipe.batch_size counted the "
+            f"images of one process: it goes on in one process, not in {count}. Type "
+            "trainer.devices=1, or study=<name> to start anew"
+        )
+
+
+def _record_provenance(
+    plain: dict[str, Any], data: DetectionDataModule, folder: Path
+) -> dict[str, Any]:
+    """Software, hardware and commit, written together with the images and what is read."""
+    about = {
+        "environment": provenance.environment(),
+        "git": provenance.git_state(Path(__file__).parent),
+    }
+    if rank_zero_only.rank == 0:
+        write_json(folder / files.SPLIT, data.split_ids())
+        write_json(folder / files.ENVIRONMENT, about)
+        if not files.has_checkpoint(folder):  # otherwise it has been checked and recorded
+            inputs.write(folder, read_inputs(plain, data), _place(plain))
+    return about
 
 
 def _check_choices(config: DictConfig) -> None:
@@ -258,25 +330,31 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     base.method = MethodConfig(name="none")
     base.prune = PruneConfig(rate=0.5, rounds=0)
     base.base, base.run_name = "own", ""
-    text = json.dumps(_essential(OmegaConf.to_container(base, resolve=True)), sort_keys=True)  # type: ignore[arg-type]
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    own: Any = OmegaConf.to_container(base, resolve=True)
+    facts = identity.digest(identity.essence(own))
     kind = "ldt" if base.ldt.enabled else "plain"
-    base.run_name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{digest}"
-    folder = study / base.run_name
-    if read_json(folder / "summary.json").get("status") != "finished":
+    name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{facts}"
+    folder = identity.find(study, own, "base-") or study / name
+    base.run_name = folder.name
+    if read_json(folder / files.SUMMARY).get("status") != "finished":
         run(base, folder)
+    else:
+        with refusing(*REFUSALS):
+            _check_inputs(base, own, folder, finished=True)
     return folder
 
 
 def _adopt(base: Path, folder: Path) -> dict[str, Any]:
     """The summary of a run that is the shared base and no more; it gets the base's files."""
-    summary = read_json(base / "summary.json") | {"run": folder.name, "drawn": False}
+    summary = read_json(base / files.SUMMARY) | {"run": folder.name, "drawn": False}
     if rank_zero_only.rank == 0:
-        for name in ("round-0.ckpt", "rounds.csv", "split.json", "environment.json"):
-            shutil.copyfile(base / name, folder / name)
-        for logs in base.glob("logs*"):
+        names = (files.round_checkpoint(0), files.ROUNDS, files.SPLIT, files.ENVIRONMENT)
+        for name in (*names, files.INPUTS):
+            if (base / name).is_file():  # a base of an earlier version has no inputs.json
+                shutil.copyfile(base / name, folder / name)
+        for logs in files.log_folders(base):
             shutil.copytree(logs, folder / logs.name, dirs_exist_ok=True)
-        write_json(folder / "summary.json", summary)
+        write_json(folder / files.SUMMARY, summary)
     return summary
 
 
@@ -289,7 +367,7 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
         data.setup("validate")
         layers.write_inventory(folder)
         from_runs.draw_run(summary, folder, data, config.report.pictures)
-        write_json(folder / "summary.json", summary | {"drawn": True})
+        write_json(folder / files.SUMMARY, summary | {"drawn": True})
     report.print_run(summary, folder)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 
 def jobs(
@@ -31,10 +32,15 @@ def jobs(
     return [list(job) for job in dict.fromkeys(found)]
 
 
+def parse(overrides: Iterable[str]) -> list[Override]:
+    """Parse overrides as Hydra does."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
 def _values(overrides: Iterable[str]) -> dict[str, list[str]]:
     """The values of each key; the last override of a key counts."""
     found = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in parse(overrides):
         values = (
             list(override.sweep_string_iterator())
             if override.is_sweep_override()

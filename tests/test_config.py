@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
@@ -118,67 +117,6 @@ def test_a_wrong_choice_is_told_before_a_model_is_built(mistake, message, tmp_pa
     with pytest.raises(Exception, match=message):
         experiment.run(tiny(tmp_path, *mistake.split()), tmp_path / "run")
     assert built == []
-
-
-# Identity -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def name():
-    """The name of the run that a command line gives."""
-
-    def named(*overrides):
-        config.register()
-        with initialize_config_dir(CONF, version_base="1.3"):
-            found = compose("config", overrides=list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(found)
-        return found.run_name
-
-    before = HydraConfig.instance().cfg
-    yield named
-    HydraConfig.instance().cfg = before
-
-
-def test_a_name_spells_out_what_runs_are_compared_by(name):
-    assert name() == name("seed=0") == "roadscenes-gfl_tiny-ldt-params0.7-s0"
-    assert name("detector=yolox_nano", "method=l1", "prune.rate=0.25", "seed=3") == (
-        "roadscenes-yolox_nano-l1-params0.25-s3"
-    )
-
-
-def test_order_does_not_matter_and_any_other_override_does(name):
-    one, two = "recipe.epochs=3", "ldt.alpha=0.1"
-    assert name(one, two) == name(two, one)
-    others = [(), (one,), (two,), (one, two), ("recipe.epochs=4",), ("recipe=paper",)]
-    assert len({name(*overrides) for overrides in others}) == len(others)
-
-
-@pytest.mark.parametrize(
-    "detail",
-    ["dataset.root=/data", "dataset.cache=/tmp/x", "dataset.workers=7", "logger=wandb",
-     "trainer.devices=2", "study=another", "report.pictures=3", "experiment=roadscenes"],
-)  # fmt: skip
-def test_where_things_are_does_not_change_the_name(name, detail):
-    assert name(detail, "recipe.epochs=3") == name("recipe.epochs=3")
-
-
-def test_where_a_run_is_logged_does_not_change_the_name(name):
-    mode, project = "logger.mode=online", "logger.project=mine"
-    assert name("logger=wandb", mode, project, "logger.entity=us", "logger.checkpoint=false") == (
-        name()
-    )
-
-
-def test_every_detail_is_left_out_of_the_name():
-    left_out = composed_with_hydra().hydra.job.config.override_dirname.exclude_keys
-    assert set(config.DETAILS) <= set(left_out)
-
-
-def test_the_suffix_is_short_and_empty_for_nothing():
-    assert config.identity_suffix("") == ""
-    suffix = config.identity_suffix("recipe.epochs=3")
-    assert len(suffix) == 9
-    assert int(suffix[1:], 16) >= 0
 
 
 # Sweeps -----------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from PIL import Image
 from short_runs import summary, tiny
 
 from ldt import cli, experiment
+from ldt.build import data_of, module_of
 from ldt.criteria.ldt import LDTCriterion
 from ldt.detectors.checkpoints import load_pruned
 from ldt.evaluation import gradcam, neck_statistics, score_stability
 from ldt.figures import NAMES, from_runs, paper
 from ldt.figures.curve_data import panels
-from ldt.runs.opened import open_run
+from ldt.runs.run import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -131,8 +132,8 @@ def test_bars_are_the_channels_of_the_checkpoints(run, tmp_path, drawn):
 
 def test_the_strongest_scale_is_chosen_and_any_can_be_asked_for(run, tmp_path, drawn):
     opened = open_run(run).at(0)
-    loader = opened.data.probe_dataloader("val", 4)
-    found = neck_statistics.neck_spaces(load_pruned(opened.checkpoint), loader)
+    loader = data_of(opened).probe_dataloader("val", 4)
+    found = neck_statistics.neck_spaces(load_pruned(opened.checkpoint()), loader)
     best = max(found, key=lambda space: space.power).scale
     main("discriminants", run, out=tmp_path / "a.png")
     main("discriminants", run, out=tmp_path / "a.png", scale=3)
@@ -146,8 +147,8 @@ def test_the_strongest_scale_is_chosen_and_any_can_be_asked_for(run, tmp_path, d
 
 def test_utilities_are_the_criterions_own_batch_by_batch(run):
     opened = open_run(run).at(0)
-    module, criterion = opened.module(), LDTCriterion()
-    loader = opened.data.calibration_dataloader(8, 4)
+    module, criterion = module_of(opened), LDTCriterion()
+    loader = data_of(opened).calibration_dataloader(8, 4)
     found = score_stability.batch_utilities(module.adapter, criterion, loader, ["backbone", "neck"])
     assert [stage.utilities.shape[0] for stage in found] == [2] * len(found)
     names = dict(module.detector.named_modules())
@@ -215,9 +216,9 @@ def test_a_run_without_a_finished_round_is_told(run, tmp_path, capsys):
 
 def test_heat_is_the_gradient_weighted_sum_of_the_necks_maps(run):
     opened = open_run(run).at(0)
-    detector = load_pruned(opened.checkpoint)
+    detector = load_pruned(opened.checkpoint())
     torch.nn.init.constant_(detector.bbox_head.gfl_cls.bias, -1.0)  # sure enough to find something
-    item = opened.data.val_dataloader().dataset[0]
+    item = data_of(opened).val_dataloader().dataset[0]
     found, corners = gradcam.heat(detector, item, score=0.0)
     expected = _grad_cam(detector, item, len(corners))
     assert found.shape == expected.shape == (64, 128)
@@ -254,19 +255,19 @@ def _grad_cam(detector, item, count):
 
 def test_without_detections_nothing_is_hot(run):
     opened = open_run(run).at(0)
-    detector = load_pruned(opened.checkpoint)
+    detector = load_pruned(opened.checkpoint())
     torch.nn.init.constant_(detector.bbox_head.gfl_cls.bias, -30.0)
-    found, corners = gradcam.heat(detector, opened.data.val_dataloader().dataset[0])
+    found, corners = gradcam.heat(detector, data_of(opened).val_dataloader().dataset[0])
     assert not found.any()
     assert corners.shape == (0, 4)
 
 
 def test_a_detector_without_a_dense_head_is_refused(run):
     opened = open_run(run).at(0)
-    detector = load_pruned(opened.checkpoint)
+    detector = load_pruned(opened.checkpoint())
     del detector.bbox_head
     with pytest.raises(ValueError, match="attention is drawn of single-stage detectors"):
-        gradcam.heat(detector, opened.data.val_dataloader().dataset[0])
+        gradcam.heat(detector, data_of(opened).val_dataloader().dataset[0])
 
 
 def test_without_the_package_the_extra_is_named(run, monkeypatch, capsys):
@@ -276,8 +277,10 @@ def test_without_the_package_the_extra_is_named(run, monkeypatch, capsys):
 
 def test_views_and_scenes_show_the_same_images(run):
     opened = open_run(run)
-    files = [opened.at(0).checkpoint, opened.checkpoint]
-    views, scenes = (draw(files, opened.data, 2) for draw in (from_runs.views, from_runs.scenes))
+    files = [opened.at(0).checkpoint(), opened.checkpoint()]
+    views, scenes = (
+        draw(files, data_of(opened), 2) for draw in (from_runs.views, from_runs.scenes)
+    )
     for view, scene in zip(views, scenes, strict=True):
         assert np.array_equal(view.pixels, scene.pixels)
         assert np.array_equal(view.truth, scene.truth.corners)

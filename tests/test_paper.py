@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from short_runs import python
 from summaries import finished, row
 
-from ldt.config import DETAILS
 from ldt.runs.files import read_rows, write_json
+from ldt.runs.identity import FREE
 
 PAPER = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
 JOBS = {}
@@ -87,7 +87,7 @@ def test_the_original_detector_comes_first(name):
 
 @pytest.mark.parametrize("size", ["", "_small"])
 def test_equal_names_in_a_study_are_equal_configurations(size):
-    spelt = {"detector", "dataset", "method", "seed", "prune.rate", "prune.budget", *DETAILS}
+    spelt = {"detector", "dataset", "method", "seed", "prune.rate", "prune.budget", *FREE}
     known = {}
     for name in PAPER:
         for job, config in composed(name + size)[1]:
@@ -224,14 +224,14 @@ def test_a_latency_counts_for_the_device_it_was_measured_on(tmp_path):
     run_of(tmp_path, jobs[0][1], "run")
     write_json(tmp_path / "run/environment.json", {"environment": {"gpus": "P100, P100"}})
     (on_cpu,) = tables.load_runs([tmp_path])
-    assert on_cpu.row["cpu_ms"] == 12.34
-    assert "gpu_ms" not in on_cpu.row
+    assert tables.numbers(on_cpu)["cpu_ms"] == 12.34
+    assert "gpu_ms" not in tables.numbers(on_cpu)
     write_json(tmp_path / "run/environment.json", {"environment": {"gpus": "P100, cpu"}})
     (on_gpu,) = tables.load_runs([tmp_path])
-    assert on_gpu.row["gpu_ms"] == 12.34
+    assert tables.numbers(on_gpu)["gpu_ms"] == 12.34
     write_json(tmp_path / "run/latency.json", {"gpu_ms": 9.0, "cpu_ms": 80.0})
     (both,) = tables.load_runs([tmp_path])
-    assert (both.row["gpu_ms"], both.row["cpu_ms"]) == (9.0, 80.0)
+    assert (tables.numbers(both)["gpu_ms"], tables.numbers(both)["cpu_ms"]) == (9.0, 80.0)
 
 
 def test_a_latency_is_that_of_the_last_round(study, monkeypatch):

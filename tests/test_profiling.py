@@ -1,15 +1,12 @@
 """Small nets cost what pencil and paper say, the paper's detectors what the paper says."""
 
 import copy
-import subprocess
 from pathlib import Path
 
 # before mmdet, which needs the operators of mmcv
 from ldt.evaluation.profiling import (
     count_macs,
     count_parameters,
-    environment,
-    git_state,
     latency,
 )
 
@@ -113,32 +110,3 @@ def test_latency_tells_slow_from_fast():
 def test_latency_refuses_a_rough_number(runs, warmup):
     with pytest.raises(ValueError, match="at least 30"):
         latency(lambda: None, runs=runs, warmup=warmup, device="cpu")
-
-
-def test_environment_names_what_a_number_depends_on():
-    found = environment()
-    assert found["torch"] == torch.__version__.partition("+")[0]
-    assert {"python", "numpy", "mmdet", "cpu", "cores", "threads", "gpus"} <= found.keys()
-    assert all(isinstance(value, str) and value for value in found.values())
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
-    command = ["git", "-C", str(folder), *identity, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def test_git_state_follows_the_repository(tmp_path: Path):
-    assert git_state(tmp_path / "nowhere") == git_state(tmp_path) == {}
-    git(tmp_path, "init")
-    assert git_state(tmp_path) == {}
-    git(tmp_path, "commit", "--allow-empty", "-m", "first")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert git_state(tmp_path) == {"commit": commit, "dirty": False}
-    (tmp_path / "new.py").write_text("")
-    assert git_state(tmp_path) == {"commit": commit, "dirty": True}
-
-
-def test_git_state_without_git(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_state(Path.cwd()) == {}

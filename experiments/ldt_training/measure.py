@@ -9,7 +9,15 @@ from omegaconf import OmegaConf
 from ldt.build import build_data
 from ldt.detectors.checkpoints import load_pruned
 from ldt.evaluation.neck_statistics import neck_statistics
-from ldt.runs.files import read_json, read_rows, write_rows, write_text
+from ldt.runs.files import (
+    ROUNDS,
+    SUMMARY,
+    read_json,
+    read_rows,
+    round_checkpoint,
+    write_rows,
+    write_text,
+)
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/ldt_training")
@@ -21,9 +29,9 @@ def measure(folder: Path) -> dict[str, Any]:
     """One row: the base detector's metrics and, per scale, the neck's statistics."""
     config: Any = OmegaConf.load(folder / "config.yaml")
     data = build_data(config)
-    detector = load_pruned(folder / "round-0.ckpt")
+    detector = load_pruned(folder / round_checkpoint(0))
     row: dict[str, Any] = {"ldt": bool(config.ldt.enabled), "seed": config.seed}
-    base = read_rows(folder / "rounds.csv")[0]
+    base = read_rows(folder / ROUNDS)[0]
     row |= {name: round(base[name], 4) for name in METRICS}
     found = neck_statistics(detector, data.probe_dataloader("val", 16), ridge=config.ldt.ridge)
     for scale in found:
@@ -50,7 +58,7 @@ def main() -> None:
     """Measure every finished run of the study."""
     finished = [
         file.parent
-        for file in sorted(RUNS.glob("*/summary.json"))
+        for file in sorted(RUNS.glob(f"*/{SUMMARY}"))
         if read_json(file).get("status") == "finished"
     ]
     rows = sorted((measure(f) for f in finished), key=lambda row: (row["ldt"], row["seed"]))

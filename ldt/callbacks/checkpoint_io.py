@@ -9,10 +9,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldt.detectors.checkpoints import read
+from ldt.runs.files import LAST, PREVIOUS
 
 log = logging.getLogger(__name__)
-LAST = "last.ckpt"
-PREVIOUS = "last.ckpt.previous"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

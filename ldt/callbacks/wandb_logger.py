@@ -12,7 +12,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldt.runs.files import read_json
+from ldt.runs import files
 
 MODES = ("offline", "online")
 AXES = {"train/*": "trainer/global_step", "val/*": "trainer/global_step", "round/*": "round/round"}
@@ -77,7 +77,7 @@ class WandbRun(WandbLogger):
         failed = True
         try:
             if kind is None:
-                self._log_result(read_json(self.folder / "summary.json"))
+                self._log_result(files.read_json(self.folder / files.SUMMARY))
                 failed = False
         finally:
             self.experiment.finish(exit_code=int(failed))
@@ -86,7 +86,7 @@ class WandbRun(WandbLogger):
         rows = summary["rounds"]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data: list[Any] = [[row.get(key) for key in columns] for row in rows]
-        pictures = sorted((self.folder / "pictures").glob("*.png"))
+        pictures = files.pictures(self.folder)
         self.experiment.log(
             {"rounds": wandb.Table(columns=columns, data=data)}
             | {f"pictures/{file.stem}": wandb.Image(str(file)) for file in pictures}

@@ -92,16 +92,17 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
 
 def _finished_study(study: Path) -> "list[Run]":
     """The study's runs, at least one of them finished."""
-    from ldt.runs.run import load_runs
+    from ldt.runs.files import holds_run
+    from ldt.runs.run import open_runs
 
-    if (study / "summary.json").is_file() or (study / "config.yaml").is_file():
+    if holds_run(study):
         raise FileNotFoundError(f"{study} is a run; give its study: {study.parent}")
     if not study.is_dir():
         there = sorted(folder.name for folder in study.parent.glob("*/"))
         raise FileNotFoundError(
             f"no study at {study}; {study.parent} has: {', '.join(there) or 'nothing'}"
         )
-    runs = load_runs(study)
+    runs = open_runs(study)
     if not any(run.finished for run in runs):
         told = [f"; {run.name}: {run.row.get('error', run.row['status'])}" for run in runs]
         raise FileNotFoundError(
@@ -304,9 +305,10 @@ def layers(runs: tuple[Path, ...]) -> None:
     """
     from ldt.detectors.models import quiet
     from ldt.evaluation.layers import write_inventory
+    from ldt.runs.files import STRUCTURE
 
     quiet()
     for folder in runs:
         with refusing(FileNotFoundError):
             write_inventory(folder)
-        click.echo(folder / "structure.json")
+        click.echo(folder / STRUCTURE)

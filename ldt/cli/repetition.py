@@ -6,8 +6,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldt.experiment import run
-from ldt.runs.opened import load_config
 from ldt.runs.refusal import refusing
+from ldt.runs.run import load_config
 
 
 def renamed(config: DictConfig, folder: Path) -> DictConfig:

@@ -6,6 +6,7 @@ the process drew before, so a resumed run sees the batches that the uninterrupte
 """
 
 import copy
+import json
 import random
 import warnings
 from abc import ABC, abstractmethod
@@ -25,6 +26,8 @@ from mmdet.registry import TRANSFORMS
 from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
+
+from ldt.runs.inputs import digest, split_record
 
 Split = Literal["train", "val"]
 AUGMENT = ("none", "flip", "shift", "mosaic")
@@ -264,6 +267,23 @@ class DetectionDataModule(LightningDataModule, ABC):
     @abstractmethod
     def split_ids(self) -> dict[str, list]:
         """Name every image: {"train": [...], "val": [...]}, to be saved with a run."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint what is read: for each split ids in order, annotations, image sizes.
+
+        Where the files lie is no part of it. A data set whose annotations take long to read
+        overrides this.
+
+        Raises:
+            FileNotFoundError: the data set or an image is missing.
+        """
+        found = {}
+        for split, ids in self.split_ids().items():
+            dataset = self.dataset("train" if split == "train" else "val")
+            infos = [dataset.get_data_info(index) for index in range(len(dataset))]
+            objects = digest(json.dumps(info["instances"], default=str) for info in infos)
+            found[split] = split_record(ids, [info["img_path"] for info in infos], objects)
+        return found
 
     def setup(self, stage: str | None = None) -> None:
         """Read what `stage` needs ("fit" or None: both splits); reads a split only once."""

@@ -3,12 +3,11 @@
 import hashlib
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
@@ -17,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from ldt.data import roadscenes
 from ldt.data.datamodule import DetectionDataModule, Split, check_choice, need_folder
 from ldt.data.roadscenes import RoadScenes
+from ldt.runs.inputs import cache_folder, digest, split_record
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,17 @@ def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:
     return train, val
 
 
+def _pair(root: Path, name: str, images: dict[str, Path]) -> tuple[Path, Path]:
+    """Image and label of an id; FileNotFoundError where one is missing."""
+    label = root / LABELS / f"{name}.txt"
+    if name not in images:
+        image = root / IMAGES / name
+        raise FileNotFoundError(f"no image {image}.png or .jpg, although {name} is in the list")
+    if not label.is_file():
+        raise FileNotFoundError(f"no label {label} for the image {images[name]}")
+    return images[name], label
+
+
 def _image_size(path: Path) -> tuple[int, int]:
     """(width, height) from the file's header, without decoding the image."""
     try:
@@ -214,17 +225,12 @@ class KittiDataset(BaseDetDataset):
         return [self._load(index, name, files) for index, name in enumerate(self.ids)]
 
     def _load(self, index: int, name: str, files: dict[str, Path]) -> dict:
-        label = self.root / LABELS / f"{name}.txt"
-        if name not in files:
-            image = self.root / IMAGES / name
-            raise FileNotFoundError(f"no image {image}.png or .jpg, although {name} is in the list")
-        if not label.is_file():
-            raise FileNotFoundError(f"no label {label} for the image {files[name]}")
-        width, height = _image_size(files[name])
+        image, label = _pair(self.root, name, files)
+        width, height = _image_size(image)
         objects = parse_label(label, width, height)
         return {
             "img_id": index,
-            "img_path": str(files[name]),
+            "img_path": str(image),
             "width": width,
             "height": height,
             "instances": group(objects, self.grouping, self.metainfo["classes"]),
@@ -277,6 +283,16 @@ class KittiDataModule(DetectionDataModule):
         """Read the labels of `split`."""
         return KittiDataset(self.folder(), self.split_ids()[split], self.grouping, self.classes)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint both splits; annotations are the text of the label files."""
+        root = self.folder()
+        images, found = _image_files(root), {}
+        for split, ids in self.split_ids().items():
+            pairs = [_pair(root, name, images) for name in ids]
+            labels = digest(label.read_bytes() for _, label in pairs)
+            found[split] = split_record(ids, (str(image) for image, _ in pairs), labels)
+        return found
+
 
 @dataclass(kw_only=True, eq=False)
 class RoadScenesDataModule(KittiDataModule):
@@ -319,5 +335,9 @@ class RoadScenesDataModule(KittiDataModule):
 
     def folder(self) -> Path:
         """Return the scenes' folder, which is written by the first who asks."""
-        cache = self.cache or os.environ.get("LDT_CACHE") or "~/.cache/ldt"
-        return roadscenes.write(self.scenes, Path(cache).expanduser())
+        return roadscenes.write(self.scenes, cache_folder(self.cache))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint the generator: its version and options, whatever has been written."""
+        about = {"generator": "roadscenes", "version": roadscenes.VERSION}
+        return about | {"options": asdict(self.scenes)}

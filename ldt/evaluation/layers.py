@@ -8,14 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from ldt.detectors.checkpoints import detector_of, read
 from ldt.detectors.forward import eval_with_gradients, forward_for_tracing, raw_forward
 from ldt.evaluation.profiling import macs_by_module
 from ldt.pruning.graph import PruningGraph
-from ldt.runs.files import write_json
+from ldt.runs import files
 
 GAP = 0.9  # rows between two stages, where they are drawn
 
@@ -34,16 +33,16 @@ def write_inventory(folder: Path) -> None:
         FileNotFoundError: there is no checkpoint of the base.
         ValueError: a checkpoint is damaged.
     """
-    files = sorted({folder / "round-0.ckpt", *folder.glob("round-*.ckpt")}, key=_round)
+    found = {0: folder / files.round_checkpoint(0)} | files.checkpoints(folder)
     rounds, groups = {}, {}
-    for file in files:
+    for round_, file in found.items():
         content = read(file)
         detector, about = detector_of(content), content["ldt"]
-        rounds[str(_round(file))] = layers(detector, tuple(about["input_size"]))
-        if _round(file) == 0:
-            scope = list(OmegaConf.load(folder / "config.yaml").prune.scope)
+        rounds[str(round_)] = layers(detector, tuple(about["input_size"]))
+        if round_ == 0:
+            scope = files.read_config(folder)["prune"]["scope"]
             groups = _groups(about, detector, scope)
-    write_json(folder / "structure.json", {"rounds": rounds, "groups": groups})
+    files.write_json(folder / files.STRUCTURE, {"rounds": rounds, "groups": groups})
 
 
 class Stage(NamedTuple):
@@ -88,10 +87,6 @@ def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, in
 
 def _width(layer: Any, side: str) -> int:
     return getattr(layer, f"{side}_channels", getattr(layer, f"{side}_features", 0))
-
-
-def _round(file: Path) -> int:
-    return int(file.stem.removeprefix("round-"))
 
 
 def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, latency, bytes, and where that was measured.
+"""What a network costs: parameters, multiply-adds, latency, bytes.
 
 One convention for multiply-adds in the whole project: those of convolutions and matrix products
 (one per weight and output position, biases free), plus two per element that passes an affine batch,
@@ -8,36 +8,21 @@ out (3 classes, 832x1344: ATSS 219.7 G, GFL 223.1 G; YOLOX-S at 640x640: 13.32 G
 doubles to 26.64 G). By fvcore's, five per element of a group normalisation, 219.8 and 223.2 G do.
 """
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import chain
 from math import prod
-from pathlib import Path
 
 import torch
 import torchvision  # noqa: F401 - registers the deformable convolution
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldt.runs.provenance import cpu_name
+
 MINIMUM_RUNS = 30
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "lightning",
-    "mmdet",
-    "mmcv",
-    "mmcv-lite",
-    "mmengine",
-    "torch-pruning",
-    "hydra-core",
-    "numpy",
-)
 
 
 @dataclass(frozen=True)
@@ -143,33 +128,8 @@ def latency(
         p10_ms=deciles[0],
         p90_ms=deciles[-1],
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
     )
-
-
-def environment() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries, and the hardware, as text."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        **_versions(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "gpus": ", ".join(gpus) or "none",
-    }
-
-
-def git_state(folder: Path) -> dict[str, str | bool]:
-    """Return {"commit": full hash, "dirty": whether files differ from it or are not in it}.
-
-    Empty where there is no git, no repository or no commit; never raises.
-    """
-    commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
-    if commit is None or status is None:
-        return {}
-    return {"commit": commit, "dirty": status != ""}
 
 
 def _further_rules() -> dict:
@@ -221,34 +181,3 @@ def _milliseconds(forward: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1000 * (time.perf_counter() - start)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _cpu_name() -> str:
-    """Return the name of the processor; `platform.processor` is often empty on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints, or None where it fails."""
-    # without optional locks: `git status` would otherwise write to the index of the repository
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

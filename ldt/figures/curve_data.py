@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ldt.figures.comparison import Panel, Point
-from ldt.report import Run, load_run, load_runs
+from ldt.runs import files
 from ldt.runs.aggregate import Cell, cells, notes
+from ldt.runs.run import Run, open_run, open_runs
 
 log = logging.getLogger(__name__)
-
-FREE = ("base", "report", "trainer")  # keys that the runs of one point may differ in besides
 
 
 def panels(folders: Sequence[Path]) -> list[Panel]:
@@ -27,7 +26,7 @@ def panels(folders: Sequence[Path]) -> list[Panel]:
         FileNotFoundError: there is no such directory.
         ValueError: none of the runs has finished and pruned something.
     """
-    found = [cell for cell in cells(_runs(folders), FREE) if cell.pruned]
+    found = [cell for cell in cells(_runs(folders)) if cell.pruned]
     if not found:
         listed = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"no finished run that pruned something in {listed}")
@@ -41,8 +40,7 @@ def panels(folders: Sequence[Path]) -> list[Panel]:
 
 def _runs(folders: Iterable[Path]) -> Iterator[Run]:
     for folder in folders:
-        alone = (folder / "config.yaml").is_file()
-        yield from [load_run(folder)] if alone else load_runs(folder)
+        yield from [open_run(folder)] if files.holds_run(folder) else open_runs(folder)
 
 
 def _panel(found: Sequence[Cell]) -> Panel:
@@ -55,7 +53,7 @@ def _panel(found: Sequence[Cell]) -> Panel:
         name = "unpruned, LDT" if cell.config["ldt.enabled"] else "unpruned"
         unpruned[name] |= {run.row["seed"]: run for run in cell.runs}
     return Panel(
-        title if first.budget == "params" else f"{title}, equal {first.budget}",
+        title if first.budget == "params" else f"{title}, equal MACs",
         dict(methods),
         {name: _point(list(seeds.values()), "base_") for name, seeds in sorted(unpruned.items())},
         first.metric,

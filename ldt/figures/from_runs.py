@@ -23,7 +23,8 @@ from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
 from ldt.objects import corners
 from ldt.pruning import structure
-from ldt.report import number
+from ldt.runs.files import PICTURES, round_checkpoint
+from ldt.runs.formatting import number
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def draw_run(
         raise ValueError(
             f"report.pictures={pictures} must be 0 (no pictures of detections) or more"
         )
-    target, rows, metric = folder / "pictures", summary["rounds"], summary["metric"]
-    files = [folder / f"round-{row['round']}.ckpt" for row in rows]
+    target, rows, metric = folder / PICTURES, summary["rounds"], summary["metric"]
+    files = [folder / round_checkpoint(row["round"]) for row in rows]
     ends = [0, -1] if len(rows) > 1 else [0]
     if pictures:
         titles = [title(rows[end], metric) for end in ends]

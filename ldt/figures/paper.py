@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ldt.build import build_criterion
+from ldt.build import build_criterion, data_of, module_of
 from ldt.criteria.ldt import LDTCriterion
 from ldt.evaluation.score_stability import batch_utilities
 from ldt.figures import from_runs
@@ -22,8 +22,9 @@ from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import animate_shrinking, draw_shrinking
 from ldt.figures.stability import draw_stability
 from ldt.figures.style import save
-from ldt.runs.opened import Run, open_run
+from ldt.runs.files import PICTURES
 from ldt.runs.refusal import refusing
+from ldt.runs.run import Run, load_config, open_run
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Options:
 def discriminants(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 1: classes, eigenvalues and channels of one or two runs' bases."""
     bases = [run if run.named else run.at(0) for run in runs]
-    found = [from_runs.spaces(run.checkpoint, runs[0].data, given.images) for run in bases]
+    data = data_of(runs[0])
+    found = [from_runs.spaces(run.checkpoint(), data, given.images) for run in bases]
     scales = min(len(spaces) for spaces in found)
     with refusing():
         if given.scale is not None and not 0 <= given.scale < scales:
@@ -52,20 +54,20 @@ def discriminants(runs: Sequence[Run], given: Options) -> Figure:
     power = [sum(spaces[scale].power for spaces in found) for scale in range(scales)]
     scale = power.index(max(power)) if given.scale is None else given.scale
     shown = [spaces[scale] for spaces in found]
-    return draw_discriminants(shown, _names(bases), runs[0].data.classes)
+    return draw_discriminants(shown, _names(bases), data.classes)
 
 
 def attention(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 4: what detectors look at, on the same images; of a single run, base and last round."""
     runs = _ends(runs)
-    files = [run.checkpoint for run in runs]
-    return draw_attention(from_runs.views(files, runs[0].data, given.images or 3), _titles(runs))
+    views = from_runs.views([run.checkpoint() for run in runs], data_of(runs[0]), given.images or 3)
+    return draw_attention(views, _titles(runs))
 
 
 def detections(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 5: what detectors find, on the same images; of a single run, base and last round."""
     runs = _ends(runs)
-    data, files = runs[0].data, [run.checkpoint for run in runs]
+    data, files = data_of(runs[0]), [run.checkpoint() for run in runs]
     scenes = from_runs.scenes(files, data, given.images or 4)
     return draw_detections(scenes, data.classes, _titles(runs))
 
@@ -74,13 +76,14 @@ def stability(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 6: utilities of the base's channels in every batch of calibration images."""
     (run,) = runs
     run = run if run.named else run.at(0)
-    criterion, prune = build_criterion(run.config), run.config.prune
+    config = load_config(run.folder)
+    criterion, prune = build_criterion(config), config.prune
     if not isinstance(criterion, LDTCriterion):
         criterion = LDTCriterion()
     images = given.images or prune.images
-    loader = run.data.calibration_dataloader(images, prune.batch_size)
+    loader = data_of(run).calibration_dataloader(images, prune.batch_size)
     return draw_stability(
-        batch_utilities(run.module().adapter, criterion, loader, list(prune.scope))
+        batch_utilities(module_of(run).adapter, criterion, loader, list(prune.scope))
     )
 
 
@@ -88,7 +91,7 @@ def channels(runs: Sequence[Run], given: Options) -> Figure:
     """Channels of every layer that a run kept."""
     (run,) = runs
     return draw_channels(
-        from_runs.channels(run.at(0).checkpoint), from_runs.channels(run.checkpoint)
+        from_runs.channels(run.checkpoint(0)), from_runs.channels(run.checkpoint())
     )
 
 
@@ -107,8 +110,8 @@ ALONE = ("stability", "channels", "shrinking")  # drawn of one run
 def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
     """Networks and names of a run's rounds."""
     rounds = [run.at(row["round"]) for row in run.rows]
-    names = [from_runs.side_title(each.row, run.metric) for each in rounds]
-    return [from_runs.channels(each.checkpoint) for each in rounds], names
+    names = [from_runs.side_title(each.measured, run.metric) for each in rounds]
+    return [from_runs.channels(each.checkpoint()) for each in rounds], names
 
 
 def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
@@ -117,29 +120,33 @@ def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
         raise ValueError(f"{len(paths)} runs; this figure is drawn of one")
     if name == "discriminants" and len(paths) > 2:
         raise ValueError(f"{len(paths)} runs; discriminants are drawn of one or two")
-    return [open_run(path) for path in paths]
+    runs = [open_run(path) for path in paths]
+    for run in runs:
+        run.checkpoint()  # told before anything is drawn
+    return runs
 
 
 def _ends(runs: Sequence[Run]) -> Sequence[Run]:
-    alone = len(runs) == 1 and not runs[0].named and runs[0].round > 0
+    alone = len(runs) == 1 and not runs[0].named and runs[0].measured["round"] > 0
     return [runs[0].at(0), runs[0]] if alone else runs
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """``without LDT`` and ``with LDT`` where that tells runs apart, else what they are."""
-    kinds = ["with LDT" if run.config.ldt.enabled else "without LDT" for run in runs]
+    kinds = ["with LDT" if run.config["ldt"]["enabled"] else "without LDT" for run in runs]
     return kinds if len(set(kinds)) == len(runs) else [run.folder.name for run in runs]
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
     """Method (or base), metric and size of each run."""
-    names = ["base" if run.round == 0 else run.config.method.name for run in runs]
+    names = ["base" if run.round == 0 else run.config["method"]["name"] for run in runs]
     names = [
-        f"{name}, LDT" if run.config.ldt.enabled and name != "ldt" else name
+        f"{name}, LDT" if run.config["ldt"]["enabled"] and name != "ldt" else name
         for name, run in zip(names, runs, strict=True)
     ]
     return [
-        from_runs.title(run.row, run.metric, name) for name, run in zip(names, runs, strict=True)
+        from_runs.title(run.measured, run.metric, name)
+        for name, run in zip(names, runs, strict=True)
     ]
 
 
@@ -162,13 +169,13 @@ def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
     if name == "curves":
         with refusing():
             found = panels(paths)
-        file = given.out or paths[0] / "pictures" / "curves.png"
+        file = given.out or paths[0] / PICTURES / "curves.png"
         save(draw_comparisons(found), file)
         return [file]
     with refusing():
         runs = _opened(name, paths)
     folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
-    files = [given.out or folder / "pictures" / f"{name}.png"]
+    files = [given.out or folder / PICTURES / f"{name}.png"]
     if name == "shrinking" and not given.out:
         files.append(files[0].with_suffix(".gif"))
     for file in files:

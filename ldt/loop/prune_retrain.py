@@ -33,8 +33,8 @@ from ldt.loop.pruning_round import (
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
-from ldt.pruning.costs import ALIASES
-from ldt.runs.files import write_rows
+from ldt.runs import files
+from ldt.runs.identity import canonical_budget
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class PruneRetrain(L.Callback):
         self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
         costs: dict[str, int] = state_dict["unpruned"]  # earlier versions wrote "flops"
-        costs = {ALIASES.get(key, key): cost for key, cost in costs.items()}
+        costs = {canonical_budget(key): cost for key, cost in costs.items()}
         self._unpruned = Unpruned(costs, state_dict["channels"])
         self._started = time.perf_counter() - state_dict["seconds"]
 
@@ -190,13 +190,13 @@ class PruneRetrain(L.Callback):
     ) -> None:
         """After Ctrl-C keep the detector as it is; the run goes on from its last epoch."""
         if isinstance(exception, KeyboardInterrupt):
-            trainer.save_checkpoint(self.folder / "interrupted.ckpt", weights_only=True)
+            trainer.save_checkpoint(self.folder / files.INTERRUPTED, weights_only=True)
 
     # What ---------------------------------------------------------------------------------
 
     def _finish_round(self, trainer: L.Trainer, module: DetectorModule) -> None:
         counts, whole = count_params_and_macs(module.adapter), self._unpruned.costs
-        path = self.folder / f"round-{self.round}.ckpt"
+        path = self.folder / files.round_checkpoint(self.round)
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
         row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
@@ -210,7 +210,7 @@ class PruneRetrain(L.Callback):
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
         if trainer.is_global_zero:
-            write_rows(self.folder / "rounds.csv", self.rows)
+            files.write_rows(self.folder / files.ROUNDS, self.rows)
         if trainer.logger is not None:
             numbers = {
                 f"round/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))
@@ -275,7 +275,7 @@ class PruneRetrain(L.Callback):
     def _retrain(self, trainer: L.Trainer, module: DetectorModule, removed: RoundRecord) -> None:
         check_same_channels(trainer, removed)
         if trainer.is_global_zero:
-            removed.save(self.folder / f"scores-{self.round}.npz")
+            removed.save(self.folder / files.scores(self.round))
         check_rate(module.adapter, self.plan, self.round, self._unpruned)
         module.phase_epochs, module.lr_scale = self.plan.retrain_epochs, self.plan.retrain_lr
         module.schedule = module.recipe["schedule"]

@@ -10,10 +10,10 @@ from torch import nn
 from ldt.pruning.dependency import depthwise
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
+from ldt.runs.identity import canonical_budget
 
 Budget = Literal["params", "macs"]
 UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
-ALIASES: dict[str, Budget] = {"flops": "macs"}  # the papers' tables say FLOPs and count MACs
 
 
 def parse_budget(name: str) -> Budget:
@@ -23,7 +23,7 @@ def parse_budget(name: str) -> Budget:
         ValueError: it is none.
     """
     for budget in get_args(Budget):
-        if ALIASES.get(name, name) == budget:
+        if canonical_budget(name) == budget:
             return budget
     raise ValueError(f"prune.budget={name!r}; choose params, macs or flops (the same as macs)")
 

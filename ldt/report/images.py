@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ldt.runs import files
 from ldt.runs.run import Run
 
 WIDEST = 1400  # pixels of an embedded picture
@@ -39,9 +40,9 @@ def album(runs: Iterable[Run], megabytes: float) -> Album:
         runs: in order.
         megabytes: of all pictures as they stand in the page.
     """
-    files = [(file, run) for run in runs for file in sorted(run.folder.glob("pictures/*.png"))]
-    kinds = dict.fromkeys(sorted(file.name for file, _ in files))
-    queues = {kind: [(f, run) for f, run in files if f.name == kind] for kind in kinds}
+    drawn = [(file, run) for run in runs for file in files.pictures(run.folder)]
+    kinds = dict.fromkeys(sorted(file.name for file, _ in drawn))
+    queues = {kind: [(f, run) for f, run in drawn if f.name == kind] for kind in kinds}
     found: dict[str, list[Picture]] = {kind: [] for kind in kinds}
     room = megabytes * 1e6
     for place in range(max(map(len, queues.values()), default=0)):
@@ -53,7 +54,7 @@ def album(runs: Iterable[Run], megabytes: float) -> Album:
                 if room >= 0:
                     found[kind].append(picture)
     shown = {kind.removesuffix(".png"): own for kind, own in found.items() if own}
-    return Album(shown, len(files) - sum(map(len, shown.values())))
+    return Album(shown, len(drawn) - sum(map(len, shown.values())))
 
 
 def _url(file: str | io.BytesIO | object) -> str:

@@ -14,8 +14,10 @@ from plotly.offline import get_plotlyjs
 from ldt.report import study_figures
 from ldt.report.images import album
 from ldt.report.tables import SIZES, Column, Value, compare, percent
-from ldt.report.terminal import BUDGETS, METRICS, number
-from ldt.runs.aggregate import Cell, cells, flatten, varying
+from ldt.report.terminal import BUDGETS, METRICS
+from ldt.runs.aggregate import Cell, cells, varying
+from ldt.runs.formatting import number
+from ldt.runs.identity import LABELS, flatten
 from ldt.runs.run import Run
 
 CONFIG = {
@@ -185,7 +187,7 @@ def _differing(found: Sequence[Cell]) -> list[tuple[str, list[tuple[str, int]]]]
     for own in _pairs(found).values():
         keys |= set(varying(_configs(own)))
     counted = varying(_configs(found))
-    shown = sorted((keys - {"run_name", "study"}) & set(counted))
+    shown = sorted((keys - set(LABELS)) & set(counted))
     return [(key, counted[key].most_common()) for key in shown]
 
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ldt.report.terminal import BUDGETS, METRICS, number
+from ldt.report.terminal import BUDGETS, METRICS
 from ldt.runs.aggregate import Cell, notes, summarise
+from ldt.runs.formatting import number
 
 
 class Column(NamedTuple):

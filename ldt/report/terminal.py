@@ -1,7 +1,6 @@
 """What a run and a study show at their end: tables on the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ldt.runs import files
+from ldt.runs.formatting import number
 from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
@@ -28,7 +29,7 @@ def print_run(summary: Mapping[str, Any], folder: Path) -> None:
     console = _console()
     console.print(_rounds_table(summary))
     console.print(Text(f"* the metric of this data set: {metric}", style="dim"))
-    for picture in sorted((folder / "pictures").glob("*.png")):
+    for picture in files.pictures(folder):
         _print_path(console, "picture", picture)
     name = "detector" if len(rows) == 1 else "pruned detector"
     _print_path(console, name, folder / summary["checkpoint"])
@@ -84,11 +85,6 @@ def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
         if "threads" in row and "device" in row
     ]
     return "".join(f"; {place}" for place in dict.fromkeys(found))
-
-
-def number(value: float | None, digits: int, scale: float = 1.0) -> str:
-    """A number for a table; "-" where nothing was measured."""
-    return "-" if value is None or isnan(value) else f"{value * scale:.{digits}f}"
 
 
 def print_study(study: Path) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ldt.config import DETAILS, LABELS
-from ldt.pruning.names import below
+from ldt.runs import files, identity, inputs
 from ldt.runs.run import Run
 
 MOST_NAMED = 2  # keys in which variants of a method may differ for all of them to be in its label
@@ -26,7 +25,8 @@ class Cell:
         method: its name; ``unpruned`` or ``unpruned, LDT losses`` for runs that prune nothing.
         rate: the asked share of the budget to remove; 0 where nothing is pruned.
         metric: the data set's headline metric.
-        config: flat, without the keys that cells ignore.
+        config: what its runs have in common, flat (:func:`ldt.runs.identity.cell`), and which
+            ``inputs`` they read where there are runs that read others.
         runs: sorted by seed.
         changed: keys in which the cell differs from what most runs of its method have there.
         label: the method, with ``changed`` where it has variants.
@@ -54,45 +54,42 @@ class Cell:
         return self.dataset, self.detector, self.budget, self.rate
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Config:
-    """A nested dict with dotted keys; lists are values, and nulls are left out.
-
-    A key that a run's configuration did not have yet is null in that of a later one.
-    """
-    flat: Config = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{name}.")
-        elif value is not None:
-            flat[name] = value
-    return flat
-
-
-def cells(runs: Iterable[Run], free: Sequence[str] = ()) -> list[Cell]:
+def cells(runs: Iterable[Run]) -> list[Cell]:
     """The finished runs by configuration, unpruned ones first, then by rate and label.
 
     Args:
         runs: of one study or several.
-        free: keys, or groups of keys, that runs of a cell may differ in besides their seed.
     """
-    aside = (*LABELS, *DETAILS, *free)
     grouped: dict[str, tuple[Config, list[Run]]] = {}
     for run in runs:
         if run.finished:
-            config = {k: value for k, value in flatten(run.config).items() if not below(k, aside)}
-            grouped.setdefault(_identity(run, config), (config, []))[1].append(run)
+            config = identity.cell(run.config)
+            grouped.setdefault(_key(run, config), (config, []))[1].append(run)
     blocks: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for config, members in grouped.values():
-        cell = _cell(sorted(members, key=lambda run: (run.row["seed"], run.name)), config)
-        blocks[(*cell.block[:3], cell.method)].append(cell)
+        for read, own in _by_inputs(members).items():
+            told = {"inputs": read} if read else {}
+            cell = _cell(sorted(own, key=lambda run: (run.row["seed"], run.name)), config | told)
+            blocks[(*cell.block[:3], cell.method)].append(cell)
     labelled = [cell for block in blocks.values() for cell in _label(block)]
     return sorted(labelled, key=lambda cell: (*cell.block, cell.label))
 
 
-def _identity(run: Run, config: Config) -> str:
-    facts = [run.row[key] for key in ("dataset", "detector", "method", "budget", "asked_rate")]
-    return json.dumps([facts, config], sort_keys=True, default=str)
+def _key(run: Run, config: Config) -> str:
+    facts = [run.row[key] for key in ("dataset", "detector", "method", "asked_rate")]
+    budget = identity.canonical_budget(run.row["budget"])
+    return json.dumps([facts, budget, config], sort_keys=True, default=str)
+
+
+def _by_inputs(runs: Sequence[Run]) -> dict[str | None, list[Run]]:
+    """Runs of one configuration by what they read; those that did not record it go with any."""
+    found: dict[str | None, list[Run]] = defaultdict(list)
+    for run in runs:
+        read = inputs.fingerprint(files.read_json(run.folder / files.INPUTS))
+        found[read and read[:8]].append(run)
+    if len(found) == 1 or (len(found) == 2 and None in found):
+        return {None: list(runs)}
+    return found
 
 
 def _cell(runs: Sequence[Run], config: Config) -> Cell:
@@ -103,7 +100,7 @@ def _cell(runs: Sequence[Run], config: Config) -> Cell:
     return Cell(
         dataset=row["dataset"],
         detector=row["detector"],
-        budget=row["budget"],
+        budget=identity.canonical_budget(row["budget"]),
         method=method,
         rate=row["asked_rate"] if pruned else 0.0,
         metric=row["metric"],

@@ -1,19 +1,26 @@
-"""A run's directory as tables: its configuration, rounds, training log, scores and structure."""
+"""A run's directory, opened again: configuration, rounds, training log, scores and structure."""
 
-import re
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-import yaml
+from omegaconf import DictConfig, OmegaConf
 
-from ldt.runs.files import read_json
+from ldt.config import Config
+from ldt.runs import files
 from ldt.runs.study import folders, study_row
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOVED = {  # addresses that stand in configurations of earlier versions
+    "ldt.wandb_log.WandbRun": "ldt.callbacks.wandb_logger.WandbRun",
+}
 
 
 class Cut(NamedTuple):
@@ -25,21 +32,25 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's directory holds.
+    """What a run's directory holds, seen at one of its rounds.
 
     Attributes:
         folder: the directory; its name is the run's.
-        config: the resolved configuration.
-        row: the run in one line, as of :func:`ldt.report.load_study`.
+        config: the resolved configuration, as it was stored; empty where there is none.
+        row: the run in one line, as of :func:`ldt.runs.study.load_study`.
         summary: ``summary.json``; empty where the run has not ended.
-        rounds: a row per finished round, the base first.
+        rows: what was measured of each finished round, the base first.
+        round: the round that is looked at, the last one unless chosen; None without any.
+        named: whether the run was opened by the checkpoint of the round.
     """
 
     folder: Path
     config: dict[str, Any] = field(repr=False)
     row: dict[str, Any] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
-    rounds: pd.DataFrame = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+    round: int | None = None
+    named: bool = False
 
     @property
     def name(self) -> str:
@@ -51,6 +62,59 @@ class Run:
         """Whether it was trained to its end."""
         return self.row["status"] == "finished"
 
+    @property
+    def metric(self) -> str:
+        """The headline metric of the data."""
+        return self.config["dataset"]["metric"]
+
+    # Rounds -----------------------------------------------------------------------------------
+
+    def at(self, round_: int) -> Run:
+        """Return the same run at another round.
+
+        Raises:
+            FileNotFoundError: it has no finished round, or no checkpoint of this one.
+        """
+        self._need_round()
+        file = self.folder / files.round_checkpoint(round_)
+        if not file.is_file() or all(row["round"] != round_ for row in self.rows):
+            there = ", ".join(path.name for path in files.checkpoints(self.folder).values())
+            raise FileNotFoundError(
+                f"no {file} of a finished round; the run has {there or 'no checkpoints'}"
+            )
+        return replace(self, round=round_)
+
+    def checkpoint(self, round_: int | None = None) -> Path:
+        """Return the checkpoint of a round, else of the one that is looked at.
+
+        Raises:
+            FileNotFoundError: as :meth:`at`.
+        """
+        chosen = self._need_round() if round_ is None else round_
+        return self.at(chosen).folder / files.round_checkpoint(chosen)
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """What was measured in the round that is looked at."""
+        round_ = self._need_round()
+        return next(row for row in self.rows if row["round"] == round_)
+
+    def _need_round(self) -> int:
+        if self.round is None:
+            raise FileNotFoundError(
+                f"{self.folder} has no finished round (no {files.ROUNDS}); let it run first"
+            )
+        return self.round
+
+    # Tables -----------------------------------------------------------------------------------
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """A row per finished round, the base first."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
     @cached_property
     def log(self) -> pd.DataFrame:
         """What was logged while training, by step; nan where a quantity was not logged.
@@ -58,10 +122,12 @@ class Run:
         The columns are ``epoch`` and ``train/...``, ``val/...`` and ``round/...``. A run that was
         resumed has several logs; of a step that was trained twice the later one counts.
         """
-        files = [folder / "metrics.csv" for folder in sorted(self.folder.glob("logs*"), key=_order)]
-        parts = [pd.read_csv(file).groupby("step").first() for file in files if file.stat().st_size]
+        import pandas as pd
+
+        logs = [folder / files.METRICS for folder in files.log_folders(self.folder)]
+        logs = [file for file in logs if file.is_file() and file.stat().st_size]
         log = pd.DataFrame(index=pd.Index([], name="step"))
-        for part in parts:
+        for part in (pd.read_csv(file).groupby("step").first() for file in logs):
             earlier: Any = log[log.index < part.index.min()] if len(part) else log
             log = pd.concat([earlier, part])
         return log
@@ -70,10 +136,10 @@ class Run:
     def cuts(self) -> dict[int, dict[str, Cut]]:
         """For every round that cut, the coupled groups by the name of their root layer."""
         found = {}
-        for file in sorted(self.folder.glob("scores-*.npz"), key=_order):
+        for round_, file in files.score_files(self.folder).items():
             with np.load(file) as arrays:
                 names = [key.removeprefix("score/") for key in arrays if key.startswith("score/")]
-                found[_order(file)] = {
+                found[round_] = {
                     name: Cut(arrays[f"score/{name}"], arrays[f"removed/{name}"]) for name in names
                 }
         return found
@@ -88,10 +154,11 @@ class Run:
         Raises:
             FileNotFoundError: there is no ``structure.json``.
         """
-        rounds = self._structure["rounds"]
+        import pandas as pd
+
         rows = [
             {"round": int(index), "layer": name, "part": name.split(".")[0], **sizes}
-            for index, layers in rounds.items()
+            for index, layers in self._structure["rounds"].items()
             for name, sizes in layers.items()
         ]
         return pd.DataFrame(rows).set_index(["round", "layer"])
@@ -107,60 +174,49 @@ class Run:
 
     @cached_property
     def _structure(self) -> dict[str, Any]:
-        found = read_json(self.folder / "structure.json")
+        found = files.read_json(self.folder / files.STRUCTURE)
         if not found:
             raise FileNotFoundError(
-                f"no structure.json in {self.folder}; "
+                f"no {files.STRUCTURE} in {self.folder}; "
                 f"`ldt layers {self.folder}` makes it from the run's checkpoints"
             )
         return found
 
 
-def _order(path: Path) -> int:
-    """The number at the end of a name; 0 without one."""
-    digits = re.search(r"(\d+)$", path.stem)
-    return int(digits[1]) if digits else 0
+# Opening --------------------------------------------------------------------------------------
 
 
-def load_run(folder: str | Path) -> Run:
-    """Read a run's directory; logs, scores and structure are read when they are asked for.
+def open_run(path: str | Path) -> Run:
+    """Open a run by its directory or by the checkpoint of one of its rounds.
+
+    Logs, scores and structure are read when they are asked for.
 
     Args:
-        folder: ``runs/<study>/<run>``.
+        path: ``runs/<study>/<run>``, or ``round-<t>.ckpt`` in it.
 
     Raises:
-        FileNotFoundError: there is no run.
+        FileNotFoundError: there is no run, or no such checkpoint of a finished round.
         ValueError: its configuration is damaged.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file() and not (folder / "summary.json").is_file():
+    path = Path(path)
+    named = path.suffix == ".ckpt"
+    folder = path.parent if named else path
+    if not files.holds_run(folder):
         raise FileNotFoundError(
-            f"no run at {folder}; expected there: config.yaml, summary.json, rounds.csv"
+            f"no run at {folder}; expected there: {files.CONFIG}, {files.SUMMARY}, {files.ROUNDS}; "
+            "give the directory of a run, runs/<study>/<run>"
         )
-    row = study_row(folder)
-    summary = read_json(folder / "summary.json") if row["status"] == "finished" else {}
-    return Run(folder, _config(folder / "config.yaml"), row, summary, _rounds(folder, summary))
+    run = _opened(folder, stored_config(folder))
+    if not named:
+        return run
+    number = path.stem.removeprefix("round-")
+    if not number.isdecimal():
+        raise FileNotFoundError(f"{path} is no round's checkpoint; give {folder}/round-<t>.ckpt")
+    return replace(run, named=True).at(int(number))
 
 
-def _rounds(folder: Path, summary: dict[str, Any]) -> pd.DataFrame:
-    file = folder / "rounds.csv"
-    if summary:
-        return pd.DataFrame(summary["rounds"])
-    return pd.read_csv(file) if file.is_file() else pd.DataFrame()
-
-
-def _config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove the run to run it again") from error
-    return found if isinstance(found, dict) else {}
-
-
-def load_runs(study: str | Path) -> list[Run]:
-    """All runs of a study, sorted by name.
+def open_runs(study: str | Path) -> list[Run]:
+    """Open all runs of a study, sorted by name.
 
     A run with a damaged configuration is a failed one, and keeps no other from being read.
 
@@ -170,9 +226,59 @@ def load_runs(study: str | Path) -> list[Run]:
     return [_tolerant(folder) for folder in folders(Path(study))]
 
 
+def _opened(folder: Path, config: dict[str, Any]) -> Run:
+    row = study_row(folder)
+    summary = files.read_json(folder / files.SUMMARY) if row["status"] == "finished" else {}
+    rows = summary["rounds"] if summary else _measured(folder)
+    return Run(folder, config, row, summary, rows, rows[-1]["round"] if rows else None)
+
+
+def _measured(folder: Path) -> list[dict[str, Any]]:
+    """The rounds of a run that has not ended, without what was not measured."""
+    rows = files.read_rows(folder / files.ROUNDS)
+    rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
+    return [row for row in rows if "round" in row]
+
+
 def _tolerant(folder: Path) -> Run:
     try:
-        return load_run(folder)
+        return _opened(folder, stored_config(folder))
     except ValueError as error:
         row = {"run": folder.name, "status": "failed", "error": str(error)}
-        return Run(folder, {}, row, {}, pd.DataFrame())
+        return Run(folder, {}, row, {}, [])
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a run as it was stored, with the addresses of today.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return _moved(files.read_config(folder))
+
+
+def _moved(node: Any) -> Any:
+    """Replace the addresses of classes that have moved since."""
+    if isinstance(node, dict):
+        found = {key: _moved(value) for key, value in node.items()}
+        if isinstance(target := found.get("_target_"), str):
+            found["_target_"] = MOVED.get(target, target)
+        return found
+    return [_moved(value) for value in node] if isinstance(node, list) else node
+
+
+def load_config(folder: Path) -> DictConfig:
+    """Return the configuration of a run, checked against the schema.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: its configuration is damaged.
+    """
+    config = stored_config(folder)
+    if not config:
+        raise FileNotFoundError(
+            f"no {folder / files.CONFIG}; give the directory of a run, runs/<study>/<run>"
+        )
+    found = OmegaConf.merge(OmegaConf.structured(Config), config)
+    assert isinstance(found, DictConfig)
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldt.runs.files import read_json
+from ldt.runs import files
 
 
 def load_study(study: Path) -> list[dict[str, Any]]:
@@ -30,18 +30,14 @@ def folders(study: Path) -> list[Path]:
     """The directories of a study's runs, sorted; FileNotFoundError where there is no study."""
     if not study.is_dir():
         raise FileNotFoundError(f"no study at {study}; expected there: one directory for each run")
-    return [
-        folder
-        for folder in sorted(study.iterdir())
-        if (folder / "summary.json").is_file() or (folder / "config.yaml").is_file()
-    ]
+    return [folder for folder in sorted(study.iterdir()) if files.holds_run(folder)]
 
 
 def study_row(folder: Path) -> dict[str, Any]:
     """One run as a row of :func:`load_study`."""
-    file = folder / "summary.json"
+    file = folder / files.SUMMARY
     try:
-        return _flat(folder.name, read_json(file))
+        return _flat(folder.name, files.read_json(file))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
         text = f"{file} is damaged ({type(error).__name__}: {error}); remove it to run again"
         return {"run": folder.name, "status": "failed", "error": text}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from summaries import configured, row
 
-from ldt.report import load_runs
+from ldt.report import open_runs
 from ldt.report.tables import compare, write
-from ldt.runs.aggregate import cells, flatten, summarise
+from ldt.runs.aggregate import cells, summarise
+from ldt.runs.identity import flatten
 
 
 def config(seed=0, **changed):
@@ -29,7 +30,7 @@ def pruned(study, name, ap, seed=0, keys=None, **changed):
 def test_runs_that_differ_in_seed_and_place_only_are_one_cell(tmp_path):
     pruned(tmp_path, "a", 0.3, seed=0)
     pruned(tmp_path, "b", 0.4, seed=1, keys={"dataset": {"root": "/y"}, "run_name": "b"})
-    (cell,) = cells(load_runs(tmp_path))
+    (cell,) = cells(open_runs(tmp_path))
     assert cell.label == "ldt"
     means = summarise([cell]).iloc[0]
     assert means["seeds"] == 2
@@ -41,14 +42,14 @@ def test_runs_that_differ_in_seed_and_place_only_are_one_cell(tmp_path):
 def test_runs_of_equal_seed_count_as_one(tmp_path):
     for name, ap, seed in (("a", 0.2, 0), ("b", 0.4, 0), ("c", 0.5, 1)):
         pruned(tmp_path, name, ap, seed)
-    means = summarise(cells(load_runs(tmp_path))).iloc[0]
+    means = summarise(cells(open_runs(tmp_path))).iloc[0]
     assert means["seeds"] == 2
     assert math.isclose(means["AP"], 0.4)  # of 0.3 and 0.5
 
 
 def test_a_single_seed_has_no_deviation(tmp_path):
     pruned(tmp_path, "a", 0.3)
-    found = cells(load_runs(tmp_path))
+    found = cells(open_runs(tmp_path))
     assert math.isnan(summarise(found)["AP_std"].iloc[0])
     assert compare(found)[0]["AP"].text == "0.300"
 
@@ -56,7 +57,7 @@ def test_a_single_seed_has_no_deviation(tmp_path):
 def test_other_settings_make_other_cells_and_are_named(tmp_path):
     for name, ranking in (("a", "global"), ("b", "uniform")):
         pruned(tmp_path, name, 0.3, keys={"method": {"name": "ldt", "ranking": ranking}})
-    assert [c.label for c in cells(load_runs(tmp_path))] == [
+    assert [c.label for c in cells(open_runs(tmp_path))] == [
         "ldt (ranking=global)",
         "ldt (ranking=uniform)",
     ]
@@ -67,7 +68,7 @@ def test_many_differences_are_numbered_and_noted(tmp_path):
     pruned(tmp_path, "a2", 0.3, seed=1)
     keys = {"recipe": {f"{letter}_quite_long_key": 1 for letter in "abc"}}
     pruned(tmp_path, "b", 0.3, keys=keys)
-    found = cells(load_runs(tmp_path))
+    found = cells(open_runs(tmp_path))
     assert [cell.label for cell in found] == ["ldt", "ldt #2"]
     assert "a_quite_long_key=1" in write(found, "markdown").splitlines()[-1]
 
@@ -76,7 +77,7 @@ def test_rates_of_one_setting_share_a_label(tmp_path):
     for name, rate in (("a", 0.5), ("b", 0.7)):
         plan = {"rate": rate, "rounds": 1, "budget": "params"}
         pruned(tmp_path, name, 0.3, keys={"prune": {"rate": rate}}, plan=plan)
-    found = cells(load_runs(tmp_path))
+    found = cells(open_runs(tmp_path))
     assert [(cell.label, cell.rate) for cell in found] == [("ldt", 0.5), ("ldt", 0.7)]
 
 
@@ -85,7 +86,7 @@ def test_runs_without_rounds_are_unpruned(tmp_path):
     for name, losses in (("a", True), ("b", False)):
         changed = {"method": "none", "ldt": losses, "rounds": [row(0)], "plan": plan}
         configured(tmp_path, name, config(ldt={"enabled": losses}), **changed)
-    found = cells(load_runs(tmp_path))
+    found = cells(open_runs(tmp_path))
     assert [cell.label for cell in found] == ["unpruned", "unpruned, LDT losses"]
     assert not any(cell.pruned for cell in found)
 
@@ -105,7 +106,7 @@ def three(tmp_path):
     pruned(tmp_path, "b", 0.36, method="ldt_x", latency_ms=3)
     plan = {"rate": 0.7, "rounds": 1, "budget": "params"}
     pruned(tmp_path, "c", 0.9, method="ldt_x", plan=plan)
-    return cells(load_runs(tmp_path))
+    return cells(open_runs(tmp_path))
 
 
 def test_the_best_of_equal_rate_is_marked_and_what_stands_alone_is_not(three):
@@ -117,7 +118,7 @@ def test_the_best_of_equal_rate_is_marked_and_what_stands_alone_is_not(three):
 def test_ties_at_the_shown_precision_are_all_best(tmp_path):
     pruned(tmp_path, "a", 0.30001, method="l1")
     pruned(tmp_path, "b", 0.30002, method="px")
-    assert [row["AP"].best for row in compare(cells(load_runs(tmp_path)))] == [True, True]
+    assert [row["AP"].best for row in compare(cells(open_runs(tmp_path)))] == [True, True]
 
 
 def test_markdown_has_a_line_a_cell_and_bold_for_the_best(three):
@@ -150,4 +151,4 @@ def test_csv_has_the_unrounded_numbers(three):
 
 def test_pipes_in_a_name_do_not_break_the_table(tmp_path):
     pruned(tmp_path, "a", 0.3, method="a|b")
-    assert "a\\|b" in write(cells(load_runs(tmp_path)), "markdown")
+    assert "a\\|b" in write(cells(open_runs(tmp_path)), "markdown")

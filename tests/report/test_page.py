@@ -10,7 +10,7 @@ from PIL import Image
 from summaries import configured, row
 
 from ldt.cli import main
-from ldt.report import load_runs
+from ldt.report import open_runs
 from ldt.report.images import album
 from ldt.report.page import page
 from ldt.report.study_figures import MOST_POINTS, by_round, pareto, thinned, trade_off, training
@@ -78,7 +78,7 @@ def named(figure, name):
 
 
 def test_lines_join_the_means_over_seeds_and_bands_have_their_width(study):
-    figure = trade_off(cells(load_runs(study)))
+    figure = trade_off(cells(open_runs(study)))
     _, band, line = named(figure, "ldt")[:3]  # dots, band, line of the first panel
     assert np.allclose(line.x, [0.21, 0.63])
     assert np.allclose(line.y, [0.35, 0.4])
@@ -87,13 +87,13 @@ def test_lines_join_the_means_over_seeds_and_bands_have_their_width(study):
 
 
 def test_the_unpruned_detector_is_dashed_in_every_panel(study):
-    lines = named(trade_off(cells(load_runs(study))), "unpruned")
+    lines = named(trade_off(cells(open_runs(study))), "unpruned")
     assert len(lines) == 3
     assert all(line.line.dash == "dash" and np.allclose(line.y, 0.4) for line in lines)
 
 
 def test_rounds_and_training_have_a_panel_for_each_quantity(study):
-    found = cells(load_runs(study))
+    found = cells(open_runs(study))
     assert [note.text for note in by_round(found).layout.annotations][1:] == [
         "parameters (M)", "multiply-adds (G)", "latency (ms)",
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_long_curves_are_thinned_to_their_means():
 
 
 def test_pictures_beyond_the_limit_are_counted(study):
-    runs = load_runs(study)
+    runs = open_runs(study)
     whole = album(runs, 20)
     assert {kind: len(own) for kind, own in whole.pictures.items()} == {
         "channels": 6,
@@ -137,7 +137,7 @@ def test_pictures_beyond_the_limit_are_counted(study):
 
 
 def test_the_page_holds_everything_and_links_to_nothing(study):
-    text = page(study, load_runs(study), 0)
+    text = page(study, open_runs(study), 0)
     assert text.count("Plotly.newPlot(") >= 3
     for name in (*(f"{m}-s{s}" for m in APS for s in (0, 1)), "broken", "started"):
         assert name in text
@@ -146,7 +146,7 @@ def test_the_page_holds_everything_and_links_to_nothing(study):
 
 
 def test_text_of_configurations_and_errors_is_escaped(study):
-    text = page(study, load_runs(study), 20)
+    text = page(study, open_runs(study), 20)
     assert EVIL not in text
     assert "&lt;script&gt;" in text
 
@@ -155,7 +155,7 @@ def test_the_command_writes_the_page_into_the_study(study, capsys):
     main(["report", str(study)])
     assert capsys.readouterr().out.strip() == str(study / "report.html")
     assert (study / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert len(load_runs(study)) == 8  # the report is not taken for a run
+    assert len(open_runs(study)) == 8  # the report is not taken for a run
 
 
 def test_tables_are_printed_or_written(study, capsys, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from summaries import configured, finished, row
 
-from ldt.report import load_run, load_runs
+from ldt.report import open_run, open_runs
 from ldt.runs.files import write_json, write_rows
 
 LOG = [
@@ -17,7 +17,7 @@ LOG = [
 
 def test_a_run_has_its_configuration_rounds_and_log(tmp_path):
     folder = configured(tmp_path, "a", {"seed": 3, "ldt": {"alpha": 1e-6}}, LOG)
-    run = load_run(folder)
+    run = open_run(folder)
     assert (run.name, run.finished) == ("a", True)
     assert run.config == {"seed": 3, "ldt": {"alpha": 1e-6}}
     assert run.rounds["AP"].tolist() == [row(0)["AP"], row(1)["AP"]]
@@ -30,17 +30,17 @@ def test_of_steps_that_were_trained_twice_the_later_counts(tmp_path):
     for number, value in ((10, 0.5), (2, 1.0)):  # the tenth attempt comes after the second
         (folder / f"logs-{number}").mkdir()
         write_rows(folder / f"logs-{number}/metrics.csv", [{"step": 19, "train/loss": value}])
-    log = load_run(folder).log
+    log = open_run(folder).log
     assert log.index.tolist() == [9, 19]
     assert log["train/loss"].tolist() == [3.0, 0.5]
 
 
 def test_a_run_without_logs_has_an_empty_one(tmp_path):
     folder = configured(tmp_path, "a", {})
-    assert load_run(folder).log.empty
+    assert open_run(folder).log.empty
     (folder / "logs").mkdir()
     (folder / "logs/metrics.csv").touch()
-    assert load_run(folder).log.empty
+    assert open_run(folder).log.empty
 
 
 def test_cuts_are_read_by_round_in_order(tmp_path):
@@ -48,7 +48,7 @@ def test_cuts_are_read_by_round_in_order(tmp_path):
     for index in (10, 2):
         arrays = {"score/neck.a": np.arange(3.0), "removed/neck.a": np.array([index % 3])}
         np.savez(folder / f"scores-{index}.npz", **arrays)
-    cuts = load_run(folder).cuts
+    cuts = open_run(folder).cuts
     assert list(cuts) == [2, 10]
     assert cuts[10]["neck.a"].removed.tolist() == [1]
     assert cuts[2]["neck.a"].scores.tolist() == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_layers_are_in_network_order(tmp_path):
     sizes = {"in": 1, "out": 2, "params": 3, "multiply_adds": 4}
     layers = {"backbone.z": sizes, "backbone.a": sizes, "neck.b": sizes}
     write_json(folder / "structure.json", {"rounds": {"0": layers}, "groups": {"g": ["neck.b"]}})
-    run = load_run(folder)
+    run = open_run(folder)
     assert run.layers.loc[0].index.tolist() == list(layers)
     assert run.layers["part"].tolist() == ["backbone", "backbone", "neck"]
     assert run.groups == {"g": ["neck.b"]}
@@ -67,12 +67,12 @@ def test_layers_are_in_network_order(tmp_path):
 
 def test_a_missing_structure_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ldt layers "):
-        _ = load_run(configured(tmp_path, "a", {})).layers
+        _ = open_run(configured(tmp_path, "a", {})).layers
 
 
 def test_what_is_no_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run at .*nowhere; expected there"):
-        load_run(tmp_path / "nowhere")
+        open_run(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["a: [", "{", "\x00"])
@@ -81,8 +81,8 @@ def test_a_damaged_configuration_fails_its_run_only(tmp_path, text):
     finished(tmp_path, "b")
     (tmp_path / "b" / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match="damaged"):
-        load_run(tmp_path / "b")
-    good, bad = load_runs(tmp_path)
+        open_run(tmp_path / "b")
+    good, bad = open_runs(tmp_path)
     assert good.finished
     assert bad.row["status"] == "failed"
     assert "config.yaml is damaged" in bad.row["error"]
@@ -91,6 +91,6 @@ def test_a_damaged_configuration_fails_its_run_only(tmp_path, text):
 def test_unfinished_runs_keep_the_rounds_they_have(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.yaml").write_text("seed: 1\n")
-    assert load_run(tmp_path / "a").rounds.empty
+    assert open_run(tmp_path / "a").rounds.empty
     write_rows(tmp_path / "a/rounds.csv", [row(0)])
-    assert load_run(tmp_path / "a").rounds["AP"].tolist() == [0.4]
+    assert open_run(tmp_path / "a").rounds["AP"].tolist() == [0.4]

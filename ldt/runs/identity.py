@@ -1,0 +1,290 @@
+"""What a run is: the only definition of "the same run" and "the same cell with another seed".
+
+The run loop, shared bases, the report, the figures and the experiments' builder ask this module.
+Two configurations are the same run if their :func:`essence` is equal, and belong to the same cell
+if it is equal but for :data:`REPEATS`. What a run reads from its data is in :mod:`ldt.runs.inputs`.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ldt.runs import files
+from ldt.runs.differences import differences
+
+Flat = dict[str, Any]  # dotted key -> value
+Relation = Literal["same run", "same cell", "other run"]
+
+LABELS = ("study", "run_name")  # what a run is called
+FREE = (  # keys, and groups of keys, that are no part of a run: they change no result's meaning
+    *LABELS,
+    # where things are
+    *("dataset.root", "dataset.cache", "trainer.default_root_dir"),
+    # where and how fast it is computed
+    *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
+    # what is measured besides, drawn, logged, returned to a sweeper
+    *("report", "logger", "objectives", "trainer.logger", "trainer.log_every_n_steps"),
+    *("trainer.validate_every", "trainer.check_val_every_n_epoch", "trainer.val_check_interval"),
+    *("trainer.num_sanity_val_steps", "trainer.enable_progress_bar", "trainer.profiler"),
+    *("trainer.enable_model_summary", "trainer.enable_checkpointing", "trainer.detect_anomaly"),
+    *("trainer.enable_autolog_hparams", "trainer.model_registry", "trainer.barebones"),
+)
+SOURCES = (  # keys that others are made of (dataset.scale, ldt.enabled): only those are read
+    *("dataset.scales", "detector.size", "method.ldt"),
+)
+UNPRUNED = (  # keys that nobody reads where nothing is pruned
+    *("prune", "recipe.retrain_epochs", "recipe.retrain_lr", "method.ranking"),
+    *("method.inner_rounds", "method.criterion", "method.gradual"),
+)
+LDT_OFF = (  # keys that nobody reads where the detector is trained without LDT
+    *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
+    *("ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
+)
+REPEATS = ("seed", "base")  # runs of a cell may differ in these: other chance, same settings
+BEFORE: Flat = {  # what a key meant before there was one, or before it was set
+    "base": "own",
+    "method.inner_rounds": 1,
+    "recipe.channels_last": False,
+    "trainer.precision": "32-true",
+    "trainer.deterministic": "warn",
+    "trainer.sync_batchnorm": False,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.fast_dev_run": False,
+    "trainer.max_steps": -1,
+    "trainer.overfit_batches": 0,
+    "trainer.reload_dataloaders_every_n_epochs": 0,
+    "trainer.use_distributed_sampler": True,
+}
+BUDGET_ALIASES = {"flops": "macs"}  # the papers' tables say FLOPs and count MACs
+IN_NAMES = {"macs": "flops"}  # how the names of runs spell a budget
+
+RUNS = Path("runs")  # studies are below it
+SPELT = ("detector", "dataset", "method", "prune.budget", "prune.rate", "seed")  # in every name
+UNNAMED = ("experiment",)  # chooses keys, which are checked when a directory is claimed
+NAMED_BEFORE = (  # overrides that earlier versions left out of names
+    *(*SPELT, *UNNAMED, "study", "objectives", "dataset.root", "dataset.cache"),
+    *("dataset.workers", "trainer.devices", "report.pictures", "logger", "logger.mode"),
+    *("logger.project", "logger.entity", "logger.checkpoint"),
+)
+
+
+class OtherRunError(ValueError):
+    """A directory holds another run than the one that was asked for; it is left as it is."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Flat:
+    """Return a nested dict with dotted keys; lists are values, and nulls are left out.
+
+    A key that a run's configuration did not have yet is null in that of a later one.
+
+    Example:
+        >>> flatten({"prune": {"rate": 0.5, "scope": ["neck"]}, "seed": None})
+        {'prune.rate': 0.5, 'prune.scope': ['neck']}
+    """
+    flat: Flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def essence(config: Mapping[str, Any]) -> Flat:
+    """Return everything that decides a run's result, flat.
+
+    Args:
+        config: the resolved configuration, also one of an earlier version.
+
+    Example:
+        >>> one = {"seed": 0, "prune": {"budget": "flops"}, "dataset": {"root": "/here"}}
+        >>> two = {"seed": 0, "prune": {"budget": "macs"}, "dataset": {"root": "/there"}}
+        >>> essence(one) == essence(two)
+        True
+    """
+    flat = {key: _number(key, value) for key, value in {**BEFORE, **flatten(config)}.items()}
+    flat |= _batch_of_a_step(config, flat)
+    if "prune.budget" in flat:
+        flat["prune.budget"] = canonical_budget(flat["prune.budget"])
+    if _prunes_nothing(config):
+        flat["method.name"] = "none"
+    aside = (*FREE, *SOURCES, *idle(config))
+    found = {key: value for key, value in flat.items() if not _below(key, aside)}
+    return {key: value for key, value in sorted(found.items()) if value is not None}
+
+
+def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return keys, and groups of keys, that nobody reads in a run of a configuration."""
+    pruning = UNPRUNED if _prunes_nothing(config) else ()
+    return (*pruning, *LDT_OFF) if _off(config) else pruning
+
+
+def cell(config: Mapping[str, Any]) -> Flat:
+    """Return what the runs of a cell have in common, flat: :func:`essence` without the seed."""
+    return {key: value for key, value in essence(config).items() if key not in REPEATS}
+
+
+def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> Relation:
+    """Tell how the runs of two resolved configurations are related."""
+    if essence(one) == essence(other):
+        return "same run"
+    return "same cell" if cell(one) == cell(other) else "other run"
+
+
+def canonical_budget(name: str) -> str:
+    """Return the one name of a budget that has several."""
+    return BUDGET_ALIASES.get(name, name)
+
+
+def digest(facts: Any) -> str:
+    """Return 8 hex digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _below(key: str, groups: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the groups or lies below one."""
+    return f"{key}.".startswith(tuple(f"{group}." for group in groups))
+
+
+def _number(key: str, value: Any) -> Any:
+    """Integral floats as integers; Lightning tells 1 batch from a share of 1.0."""
+    if not isinstance(value, float) or not value.is_integer():
+        return value
+    if value == 1 and key.startswith(("trainer.limit_", "trainer.overfit_")):
+        return None if "limit" in key else "all"  # a share; of the limits it is the default
+    return int(value)
+
+
+def _batch_of_a_step(config: Mapping[str, Any], flat: Flat) -> Flat:
+    """The batch of one optimizer step where an earlier version counted a process's images."""
+    trainer = config.get("trainer")
+    if not isinstance(trainer, Mapping) or "accumulate_grad_batches" in trainer:
+        return {}
+    devices, batch = trainer.get("devices"), flat.get("recipe.batch_size")
+    count = len(devices) if isinstance(devices, list) else devices
+    if not str(count).isdecimal() or not isinstance(batch, int):
+        return {}  # "auto": one device on most machines
+    return {"recipe.batch_size": batch * int(str(count)) * int(trainer.get("num_nodes") or 1)}
+
+
+def _prunes_nothing(config: Mapping[str, Any]) -> bool:
+    method, prune = config.get("method") or {}, config.get("prune") or {}
+    untouched = "criterion" in method and method["criterion"] is None
+    return untouched or method.get("name") == "none" or prune.get("rounds") == 0
+
+
+def _off(config: Mapping[str, Any]) -> bool:
+    return (config.get("ldt") or {}).get("enabled") is False
+
+
+# Directories ----------------------------------------------------------------------------------
+
+
+def claim(folder: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Check that a directory is free or holds this very run.
+
+    Args:
+        folder: the run's directory.
+        config: the resolved configuration of the command.
+        known: that of the directory, empty where it has none.
+
+    Raises:
+        OtherRunError: it holds another run.
+    """
+    if not known:
+        return
+    told = [
+        f"{key}: {there!r} there, {now!r} now"
+        for key, there, now in differences(essence(known), essence(config))
+    ]
+    if told:
+        raise OtherRunError(
+            f"{folder} holds a run of another configuration ({'; '.join(told)}). Choose another "
+            "study=<name> or run_name=<name>, or remove the folder"
+        )
+
+
+def find(study: Path, config: Mapping[str, Any], prefix: str = "") -> Path | None:
+    """Return the directory of a study that holds the run of a configuration, if there is one.
+
+    Args:
+        study: directory of the study.
+        config: a resolved configuration.
+        prefix: of the directory's name.
+    """
+    wanted = essence(config)
+    for file in sorted(study.glob(f"{prefix}*/{files.CONFIG}")):
+        with contextlib.suppress(ValueError):  # damaged: of no use
+            known = files.read_config(file.parent)
+            if known and essence(known) == wanted:
+                return file.parent
+    return None
+
+
+def run_name(overrides: ListConfig, root: DictConfig) -> str:
+    """Return the name of a run's directory; the resolver ``run_name`` of ``conf/config.yaml``.
+
+    It spells out what runs are compared by, and ends in a hash of the further overrides that are
+    part of the run's identity. A directory that an earlier version named is found again.
+    """
+    given: Any = OmegaConf.to_container(overrides, resolve=False)
+    stem = "-".join(root[group].name for group in ("dataset", "detector", "method"))
+    rate, seed = root.prune.rate, root.seed
+    budget = IN_NAMES.get(root.prune.budget, root.prune.budget)
+    stem = f"{stem}-{budget}{rate}-s{seed}"
+    groups = ("method", "prune", "ldt", "trainer")  # the whole would hold the name itself
+    config: Any = {g: OmegaConf.to_container(root[g], resolve=True) for g in groups}
+    names = [stem + suffix for suffix in (suffix_of(given, config), _suffix_before(given))]
+    study = RUNS / root.study
+    return next((name for name in names if (study / name / files.CONFIG).is_file()), names[0])
+
+
+def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:
+    """Return ``-<8 hex digits>`` of the overrides that a name does not spell out, or nothing.
+
+    Args:
+        overrides: as given on the command line.
+        config: what they compose to, resolved.
+    """
+    from ldt.sweeps import parse  # imports Hydra
+
+    kept: dict[str, str] = {}
+    aside = (*FREE, *idle(config))
+    for override in parse(overrides):
+        name = override.key_or_group
+        if name == "trainer":  # what the option sets counts, not what it is called
+            kept |= _trainer_keys(config)
+        elif name not in (*SPELT, *UNNAMED) and not _below(name, aside):
+            key = override.get_key_element().lstrip("+")
+            kept[key] = key if key[0] == "~" else f"{key}={override.get_value_element_as_str()}"
+    return _hashed(kept.values())
+
+
+def _trainer_keys(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the trainer's options set besides place and speed."""
+    from ldt.config import TrainerConfig
+
+    usual = flatten({"trainer": OmegaConf.to_container(OmegaConf.structured(TrainerConfig))})  # type: ignore[dict-item]
+    own = flatten({"trainer": config["trainer"]})
+    changed = (key for key in own if own[key] != usual.get(key) and not _below(key, FREE))
+    return {key: f"{key}={own[key]}" for key in changed}
+
+
+def _suffix_before(overrides: Iterable[str]) -> str:
+    from ldt.sweeps import parse
+
+    return _hashed(
+        o.input_line or "" for o in parse(overrides) if o.key_or_group not in NAMED_BEFORE
+    )
+
+
+def _hashed(lines: Iterable[str]) -> str:
+    text = ",".join(sorted(lines))
+    return "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""

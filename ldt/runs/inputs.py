@@ -1,0 +1,245 @@
+"""What a run reads besides its configuration: ``inputs.json`` in its directory.
+
+Fingerprints of the data (ids, annotations and image sizes of every split), of the resolved model
+config, of the weights and of the code that the config imports. Where the data lie is not among
+them; the places are listed beside.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ldt.runs import files
+from ldt.runs.differences import differences
+from ldt.runs.identity import OtherRunError
+
+log = logging.getLogger(__name__)
+
+PARTS = ("data", "model", "weights", "code")
+SPLITS = {"train": "training", "val": "validation"}
+BLOCK = 1 << 20  # bytes read at once
+LARGE = 4 << 20  # bytes; what was found of larger files is remembered
+MOST_TOLD = 3  # differences of a part that are told
+Inputs = dict[str, Any]
+
+
+# Fingerprints ---------------------------------------------------------------------------------
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Return a hash of values in order, each as its text."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(f"{part}\0".encode())
+    return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return a hash of a file's content; that of a large file is remembered until it changes."""
+    return remembered(path, "digest", _hash)
+
+
+def _hash(path: Path) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def remembered(path: Path, what: str, find: Callable[[Path], Any]) -> Any:
+    """Return ``find(path)``, from the cache where the file is large and has not changed.
+
+    Args:
+        path: of the file.
+        what: a name for what is found.
+        find: gives plain data.
+    """
+    state = path.stat()
+    if state.st_size < LARGE:
+        return find(path)
+    key = [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, what]
+    cache = cache_folder() / "fingerprints" / f"{digest(key)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(cache.read_text(encoding="utf-8"))
+    found = find(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(cache, json.dumps(found))
+    return found
+
+
+def cache_folder(given: str | None = None) -> Path:
+    """Return the folder for what can be made again: the given one, ``$LDT_CACHE`` or the user's."""
+    return Path(given or os.environ.get("LDT_CACHE") or "~/.cache/ldt").expanduser()
+
+
+def split_record(ids: Sequence[Any], images: Iterable[str], annotations: str) -> Inputs:
+    """Return the fingerprint of a split.
+
+    Args:
+        ids: of its images, in order.
+        images: their files, in the same order.
+        annotations: a hash of their content.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+    """
+    sizes = [os.stat(image).st_size for image in images]
+    return {
+        "images": len(ids),
+        "ids": digest(ids),
+        "annotations": annotations,
+        "bytes": sum(sizes),
+        "sizes": digest(sizes),
+    }
+
+
+def record(
+    data: Mapping[str, Any], model: Mapping[str, Any], checkpoint: str | None = None
+) -> Inputs:
+    """Return the fingerprints of all that a run reads.
+
+    Args:
+        data: of a data module.
+        model: the resolved model config, with ``custom_imports`` where the mmdet config has them.
+        checkpoint: the file with the detector's weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    weights = _local_weights(model)
+    if checkpoint:
+        weights["detector.checkpoint"] = checkpoint
+    if checkpoint and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"detector.checkpoint={checkpoint!r}: no such file")
+    modules = (model.get("custom_imports") or {}).get("imports") or []
+    modules = [modules] if isinstance(modules, str) else modules
+    found = {
+        "data": dict(data),
+        "model": dict(model),
+        "weights": {key: file_digest(Path(file)) for key, file in weights.items()},
+        "code": {name: _code(name) for name in modules},
+    }
+    return json.loads(json.dumps(found))  # as it will be read: tuples are lists
+
+
+def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
+    """Files that ``init_cfg`` entries of a model config load, by their place in it."""
+    found: dict[str, str] = {}
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        file = value.get("checkpoint") if key == "init_cfg" and isinstance(value, Mapping) else None
+        if isinstance(file, str) and Path(file).is_file():
+            found[f"{name}.init_cfg.checkpoint"] = file
+        found |= _local_weights(value, f"{name}.{key}")
+    return found
+
+
+def _code(module: str) -> str | None:
+    """A hash of a module's source, of a package's whole; None where it is not found."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return None  # building the detector tells
+    if spec is None or not spec.origin:
+        return None
+    origin = Path(spec.origin)
+    package = spec.submodule_search_locations is not None
+    sources = sorted(origin.parent.rglob("*.py")) if package else [origin]
+    return digest(part for s in sources for part in (s.relative_to(origin.parent), _hash(s)))
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str | None:
+    """Return one hash of a run's inputs, None for a run that did not record them."""
+    if not inputs:
+        return None
+    return digest([json.dumps([inputs[part] for part in PARTS], sort_keys=True)])
+
+
+# A directory's inputs -------------------------------------------------------------------------
+
+
+def check(folder: Path, now: Mapping[str, Any]) -> None:
+    """Check that a directory's run read what this command reads.
+
+    Raises:
+        OtherRunError: it read something else.
+    """
+    known = files.read_json(folder / files.INPUTS)
+    if told := changes(known, now) if known else _other_images(folder, now["data"]):
+        raise OtherRunError(
+            f"{folder} holds a run that read something else: {'; '.join(told)}. Restore it, or "
+            "choose another study=<name> or run_name=<name>"
+        )
+
+
+def _other_images(folder: Path, data: Mapping[str, Any]) -> list[str]:
+    """What differs for a run that did not record its inputs, but the ids of its images."""
+    told = []
+    for split, ids in files.read_json(folder / files.SPLIT).items():
+        if split in data and split in SPLITS:
+            then = data[split] | {"images": len(ids), "ids": digest(ids)}
+            told += _split_changes(SPLITS[split], then, data[split])
+    return told
+
+
+def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: Any) -> None:
+    """Record a run's inputs and the place where its data lie now; earlier places are kept."""
+    known = files.read_json(folder / files.INPUTS)
+    places = [p for p in known.get("places", []) if p != place] + [place] * (place is not None)
+    own = {key: value for key, value in known.items() if key not in PARTS}
+    found = own | {part: now[part] for part in PARTS} | more | {"places": places}
+    if found != known:
+        files.write_json(folder / files.INPUTS, found)
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two records of inputs, in words."""
+    return [
+        *_data_changes(then["data"], now["data"]),
+        *_listed("detector.config", then["model"], now["model"]),
+        *_hashes("other weights in", then["weights"], now["weights"]),
+        *_hashes("other code in", then["code"], now["code"]),
+    ]
+
+
+def _data_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if not all(split in found for split in SPLITS for found in (then, now)):
+        return _listed("data", then, now)
+    return [
+        told
+        for split, name in SPLITS.items()
+        if then[split] != now[split]
+        for told in _split_changes(name, then[split], now[split])
+    ]
+
+
+def _split_changes(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints of a split."""
+    more = now["images"] - then["images"]
+    if more:
+        told = f"{abs(more)} {'more' if more > 0 else 'fewer'}"
+        return [f"{name} images: {then['images']} there, {now['images']} now ({told})"]
+    if then["ids"] != now["ids"]:
+        return [f"{name} images: other ones, or in another order"]
+    told = [f"{name} annotations changed"] if then["annotations"] != now["annotations"] else []
+    if then["sizes"] != now["sizes"]:
+        sizes = f"{then['bytes']:,} bytes there, {now['bytes']:,} now"
+        told.append(f"{name} images: files of other sizes ({sizes})")
+    return told
+
+
+def _listed(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = differences(then, now)
+    told = [f"{name}: {key} {old!r} there, {new!r} now" for key, old, new in found[:MOST_TOLD]]
+    return told + [f"{name}: {len(found) - MOST_TOLD} more"] * (len(found) > MOST_TOLD)
+
+
+def _hashes(told: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{told} {key}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]

@@ -1,0 +1,78 @@
+"""Where numbers come from: the software, the hardware and the commit of a run."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "mmdet",
+    "mmcv",
+    "mmcv-lite",
+    "mmengine",
+    "torch-pruning",
+    "hydra-core",
+    "numpy",
+)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries, and the hardware, as text."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        **_versions(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpus": ", ".join(gpus) or "none",
+    }
+
+
+def git_state(folder: Path) -> dict[str, str | bool]:
+    """Return {"commit": full hash, "dirty": whether files differ from it or are not in it}.
+
+    Empty where there is no git, no repository or no commit; never raises.
+    """
+    commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    if commit is None or status is None:
+        return {}
+    return {"commit": commit, "dirty": status != ""}
+
+
+def cpu_name() -> str:
+    """Return the name of the processor; `platform.processor` is often empty on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, or None where it fails."""
+    # without optional locks: `git status` would otherwise write to the index of the repository
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
