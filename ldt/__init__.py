@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ldt.deployment.prediction import predict
     from ldt.deployment.to_mmdet import export
     from ldt.detectors.checkpoints import load_pruned
+    from ldt.experiment import train
     from ldt.module import DetectorModule
     from ldt.runs.run import open_run
     from ldt.runs.study import load_study
@@ -30,6 +31,7 @@ __all__ = [
     "open_run",
     "predict",
     "prune",
+    "train",
 ]
 _FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
     "Criterion": "ldt.criteria.base",
@@ -43,6 +45,7 @@ _FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
     "open_run": "ldt.runs.run",
     "predict": "ldt.deployment.prediction",
     "prune": "ldt.api",
+    "train": "ldt.experiment",
 }
 
 

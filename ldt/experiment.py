@@ -12,6 +12,8 @@ from typing import Any
 import lightning as L
 import torch
 from filelock import FileLock, Timeout
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -31,7 +33,7 @@ from ldt.build import (
     read_inputs,
 )
 from ldt.callbacks.checkpoint_io import resumable
-from ldt.config import MethodConfig, PruneConfig
+from ldt.config import MethodConfig, PruneConfig, conf_dir, register
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import quiet
 from ldt.evaluation import layers
@@ -42,7 +44,7 @@ from ldt.module import DetectorModule
 from ldt.runs import files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
 from ldt.runs.refusal import KINDS, is_refusal, refusing
-from ldt.runs.run import stored_config
+from ldt.runs.run import Run, open_run, stored_config
 
 log = logging.getLogger(__name__)
 REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # while a run is being set up
@@ -391,3 +393,33 @@ class StudyTable(Callback):
             failed = report.print_study(Path(config.hydra.sweep.dir))
             if failed or self.refused:
                 sys.exit(1 if failed or self.refused < self.jobs else 2)
+
+
+def train(*overrides: str, folder: str | Path | None = None) -> Run:
+    """Train, prune, retrain and measure: what ``python run.py <overrides>`` does, from Python.
+
+    Args:
+        overrides: Hydra's, as on the command line.
+        folder: the run's directory; ``runs/<study>/<name>`` below the current one by default.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: bad configuration, or the folder holds another run.
+
+    Example:
+        >>> run = ldt.train("dataset.train=8", "dataset.val=4", "recipe.epochs=1",
+        ...                 "recipe.retrain_epochs=1", "prune.images=8", "report.pictures=0")
+        roadscenes-gfl_tiny-ldt-params0.7-s0-...
+        >>> list(run.rounds["round"])
+        [0, 1, 2]
+    """
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        whole = compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(whole)  # names of runs are made of the overrides
+    place = Path(whole.hydra.run.dir if folder is None else folder)
+    keys: Any = [key for key in whole if key != "hydra"]
+    run(OmegaConf.masked_copy(whole, keys), place)
+    return open_run(place)

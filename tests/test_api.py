@@ -264,12 +264,21 @@ def test_examples_in_docstrings_run(detector, data, tmp_path, monkeypatch):
         detector, data, rate=0.3, config=Config({"model": config_of("detector=gfl_tiny")})
     )
     names = {"ldt": ldt, "detector": detector, "images": data, "result": result}
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(verbose=False)
+    finder, runner = (
+        doctest.DocTestFinder(recurse=False),
+        doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS),
+    )
     tried = 0
-    for thing in (api.prune, api.PruningResult, api.evaluate, checkpoints.load_pruned):
+    for thing in (
+        api.prune,
+        api.PruningResult,
+        api.evaluate,
+        checkpoints.load_pruned,
+        experiment.train,
+    ):
         for test in finder.find(thing, globs=dict(names)):
             tried += runner.run(test).attempted
-    assert tried >= 11
+    assert tried >= 13
     assert runner.failures == 0
 
 

@@ -32,7 +32,7 @@ ALLOWED = {
         "ldt.detectors", "ldt.data", "ldt.evaluation", "ldt.pruned", "ldt.deployment",
         "ldt.pruning.dependency",
     ),
-    "mmengine": ("ldt.api", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment"),
+    "mmengine": ("ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment"),
     "click": ("ldt.cli",),
     "hydra": ("ldt.cli.hydra_app", "ldt.experiment", "ldt.build", "ldt.config", "ldt.sweeps"),
     "lightning": (
