@@ -1,7 +1,8 @@
 """The typed schema of every configuration key that this project owns.
 
 Hydra merges the files of ``conf/`` into these dataclasses, so that a misspelt key or a value of
-the wrong type stops a run before any model is built, naming the key.
+the wrong type stops a run before any model is built, naming the key. What slips through with ``+``
+is refused by :func:`ldt.config.keys.check_keys`.
 """
 
 from dataclasses import dataclass, field
@@ -9,8 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from hydra.utils import get_method
 from omegaconf import MISSING, OmegaConf
 
 
@@ -35,7 +34,7 @@ class RecipeConfig:
 
     epochs: int = MISSING  # base training; 0 starts from detector.checkpoint
     retrain_epochs: int = MISSING  # after each cut
-    batch_size: int = MISSING  # images per process and step
+    batch_size: int = MISSING  # images of one optimizer step, over all processes
     base_batch_size: int | None = None  # images that the learning rate is for; null takes it as is
     optimizer: dict[str, Any] = field(default_factory=dict)  # mmengine's keys, `type` first
     paramwise: dict[str, Any] = field(default_factory=dict)
@@ -147,7 +146,10 @@ class CocoConfig(DatasetConfig):
 
 @dataclass
 class TrainerConfig:
-    """What goes to ``lightning.Trainer``, and how often the validation set is seen."""
+    """Arguments of ``lightning.Trainer`` (null: its own default), and two keys of ours.
+
+    Those that the prune-retrain loop decides are in :data:`ldt.config.keys.OWNED` instead.
+    """
 
     accelerator: str = "auto"
     devices: Any = "auto"
@@ -157,10 +159,22 @@ class TrainerConfig:
     deterministic: Any = "warn"  # true raises where CUDA has no deterministic kernel
     sync_batchnorm: bool = False
     log_every_n_steps: int = 10
-    validate_every: int = 0  # epochs; 0 = only at the end of a phase
     limit_train_batches: int | float | None = None
     limit_val_batches: int | float | None = None
-    threads: int | None = None  # torch CPU threads; null keeps torch's choice
+    accumulate_grad_batches: int = 1  # parts of recipe.batch_size that are computed in turn
+    gradient_clip_algorithm: str | None = None  # norm | value, of recipe.clip_grad
+    fast_dev_run: bool | int = False  # batches of an epoch; nothing is logged, no run is resumed
+    overfit_batches: int | float = 0.0
+    benchmark: bool | None = None
+    inference_mode: bool | None = None
+    use_distributed_sampler: bool | None = None  # of validation; training images have their own
+    profiler: str | None = None  # simple | advanced | pytorch
+    detect_anomaly: bool | None = None
+    enable_progress_bar: bool = True
+    enable_model_summary: bool = False
+    enable_autolog_hparams: bool | None = None
+    validate_every: int = 0  # ours: epochs; 0 = only at the end of a phase
+    threads: int | None = None  # ours: torch CPU threads; null keeps torch's choice
 
 
 @dataclass
@@ -200,6 +214,9 @@ def conf_dir() -> Path:
 
 def register() -> None:
     """Make the schema known to Hydra, and the resolver that names runs to OmegaConf."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.utils import get_method
+
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, node in (

@@ -1,0 +1,167 @@
+"""Keys that nobody reads are refused, with the nearest one that is known."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig
+
+# Arguments of Lightning's Trainer that the prune-retrain loop decides, and what to type instead.
+# fmt: off
+_END = "the loop ends after its last phase: type recipe.epochs=... and recipe.retrain_epochs=..."
+OWNED = {
+    "max_epochs": _END,
+    "min_epochs": _END,
+    "max_steps": _END,
+    "min_steps": _END,
+    # Lightning's timer counts over all resumptions, so that a run could never go on
+    "max_time": "end the process instead (`timeout 8h python run.py ...`): the same command goes on",
+    "callbacks": "callbacks follow from recipe.ema, recipe.plain_epochs, ldt.enabled and method",
+    "logger": "type logger=csv or logger=wandb",
+    "plugins": "type trainer.precision=... or trainer.strategy=...; checkpoints are written by ldt",
+    "default_root_dir": "type hydra.run.dir=<folder>",
+    # a round's metrics are those of the last validation, which must see its last step
+    "check_val_every_n_epoch": "type trainer.validate_every=<epochs>",
+    "val_check_interval": "type trainer.validate_every=<epochs>",
+    "num_sanity_val_steps": "type trainer=debug to try a whole run on two batches",
+    "gradient_clip_val": "type recipe.clip_grad=<norm>",
+    "enable_checkpointing": "every run writes last.ckpt, with which it is resumed",
+    "barebones": "the loop needs its callbacks; type trainer.fast_dev_run=1 for a quick try",
+    "reload_dataloaders_every_n_epochs": "images are shuffled and augmented anew in every epoch",
+    "model_registry": "type logger=wandb, which takes the last checkpoint along",
+    "limit_test_batches": "nothing is tested; type trainer.limit_val_batches=<n>",
+    "limit_predict_batches": "nothing is predicted; type trainer.limit_val_batches=<n>",
+}
+# fmt: on
+# What somebody else reads: any key goes. Those of classes are checked when these are imported.
+FREE = (
+    "detector.options", "recipe.optimizer", "recipe.paramwise", "dataset.scales",
+    "method.criterion", "method.gradual", "logger",
+)  # fmt: skip
+DATASETS = {
+    "ldt.data.coco.CocoDataModule": CocoConfig,
+    "ldt.data.kitti.KittiDataModule": KittiConfig,
+    "ldt.data.kitti.RoadScenesDataModule": RoadScenesConfig,
+    "ldt.data.roadscenes.RoadScenesDataModule": RoadScenesConfig,
+}
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse keys that nobody reads; imports neither torch nor any class that the keys are for.
+
+    Args:
+        config: a run's, composed or loaded.
+
+    Raises:
+        ValueError: one line that names the keys, the nearest known ones and what to type.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    schema = _dataset_schema(plain)
+    unknown = dict(_unknown(plain, Config, schema))
+    if unknown:
+        known = [*known_keys(schema), *_paths(plain, unknown)]
+        raise ValueError("; ".join(refusal(key, given, known) for key, given in unknown.items()))
+
+
+def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> str:
+    """Tell that a key is unknown, and what to type."""
+    known = list(known)
+    told = f"{key}{where}" if given is None else f"{key}={given}{where}"
+    if key in _owned():
+        return f"{told} cannot be set: {_owned()[key]}"
+    near = nearest(key, [*known, *_owned()])
+    if not near:
+        group = key.rpartition(".")[0]
+        siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
+        return f"{told}: unknown key; known in {group or 'a configuration'}: {', '.join(siblings)}"
+    if near[0] in _owned():
+        return f"{told}: unknown key, and {near[0]} cannot be set: {_owned()[near[0]]}"
+    value = "..." if given is None else given
+    return f"{told}: unknown key; did you mean {' or '.join(near)}? Type {near[0]}={value}"
+
+
+def nearest(key: str, known: Iterable[str]) -> list[str]:
+    """Return the known keys of this name or spelt nearly so, first in the group of the key."""
+    group, _, name = key.rpartition(".")
+    top = key.partition(".")[0] + "."
+    known = sorted(dict.fromkeys(known), key=lambda other: not other.startswith(top))
+    names = {other: other.rpartition(".")[2] for other in known}
+    siblings = {names[other]: other for other in known if other.rpartition(".")[0] == group}
+    if same := [other for other in known if names[other] == name]:
+        return [other for other in same if other.startswith(top)] or same[:3]
+    if close := get_close_matches(name, siblings, 1, 0.6):
+        return [siblings[close[0]]]
+    close = get_close_matches(name, names.values(), 1, 0.75)
+    return [other for other in known if [names[other]] == close][:3]
+
+
+def _owned() -> dict[str, str]:
+    return {f"trainer.{name}": instead for name, instead in OWNED.items()}
+
+
+def known_keys(dataset: type | None = None) -> list[str]:
+    """All keys of the schema, dotted; those of a data set are these of its own dataclass."""
+    found = list(_fields(Config, ""))
+    return [*found, *(_fields(dataset, "dataset.") if dataset else ())]
+
+
+def explain(error: Exception) -> str:
+    """Return one line about an error of Hydra: what was given, what is allowed, what to type.
+
+    Args:
+        error: raised while Hydra composed a configuration.
+    """
+    cause: Any = error.__cause__ or error.__context__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        end = [line.startswith(("Config search path", "See https")) for line in lines] + [True]
+        return " ".join(lines[: end.index(True)])
+    key, what = str(cause.full_key), str(cause).splitlines()[0]
+    where = f" in {lines[0].split(chr(39))[1]}.yaml" if lines[0].startswith("In '") else ""
+    if not what.startswith("Key '"):
+        return f"{key}{where}: {what}"
+    given = lines[-1].partition(f"+{key}=")[2] or None
+    if key.startswith(("detector.options.", "recipe.optimizer.", "recipe.paramwise.")):
+        return f"{key} is not in the configuration yet; to add it type +{key}={given or '...'}"
+    group, parent = key.rpartition(".")[0], getattr(cause, "parent_node", None)
+    siblings = [f"{group}.{name}" for name in parent] if isinstance(parent, DictConfig) else []
+    return refusal(key, given, [*(siblings if group else ()), *known_keys()], where)
+
+
+def _dataset_schema(plain: Mapping[str, Any]) -> type | None:
+    """The dataclass of a shipped data set; None for a user's own."""
+    dataset = plain.get("dataset")
+    return DATASETS.get(dataset.get("_target_", "")) if isinstance(dataset, Mapping) else None
+
+
+def _unknown(
+    given: Mapping[str, Any], schema: type, dataset: type | None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Keys that the schema lacks, with their values."""
+    kinds = {item.name: item.type for item in dataclasses.fields(schema)}
+    for name, value in given.items():
+        path = f"{prefix}{name}"
+        kind = dataset if path == "dataset" else kinds.get(name)
+        if name not in kinds:
+            yield path, value
+        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _unknown(value or {}, kind, dataset, f"{path}.")
+
+
+def _fields(schema: type, prefix: str) -> Iterator[str]:
+    for item in dataclasses.fields(schema):
+        yield f"{prefix}{item.name}"
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            yield from _fields(item.type, f"{prefix}{item.name}.")
+
+
+def _paths(plain: Any, without: Iterable[str], prefix: str = "") -> Iterator[str]:
+    """Every key that is given, dotted, but for those that are refused."""
+    for name, value in plain.items() if isinstance(plain, dict) else ():
+        if (path := f"{prefix}{name}") not in without:
+            yield path
+            yield from _paths(value, without, f"{path}.")
