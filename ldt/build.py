@@ -3,16 +3,16 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import lightning as L
-from hydra.utils import get_class, instantiate
+import torch
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
-from pydantic import TypeAdapter, ValidationError
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -21,6 +21,7 @@ from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
+from ldt.config.values import check_arguments
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import read
 from ldt.detectors.models import model_config
@@ -29,9 +30,40 @@ from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule, restored
 from ldt.pruning.budget import Limits
-from ldt.recipe import check_recipe
+from ldt.recipe import check_recipe, micro_batch
 from ldt.runs import files, inputs
 from ldt.runs.run import Run, load_config
+
+LABELS_OF_DATA = ("name", "metric", "scales")  # keys of dataset that its data module is not given
+OURS = ("validate_every", "threads")  # keys of trainer that are none of Lightning's
+
+
+def check_classes(config: DictConfig) -> None:
+    """Refuse keys that the classes they go to do not take, before anything is built.
+
+    Raises:
+        ValueError: naming the key and the nearest argument of the class.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    method, recipe = plain["method"], plain["recipe"]
+    _check_target("method.criterion", method["criterion"])
+    check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
+    _check_target("logger", plain["logger"], passed=["save_dir"])
+    labels = {key: value for key, value in plain["dataset"].items() if key not in LABELS_OF_DATA}
+    _check_target("dataset", labels, passed=_for_data(config))
+    optimizer = getattr(torch.optim, str(recipe["optimizer"].get("type")), None)
+    if optimizer is not None:
+        check_arguments("recipe.optimizer", optimizer, recipe["optimizer"], ["type"], ["params"])
+
+
+def _check_target(where: str, given: dict[str, Any] | None, passed: Iterable[str] = ()) -> None:
+    """Check a node of the configuration that Hydra instantiates."""
+    if not given:
+        return
+    if "_target_" not in given:
+        known = f"type {where}=<name of an option>, or {where}._target_=<a class>"
+        raise ValueError(f"{where} has keys ({', '.join(given)}), but names no class: {known}")
+    check_arguments(where, get_object(given["_target_"]), given, not_these=passed)
 
 
 def build_schedule(config: DictConfig) -> PruningSchedule:
@@ -58,8 +90,6 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
     method = config.method
     check_recipe(config.recipe)
     criterion = build_criterion(config)
-    if method.gradual:
-        _check_types("method.gradual", GradualPruning, method.gradual)
     return PruneRetrain(
         plan,
         criterion,
@@ -72,35 +102,23 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
 
 def build_criterion(config: DictConfig) -> Importance | None:
     """The criterion of a configuration; None where nothing is pruned."""
-    given = config.method.criterion
-    if given:
-        _check_types("method.criterion", get_class(given._target_), given)
-    return instantiate(given)
-
-
-def _check_types(where: str, kind: Any, given: DictConfig) -> None:
-    """ValueError for a value that is not what the class asks for, naming its key."""
-    hints = get_type_hints(kind.__init__)
-    for key, value in given.items():
-        if key in hints:
-            try:
-                TypeAdapter(hints[str(key)]).validate_python(value, strict=isinstance(value, str))
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                raise ValueError(f"{where}.{key}={value!r}: {reason}") from error
+    return instantiate(config.method.criterion)
 
 
 def build_data(config: DictConfig) -> DetectionDataModule:
     """The data module of a configuration."""
-    own = {k: v for k, v in config.dataset.items() if k not in ("name", "metric", "scales")}
-    return instantiate(
-        own,
-        _convert_="all",
-        batch_size=config.recipe.batch_size,
-        seed=config.seed,
-        augment=config.recipe.augment,
-        pad=config.detector.pad,
-    )
+    own = {k: v for k, v in config.dataset.items() if k not in LABELS_OF_DATA}
+    return instantiate(own, _convert_="all", **_for_data(config))
+
+
+def _for_data(config: DictConfig) -> dict[str, Any]:
+    """Arguments of the data module that stand in other groups."""
+    return {
+        "batch_size": config.recipe.batch_size,
+        "seed": config.seed,
+        "augment": config.recipe.augment,
+        "pad": config.detector.pad,
+    }
 
 
 def build_module(
@@ -177,9 +195,43 @@ def build_trainer(
     folder: Path,
     logger: Logger | None = None,
 ) -> L.Trainer:
-    """Lightning's trainer with the callbacks of a run, its CSV files and a further logger."""
-    terminal = sys.stdout.isatty()
-    callbacks: list[L.Callback] = [RichProgressBar() if terminal else LogProgress()]
+    """Lightning's trainer with the callbacks of a run, its CSV files and a further logger.
+
+    Raises:
+        ValueError: ``recipe.batch_size`` does not divide among the processes.
+    """
+    loggers: list[Logger] = [CSVLogger(folder, name="", version=files.next_logs(folder))]
+    if logger is not None:
+        loggers.append(logger)
+    plain: Any = {"enable_model_summary": False}  # where an older configuration lacks it
+    plain |= OmegaConf.to_container(config.trainer, resolve=True)
+    given: dict[str, Any] = {
+        key: value for key, value in plain.items() if key not in OURS and value is not None
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer: Any = L.Trainer(
+            **given,
+            max_epochs=plan.total_epochs,
+            gradient_clip_val=config.recipe.clip_grad,
+            callbacks=_callbacks(config, loop, folder),
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+        )
+    if trainer.fast_dev_run:  # of every phase; Lightning would end after the first epoch
+        trainer.fit_loop.max_epochs = plan.total_epochs
+        trainer.fit_loop.epoch_loop.max_steps = -1
+    micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
+    return trainer
+
+
+def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.Callback]:
+    """The loop and what goes along with it, in the order in which Lightning calls them."""
+    callbacks: list[L.Callback] = []
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(RichProgressBar() if sys.stdout.isatty() else LogProgress())
     callbacks.append(EpochSeeds(config.seed))
     if config.ldt.enabled:
         terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
@@ -198,29 +250,4 @@ def build_trainer(
             enable_version_counter=False,
         )
     )
-    loggers: list[Logger] = [CSVLogger(folder, name="", version=files.next_logs(folder))]
-    if logger is not None:
-        loggers.append(logger)
-    own = config.trainer
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return L.Trainer(
-            accelerator=own.accelerator,
-            devices=own.devices,
-            strategy=own.strategy,
-            num_nodes=own.num_nodes,
-            precision=own.precision,
-            deterministic=own.deterministic,
-            sync_batchnorm=own.sync_batchnorm,
-            log_every_n_steps=own.log_every_n_steps,
-            limit_train_batches=own.limit_train_batches,
-            limit_val_batches=own.limit_val_batches,
-            max_epochs=plan.total_epochs,
-            gradient_clip_val=config.recipe.clip_grad,
-            callbacks=callbacks,
-            logger=loggers,
-            plugins=[AtomicCheckpointIO()],
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-            enable_model_summary=False,
-        )
+    return callbacks

@@ -29,11 +29,14 @@ from ldt.build import (
     build_module,
     build_schedule,
     build_trainer,
+    check_classes,
     opened_logger,
     read_inputs,
 )
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.config import MethodConfig, PruneConfig, conf_dir, register
+from ldt.config.keys import check_keys
+from ldt.config.paths import expand_home
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import quiet
 from ldt.evaluation import layers
@@ -71,6 +74,9 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
             that has read other data, weights or code; it is left as it is.
         ValueError: bad configuration, or a damaged file of the run.
     """
+    with refusing():
+        check_keys(config)
+    expand_home(config)
     with _alone(folder):
         try:
             with refusing(*REFUSALS):
@@ -110,6 +116,7 @@ def _finish(
         return summary
     with contextlib.ExitStack() as opened:
         with refusing(*REFUSALS):
+            check_classes(config)
             logger = opened.enter_context(opened_logger(config, folder))
         if not finished:
             summary = _execute(config, plain, folder, logger)

@@ -164,8 +164,8 @@ class DetectorModule(L.LightningModule):
 
     def _batch_scale(self) -> float:
         """The linear scaling rule: a learning rate holds for ``recipe.base_batch_size`` images."""
-        base, here = self.recipe["base_batch_size"], self.recipe["batch_size"]
-        return here * self.trainer.world_size / base if base else 1.0
+        base = self.recipe["base_batch_size"]
+        return self.recipe["batch_size"] / base if base else 1.0
 
     # Checkpoints --------------------------------------------------------------------------
 

@@ -16,6 +16,28 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
         raise ValueError(f"recipe.optimizer.lr={lr!r} must be a positive number")
 
 
+def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
+    """Return how many images a process computes at once, so that a step sees ``batch_size``.
+
+    Args:
+        batch_size: images of one optimizer step, over all processes.
+        processes: that share them.
+        accumulate: parts of a process's share that are computed one after another.
+
+    Raises:
+        ValueError: it does not divide.
+    """
+    parts = processes * accumulate
+    if batch_size % parts:
+        fitting = max(1, round(batch_size / parts)) * parts
+        raise ValueError(
+            f"recipe.batch_size={batch_size} images of an optimizer step cannot be shared by "
+            f"{processes} processes x trainer.accumulate_grad_batches={accumulate}; allowed: "
+            f"multiples of {parts} (e.g. recipe.batch_size={fitting})"
+        )
+    return batch_size // parts
+
+
 def learning_rate(
     recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
 ) -> Callable[[int], float]:

@@ -147,7 +147,7 @@ def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_p
     [
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "trainer=cpu"],
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "trainer=cpu"],
-        ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "recipe.batch_size=2"],
+        ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
     ],
     ids=["submitit", "joblib", "ddp"],
 )

@@ -277,8 +277,8 @@ def test_a_recipe_of_mmdet_is_mmdets(recipe, packaged):
     assert ours["paramwise"] == dict(wrapper.get("paramwise_cfg", {}))
     assert ours["clip_grad"] == wrapper.get("clip_grad", {}).get("max_norm")
     assert ours["epochs"] == theirs.train_cfg.max_epochs
-    assert ours["batch_size"] == theirs.train_dataloader.batch_size
     assert ours["base_batch_size"] == theirs.auto_scale_lr.base_batch_size
+    assert ours["batch_size"] == 8 * theirs.train_dataloader.batch_size  # of mmdet's 8 GPUs
     kinds = {step["type"] for step in theirs.train_pipeline}
     assert (ours["augment"] == "mosaic") == ("Mosaic" in kinds)
     assert (ours["augment"] == "shift") == ("RandomShift" in kinds)

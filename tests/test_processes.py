@@ -15,7 +15,7 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import TOLERANCE
 
 pytestmark = pytest.mark.slow
-TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "recipe.batch_size=2"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
 def options(folder, name, *more):

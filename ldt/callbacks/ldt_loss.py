@@ -1,5 +1,6 @@
 """The two LDT losses as named terms of a detector's training loss."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -130,7 +131,8 @@ class LDTLoss(L.Callback):
 
     def _rise(self) -> float:
         trainer = self._module.trainer
-        steps = self.warmup_epochs * trainer.num_training_batches
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        steps = self.warmup_epochs * per_epoch
         return min(1.0, (trainer.global_step + 1) / steps) if steps else 1.0
 
 

@@ -27,7 +27,9 @@ from omegaconf.errors import (
 
 from ldt.cli.exit_codes import exit_codes
 from ldt.config import conf_dir, register
-from ldt.runs.refusal import KINDS, refused
+from ldt.config.keys import check_keys
+from ldt.config.paths import quote_paths
+from ldt.runs.refusal import KINDS, refused, refusing
 
 utils.run_and_report = lambda func: func()  # errors come to `exit_codes` as they are
 
@@ -50,6 +52,8 @@ class Job:
         self.begun = True
         job = HydraConfig.get()
         with exit_codes(explained):  # before Hydra writes its own lines about an error
+            with refusing():
+                check_keys(config)
             from ldt.experiment import run
 
             folder = Path(job.runtime.output_dir)
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         register()
         parser, job = utils.get_args_parser(), Job()
         parser.error = _wrong_flag
-        given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+        given = parser.parse_args(quote_paths(sys.argv[1:] if arguments is None else arguments))
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
         if given.help:  # Hydra copies all schemas for each group that it lists: a second in all

@@ -19,7 +19,7 @@ OWNED = {
     "max_steps": _END,
     "min_steps": _END,
     # Lightning's timer counts over all resumptions, so that a run could never go on
-    "max_time": "end the process instead (`timeout 8h python run.py ...`): the same command goes on",
+    "max_time": "stop the process instead (`timeout 8h python run.py ...`); it can be resumed",
     "callbacks": "callbacks follow from recipe.ema, recipe.plain_epochs, ldt.enabled and method",
     "logger": "type logger=csv or logger=wandb",
     "plugins": "type trainer.precision=... or trainer.strategy=...; checkpoints are written by ldt",
@@ -39,8 +39,13 @@ OWNED = {
 # fmt: on
 # What somebody else reads: any key goes. Those of classes are checked when these are imported.
 FREE = (
-    "detector.options", "recipe.optimizer", "recipe.paramwise", "dataset.scales",
-    "method.criterion", "method.gradual", "logger",
+    "detector.options",
+    "recipe.optimizer",
+    "recipe.paramwise",
+    "dataset.scales",
+    "method.criterion",
+    "method.gradual",
+    "logger",
 )  # fmt: skip
 DATASETS = {
     "ldt.data.coco.CocoDataModule": CocoConfig,
@@ -69,7 +74,7 @@ def check_keys(config: DictConfig) -> None:
 
 def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> str:
     """Tell that a key is unknown, and what to type."""
-    known = list(known)
+    known = list(dict.fromkeys(known))
     told = f"{key}{where}" if given is None else f"{key}={given}{where}"
     if key in _owned():
         return f"{told} cannot be set: {_owned()[key]}"

@@ -27,6 +27,7 @@ from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
+from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
 Split = Literal["train", "val"]
@@ -162,8 +163,10 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: Draw | int) -> dict:
-        # Plain integers come from the sequential sampler of Lightning's `overfit_batches`.
+    def __getitem__(self, item: Draw | int | list[Draw]) -> Any:
+        if isinstance(item, list):
+            return [self[draw] for draw in item]
+        # Plain integers come from the sequential order of `trainer.overfit_batches`.
         draw = item if isinstance(item, Draw) else Draw(item, epoch=0, mix=True)
         if isinstance(self.images, MultiImageMixDataset):
             self.images.update_skip_type_keys([] if draw.mix else list(MIX))
@@ -172,19 +175,55 @@ class TrainingImages(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """Shuffled `Draw`s, a pure function of (seed, epoch); `set_epoch` is called by Lightning.
+    """Shuffled batches of `Draw`s, a pure function of (seed, epoch), which Lightning sets.
+
+    An optimizer step sees the same `batch_size` images however many processes and accumulated
+    parts share them: they are dealt out among the processes part by part. What is left over at the
+    end of an epoch is a smaller step; so that it divides, too, its first images are taken again.
 
     A DistributedSampler also for one process, so that Lightning never replaces it.
+
+    Args:
+        dataset: what is drawn from.
+        batch_size: images of one optimizer step, over all processes.
+        rank, world: this process, and how many there are.
+        accumulate: batches of one process in an optimizer step.
+        mix: see `Draw`.
+
+    Raises:
+        ValueError: `batch_size` does not divide.
     """
 
-    def __init__(self, dataset: TrainingImages, rank: int, world: int, mix: bool) -> None:
+    def __init__(
+        self,
+        dataset: TrainingImages,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        mix: bool = True,
+    ) -> None:
         # torch adds the epoch to the seed: keep the epochs of neighbouring seeds apart.
         super().__init__(dataset, world, rank, shuffle=True, seed=dataset.seed << 20)
+        micro_batch(batch_size, world, accumulate)
+        self.images, self.batch_size, self.accumulate = len(dataset), batch_size, accumulate
         self.mix = mix
 
-    def __iter__(self) -> Iterator[Draw]:
-        epoch, mix = self.epoch, self.mix
-        return iter([Draw(int(index), epoch, mix) for index in super().__iter__()])
+    def __len__(self) -> int:
+        return -(-self.images // self.batch_size) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
+        # A generator: Lightning sets the epoch between `iter` and the first `next`.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.images, generator=generator).tolist()
+        epoch, mix, world, parts = self.epoch, self.mix, self.num_replicas, self.accumulate
+        for start in range(0, self.images, self.batch_size):
+            step = order[start : start + self.batch_size]
+            size = -(-len(step) // (world * parts)) * world  # of a part, over all processes
+            step = [step[i % len(step)] for i in range(size * parts)]
+            for first in range(0, len(step), size):
+                own = step[first + self.rank : first + size : world]
+                yield [Draw(index, epoch, mix) for index in own]
 
 
 def one_thread(worker: int) -> None:
@@ -206,7 +245,8 @@ class DetectionDataModule(LightningDataModule, ABC):
     Args:
         root: the data set's folder.
         scale: the network's input size (width, height) in pixels.
-        batch_size, val_batch_size: images in a batch.
+        batch_size: training images of one optimizer step, over all processes of a trainer.
+        val_batch_size: validation images that a process computes at once.
         workers: loading processes; 0 loads in the main process. Batches do not depend on it.
         seed: of the order, the augmentation and the calibration subset.
         augment: "none", "flip" (left-right), "shift" (YOLOF's, with flip), "mosaic" (YOLOX's).
@@ -300,10 +340,13 @@ class DetectionDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """Shuffled and augmented; Lightning tells its sampler the epoch."""
         images = TrainingImages(self._training_images(), self.seed)
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        self._sampler = EpochSampler(images, rank, world, self._mix)
-        return self._loader(images, self.batch_size, self._sampler)
+        trainer: Any = self.trainer
+        world, parts = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
+        if trainer and trainer.overfit_batches:  # always the first ones
+            return self._loader(images, micro_batch(self.batch_size, world, parts))
+        rank = trainer.global_rank if trainer else 0
+        self._sampler = EpochSampler(images, self.batch_size, rank, world, parts, self._mix)
+        return self._loader(images, None, self._sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Validation images in order; ground truth in the original image's coordinates."""
@@ -359,7 +402,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         return MultiImageMixDataset(single, mosaic_steps(self.scale, self.resize))
 
     def _loader(
-        self, dataset: Any, batch_size: int, sampler: EpochSampler | None = None
+        self, dataset: Any, batch_size: int | None, sampler: EpochSampler | None = None
     ) -> DataLoader:
         return DataLoader(
             dataset,

@@ -79,13 +79,17 @@ class GradualPruning:
         self._device = next(graph.model.parameters()).device  # where processes talk to each other
         self._watching.enter_context(self._fisher.watched())
 
-    def after_step(self) -> None:
-        """Take in the gradients of a training step; at every ``interval``-th one, mask."""
+    def after_batch(self, stepped: bool = True) -> None:
+        """Take in the gradients of a batch; at every ``interval``-th training step, mask.
+
+        Args:
+            stepped: whether the batch ended a training step; False for one that is accumulated.
+        """
         if self._fisher is None or self.done:
             return
         self._fisher.add()
-        self._steps += 1
-        if self._steps % self.interval == 0:
+        self._steps += stepped
+        if stepped and self._steps % self.interval == 0:
             self._mask(self._fisher)
 
     def _mask(self, fisher: Fisher) -> None:

@@ -163,7 +163,8 @@ class PruneRetrain(L.Callback):
     ) -> None:
         """Mask channels where that is done while training."""
         if self.gradual is not None:
-            self.gradual.after_step()
+            whole = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
+            self.gradual.after_batch(stepped=whole or trainer.is_last_batch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last validation for the round's record."""

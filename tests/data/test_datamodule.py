@@ -113,8 +113,40 @@ def test_loading_leaves_the_global_generators_alone(root):
 
 def test_two_processes_share_an_epoch_without_overlap(root):
     images = TrainingImages(module(root).dataset("train"), seed=0)
-    halves = [[d.index for d in EpochSampler(images, rank, 2, mix=True)] for rank in (0, 1)]
+    halves = [drawn(EpochSampler(images, 4, rank, world=2)) for rank in (0, 1)]
     assert sorted(halves[0] + halves[1]) == list(range(8))
+
+
+def drawn(sampler):
+    return [draw.index for batch in sampler for draw in batch]
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize(("batch_size", "steps"), [(4, 2), (6, 2), (12, 1)])
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2), (3, 1), (2, 3)])
+def test_however_a_step_is_shared_it_sees_the_same_images(
+    root, batch_size, steps, world, accumulate, epoch
+):
+    images = TrainingImages(module(root).dataset("train"), seed=5)
+    if batch_size % (world * accumulate):
+        with pytest.raises(ValueError, match=rf"recipe.batch_size={batch_size} images .*multiples"):
+            EpochSampler(images, batch_size, 0, world, accumulate)
+        return
+    whole = EpochSampler(images, batch_size)
+    ranks = [EpochSampler(images, batch_size, rank, world, accumulate) for rank in range(world)]
+    for sampler in (whole, *ranks):
+        sampler.set_epoch(epoch)
+    batches = [list(sampler) for sampler in ranks]
+    assert [len(whole), *map(len, ranks)] == [steps] + [steps * accumulate] * world
+    assert [len(found) for found in batches] == [len(sampler) for sampler in ranks]
+    for step, alone in enumerate(whole):
+        parts = slice(step * accumulate, (step + 1) * accumulate)
+        shares = [batch for found in batches for batch in found[parts]]
+        assert len({len(share) for share in shares}) == 1  # every gradient weighs the same
+        together = [draw for share in shares for draw in share]
+        assert set(together) == set(alone)
+        assert len(together) - len(alone) < world * accumulate  # the last step is filled up
+        assert len(alone) < batch_size or len(together) == batch_size
 
 
 def test_a_plain_index_is_epoch_0(root):

@@ -1,0 +1,163 @@
+"""Ranges and choices, declared as types; one wording for all that lies outside of them."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from ldt.config.keys import refusal
+
+Share = Annotated[float, Gt(0), Lt(1)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
+Count = Annotated[int, Ge(1)]
+NaturalNumber = Annotated[int, Ge(0)]
+
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "of at least"), Lt: ("lt", "below"), Le: ("le", "up to")}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def check_value(key: str, value: object, kind: Any, example: object = None) -> None:
+    """Check a value against a type with its range or choices.
+
+    Args:
+        key: as the user types it.
+        value: what was given. A text never stands for a number, nor true for 1.
+        kind: such as `Share`, or a ``Literal``; a type unknown to pydantic takes any value.
+        example: a value that is allowed.
+
+    Raises:
+        ValueError: another value; tells the key, the value, what is allowed and an example.
+    """
+    try:
+        adapter = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return
+    try:
+        adapter.validate_python(value, strict=isinstance(value, (bool, int, float, str)))
+    except ValidationError as error:
+        if _is_path(adapter, value):
+            return
+        choices = _choices(kind)
+        allowed = _described(kind) or error.errors()[0]["msg"]
+        example = choices[0] if example is None and choices else example
+        end = "" if example is None else f" (e.g. {key}={_typed(example)})"
+        raise ValueError(f"{key}={value!r}; allowed: {allowed}{end}") from error
+
+
+def check_arguments(
+    where: str,
+    call: Callable[..., Any],
+    given: Mapping[str, Any],
+    also: Iterable[str] = (),
+    not_these: Iterable[str] = (),
+) -> None:
+    """Check keys of the configuration that become the arguments of a class or function.
+
+    Args:
+        where: the group of the keys, such as ``method.criterion``.
+        call: what they go to.
+        given: the keys and their values; Hydra's own (``_target_``) are passed over.
+        also: further keys that are allowed.
+        not_these: arguments that come from elsewhere.
+
+    Raises:
+        ValueError: an argument that it does not take, or of another type than it asks for.
+    """
+    function = inspect.unwrap(call.__init__ if inspect.isclass(call) else call)
+    parameters = dict(inspect.signature(call).parameters)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = {
+        k: p for k, p in parameters.items() if k not in not_these and p.kind is not p.VAR_KEYWORD
+    }
+    hints = _hints(function)
+    for name, value in given.items():
+        if name.startswith("_") or name in also:
+            continue
+        if name in not_these or (name not in parameters and not takes_all):
+            raise ValueError(
+                refusal(f"{where}.{name}", value, [f"{where}.{k}" for k in (*parameters, *also)])
+            )
+        if name in parameters and name in hints:
+            default = parameters[name].default
+            example = None if default is inspect.Parameter.empty else default
+            check_value(f"{where}.{name}", value, hints[name], example)
+
+
+def checked(where: str) -> Callable[[F], F]:
+    """Decorate a constructor: its arguments are checked against their annotations."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            check_arguments(where, function, {k: v for k, v in given.items() if k != "self"})
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate
+
+
+def check_fields(instance: Any, keys: Mapping[str, str], examples: Mapping[str, Any]) -> None:
+    """Check the fields of a dataclass against their annotations.
+
+    Args:
+        instance: of the dataclass.
+        keys: the fields to check, with what the user types for each.
+        examples: allowed values of fields without a default.
+    """
+    hints = get_type_hints(type(instance), include_extras=True)
+    for name, key in keys.items():
+        example = examples.get(name, getattr(type(instance), name, None))
+        check_value(key, getattr(instance, name), hints[name], example)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function; none where they cannot be evaluated."""
+    try:
+        return get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _described(kind: Any) -> str:
+    """What a type allows, in words; empty where pydantic's own tell it better."""
+    if choices := _choices(kind):
+        return ", ".join(map(_typed, choices))
+    base, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    bounds = [
+        f"{word} {getattr(limit, name):g}"
+        for limit in limits
+        for kind_, (name, word) in BOUNDS.items()
+        if isinstance(limit, kind_)
+    ]
+    return " ".join(filter(None, [NOUNS.get(base, ""), " and ".join(bounds)]))
+
+
+def _typed(value: Any) -> str:
+    """A value as one types it on the command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_typed, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_path(adapter: TypeAdapter[Any], value: object) -> bool:
+    """Whether a text was given for a path."""
+    try:
+        return isinstance(adapter.validate_python(value), os.PathLike)
+    except ValidationError:
+        return False
