@@ -21,6 +21,7 @@ from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
+from ldt.config.keys import check_names
 from ldt.config.values import check_arguments
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import read
@@ -30,7 +31,7 @@ from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule, restored
 from ldt.pruning.budget import Limits
-from ldt.recipe import check_recipe, micro_batch
+from ldt.recipe import PARAMWISE, check_recipe, micro_batch
 from ldt.runs import files, inputs
 from ldt.runs.run import Run, load_config
 
@@ -49,8 +50,8 @@ def check_classes(config: DictConfig) -> None:
     _check_target("method.criterion", method["criterion"])
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
-    labels = {key: value for key, value in plain["dataset"].items() if key not in LABELS_OF_DATA}
-    _check_target("dataset", labels, passed=_for_data(config))
+    _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
+    check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
     optimizer = getattr(torch.optim, str(recipe["optimizer"].get("type")), None)
     if optimizer is not None:
         check_arguments("recipe.optimizer", optimizer, recipe["optimizer"], ["type"], ["params"])
@@ -107,8 +108,12 @@ def build_criterion(config: DictConfig) -> Importance | None:
 
 def build_data(config: DictConfig) -> DetectionDataModule:
     """The data module of a configuration."""
-    own = {k: v for k, v in config.dataset.items() if k not in LABELS_OF_DATA}
-    return instantiate(own, _convert_="all", **_for_data(config))
+    return instantiate(_of_data(config.dataset), _convert_="all", **_for_data(config))
+
+
+def _of_data(dataset: Any) -> dict[str, Any]:
+    """The keys that a data module is given; null leaves it its default."""
+    return {k: v for k, v in dataset.items() if k not in LABELS_OF_DATA and v is not None}
 
 
 def _for_data(config: DictConfig) -> dict[str, Any]:

@@ -4,6 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+PARAMWISE = (  # all that mmengine reads of recipe.paramwise
+    "custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult",
+    "flat_decay_mult", "bypass_duplicate", "dcn_offset_lr_mult",
+)  # fmt: skip
+
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
     """ValueError for a recipe that cannot be trained with, naming its key."""

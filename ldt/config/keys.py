@@ -72,6 +72,18 @@ def check_keys(config: DictConfig) -> None:
         raise ValueError("; ".join(refusal(key, given, known) for key, given in unknown.items()))
 
 
+def check_names(where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    """Refuse the first key of a group that is none of those allowed.
+
+    Raises:
+        ValueError: as :func:`check_keys`.
+    """
+    known = [f"{where}.{name}" for name in allowed]
+    for name, value in given.items():
+        if f"{where}.{name}" not in known:
+            raise ValueError(refusal(f"{where}.{name}", value, known))
+
+
 def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> str:
     """Tell that a key is unknown, and what to type."""
     known = list(dict.fromkeys(known))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from ldt.config.keys import refusal
+from ldt.config.keys import check_names
 
 Share = Annotated[float, Gt(0), Lt(1)]
 Positive = Annotated[float, Gt(0), AllowInfNan(False)]
@@ -70,23 +70,16 @@ def check_arguments(
         ValueError: an argument that it does not take, or of another type than it asks for.
     """
     function = inspect.unwrap(call.__init__ if inspect.isclass(call) else call)
-    parameters = dict(inspect.signature(call).parameters)
+    parameters = {k: p for k, p in inspect.signature(call).parameters.items() if k not in not_these}
+    given = {k: v for k, v in given.items() if not k.startswith("_") and k not in also}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    parameters = {
-        k: p for k, p in parameters.items() if k not in not_these and p.kind is not p.VAR_KEYWORD
-    }
+    named = [k for k in given if k not in not_these] if takes_all else []
+    check_names(where, given, [*parameters, *named])
     hints = _hints(function)
-    for name, value in given.items():
-        if name.startswith("_") or name in also:
-            continue
-        if name in not_these or (name not in parameters and not takes_all):
-            raise ValueError(
-                refusal(f"{where}.{name}", value, [f"{where}.{k}" for k in (*parameters, *also)])
-            )
-        if name in parameters and name in hints:
-            default = parameters[name].default
-            example = None if default is inspect.Parameter.empty else default
-            check_value(f"{where}.{name}", value, hints[name], example)
+    for name in given.keys() & parameters.keys() & hints.keys():
+        default = parameters[name].default
+        example = None if default is inspect.Parameter.empty else default
+        check_value(f"{where}.{name}", given[name], hints[name], example)
 
 
 def checked(where: str) -> Callable[[F], F]:
