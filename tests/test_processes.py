@@ -1,5 +1,6 @@
 """Two processes (gloo, on the CPU) do what one does, and their runs survive a kill."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from short_runs import ROOT, TINY, command, rows, summary
+from short_runs import ROOT, TINY, command, python, rows
 
 import ldt
 from ldt.loop.schedule import PruningSchedule
@@ -68,7 +69,8 @@ def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert summary(folder).get("status") != "finished" if (folder / "summary.json").exists() else 1
+    assert not (folder / "summary.json").exists()  # the kill came before the end
+    assert not (folder / "round-2.ckpt").exists()
     finished(tmp_path, "killed", *more)
     found = rows(folder)
     assert found == rows(whole)
@@ -76,3 +78,52 @@ def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
     rates = [row["rate"] for row in found]
     assert rates == pytest.approx([plan.removed_share(t) for t in range(3)], abs=TOLERANCE)
     ldt.load_pruned(folder / "round-2.ckpt")
+
+
+# One optimizer step ------------------------------------------------------------------------------
+
+
+def steps(folder, name, *more):
+    """Per optimizer step of a run without pruning: its number, learning rate and images."""
+    folder = folder / name
+    folder.mkdir()
+    recipe = ["dataset.train=10", "recipe.epochs=2", "recipe.base_batch_size=2", "method=none"]
+    done = python(str(ROOT / "tests/recorded.py"), str(folder), *recipe, *more, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
+    for file in folder.glob("steps-*.json"):
+        for number, rate, images in json.loads(file.read_text()):
+            rates, seen = found.setdefault(number, (set(), []))
+            rates.add(rate)
+            seen.extend(images)
+    return found
+
+
+TWICE = ["trainer.accumulate_grad_batches=2"]
+
+
+@pytest.mark.parametrize(("more", "parts"), [(TWO, 2), (TWICE, 2), ([*TWO, *TWICE], 4)])
+def test_a_step_is_the_same_however_it_is_shared(steps_alone, tmp_path, more, parts):
+    shared = steps(tmp_path, "shared", *more)
+    assert list(shared) == list(steps_alone) == list(range(6))  # 4, 4 and 2 images, twice
+    for number, (rates, images) in steps_alone.items():
+        assert shared[number][0] == rates
+        assert len(rates) == 1
+        assert set(shared[number][1]) == set(images)
+        assert len(shared[number][1]) == max(len(images), parts)  # 2 images fill up 4 parts
+    assert max(max(rates) for rates, _ in steps_alone.values()) == pytest.approx(2 * 0.003)
+
+
+@pytest.fixture(scope="module")
+def steps_alone(tmp_path_factory):
+    return steps(tmp_path_factory.mktemp("alone"), "alone")
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_training(tmp_path):
+    done = command(*options(tmp_path, "odd", *TWO, "recipe.batch_size=5"), cwd=tmp_path)
+    assert done.returncode != 0
+    assert (
+        "recipe.batch_size=5 images of an optimizer step cannot be shared by 2 processes x "
+        "trainer.accumulate_grad_batches=1; allowed: multiples of 2 (e.g. recipe.batch_size=4)"
+    ) in done.stderr
+    assert not list((tmp_path / "odd").glob("*.ckpt"))

@@ -65,14 +65,14 @@ def _quoted(argument: str, sweep: bool) -> str:
 def _unambiguous(key: str, value: str, known: bool) -> str:
     """The value as Hydra reads it: as it is, or in quotes."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.core.override_parser.types import Quote, QuotedString, Sweep
     from hydra.errors import HydraException
 
     try:
         read = OverridesParser.create().parse_override(f"{key}={value}").value()
     except HydraException:
         read = None
-    if isinstance(read, str) or (read is not None and not known):
+    if isinstance(read, str) or not (known or read is None or isinstance(read, Sweep)):
         return value
     return QuotedString(value, Quote.single).with_quotes()
 

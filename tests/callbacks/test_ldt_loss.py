@@ -60,6 +60,16 @@ def test_alpha_and_beta_rise_linearly_over_the_warm_up(epochs, shares):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_warm_up_counts_optimizer_steps():
+    terms = Watched(alpha=0.3, warmup_epochs=1.5)
+    fit(module_of(), [many()] * 4, terms, epochs=2, accumulate_grad_batches=2)
+    shares = [1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1]  # two steps an epoch
+    for share, (features, objects, logs) in zip(shares, terms.steps, strict=True):
+        bare = location_aware_discriminants(features, objects)
+        assert logs["loss_ld"] == pytest.approx(0.3 * share * float(bare.loss_ld), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_memory_is_the_last_batches_without_gradient():
     batches = [many(), collated(MANY[:2], [1, 0]), collated(MANY[1:], [2, 2, 1]), many()]
     terms = Watched(alpha=1.0, warmup_epochs=0, memory=2)

@@ -353,7 +353,7 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(data, folder, epochs, switch=False, checkpoint=None):
+def fit(data, folder, epochs, switch=False, checkpoint=None, **options):
     recorder = Recorder(switch)
     trainer = lightning.Trainer(
         max_epochs=epochs,
@@ -363,6 +363,7 @@ def fit(data, folder, epochs, switch=False, checkpoint=None):
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
+        **options,
     )
     trainer.fit(recorder, data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / "last.ckpt")
@@ -390,6 +391,50 @@ def test_augment_off_takes_effect_in_the_epoch_that_starts(root, tmp_path, worke
     reference.augment_off()
     assert seen[1] == epoch(loader, 1)
     assert seen[2] == epoch(loader, 2)
+
+
+class Brightness(lightning.LightningModule):
+    """A line from an image's mean colours to its number of boxes: no statistics of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch, _):
+        colours = torch.stack([image.float().mean((1, 2)) / 255 for image in batch["inputs"]])
+        boxes = torch.tensor([float(len(s.gt_instances)) for s in batch["data_samples"]])
+        return (colours @ self.weight - boxes).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (4, 4), (6, 2)])
+def test_accumulated_parts_of_a_step_train_as_the_whole_step(root, batch_size, accumulate):
+    def trained(parts):
+        model = Brightness()
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            accumulate_grad_batches=parts,
+            enable_progress_bar=False,
+            **quiet,
+        )
+        trainer.fit(model, module(root, batch_size=batch_size))
+        return model.weight.detach(), trainer.global_step
+
+    (whole, steps), (parts, same_steps) = trained(1), trained(accumulate)
+    assert steps == same_steps == 3 * 2
+    assert whole.abs().min() > 0.1
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_overfitting_repeats_the_first_batches(root, tmp_path):
+    seen = fit(module(root, augment="none"), tmp_path, 2, overfit_batches=2)
+    assert seen[0] == seen[1] != epoch(module(root, augment="none").train_dataloader(), 0)
 
 
 # Options
