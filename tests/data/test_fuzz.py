@@ -20,12 +20,28 @@ FUZZ = settings(
 )
 
 
+GIBIBYTE = 2**30
+
+
 @pytest.fixture(scope="module", autouse=True)
 def a_gibibyte_is_enough() -> Iterator[None]:
-    """No input makes a parser take 1 GiB (the peak of the process tells)."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """No input makes a parser take 1 GiB: there is no more address space than that (Linux)."""
+    used = Path("/proc/self/statm")
+    if not used.exists():
+        yield
+        return
+    pages = int(used.read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + GIBIBYTE, hard))
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_more_than_a_gibibyte_is_an_error_here():
+    with pytest.raises(MemoryError):
+        bytearray(GIBIBYTE + 2**20)
+    assert len(bytearray(GIBIBYTE // 4))
 
 
 words = st.one_of(
