@@ -89,7 +89,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """The prune-retrain loop of a configuration, with its criterion."""
     method = config.method
-    check_recipe(config.recipe)
+    check_recipe(OmegaConf.to_container(config.recipe, resolve=True))  # type: ignore[arg-type]
     criterion = build_criterion(config)
     return PruneRetrain(
         plan,

@@ -24,6 +24,11 @@ from ldt.objects import Objects
 
 Vectors = Sequence[Tensor] | Tensor  # [N, C_s] of each scale, or [S, N, C]
 Memory = tuple[Vectors, Tensor]  # detached vectors of earlier batches, and their labels [M]
+# The paper's values, and where it states none, ours. Everything that takes them refers to these;
+# conf/ldt/default.yaml and conf/method/ldt.yaml say the same.
+PHI = 5e-3
+RIDGE, RIDGE_ABSOLUTE = 0.1, 1e-6
+ATTENTION_A, ATTENTION_B = 1.2, 0.062
 OBJECTS_AT_ONCE = 64  # attention: 64 distance maps of 208 x 336 cells are 18 MB
 
 
@@ -127,7 +132,9 @@ def scatter(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return S_w, S_t - S_w, S_t
 
 
-def eigenvalues(S_w: Tensor, S_b: Tensor, ridge: float = 0.1, absolute: float = 1e-6) -> Tensor:
+def eigenvalues(
+    S_w: Tensor, S_b: Tensor, ridge: float = RIDGE, absolute: float = RIDGE_ABSOLUTE
+) -> Tensor:
     """Eigenvalues of S_b v = lambda (S_w + r I) v (eq. 9), [.., C] ascending, float64.
 
     r = ridge * tr(S_w) / C + absolute; the relative part follows the features' scale. Solved as the
@@ -148,7 +155,9 @@ def _whiten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L, L^-1 S_b L^-T and an error flag, with L L^T = S_w + (ridge * tr(S_w) / C + absolute) I."""
     if ridge < 0 or absolute < 0:
-        raise ValueError(f"ridge={ridge}, absolute={absolute}: neither may be negative; try 0.1")
+        raise ValueError(
+            f"ridge={ridge}, absolute={absolute}: neither may be negative; try {RIDGE}"
+        )
     C = S_w.shape[-1]
     r = ridge * S_w.diagonal(dim1=-2, dim2=-1).sum(-1) / C + absolute
     eye = torch.eye(C, dtype=S_w.dtype, device=S_w.device)
@@ -158,7 +167,11 @@ def _whiten(
 
 
 def discriminant_directions(
-    x_nc: Tensor, labels: Tensor, phi: float = 5e-3, ridge: float = 0.1, absolute: float = 1e-6
+    x_nc: Tensor,
+    labels: Tensor,
+    phi: float = PHI,
+    ridge: float = RIDGE,
+    absolute: float = RIDGE_ABSOLUTE,
 ) -> Tensor:
     """Eigenvectors of the top K eigenvalues of eq. 9, as columns: [C, K] float64, no gradient.
 
@@ -169,13 +182,13 @@ def discriminant_directions(
     S_w, S_b, _ = scatter(x_nc, labels)
     L, whitened, failed = _whiten(S_w, S_b, ridge, absolute)
     if int(failed):
-        raise ValueError(f"S_w is singular with ridge={ridge}: raise the ridge, e.g. to 0.1")
+        raise ValueError(f"S_w is singular with ridge={ridge}: raise the ridge, e.g. to {RIDGE}")
     eigs, vectors = torch.linalg.eigh(whitened)
     kept = vectors[:, top_k(eigs, labels.unique().numel(), phi)]
     return torch.linalg.solve_triangular(L.mT, kept, upper=True)
 
 
-def top_k(eigs: Tensor, n_classes: int, phi: float = 5e-3) -> Tensor:
+def top_k(eigs: Tensor, n_classes: int, phi: float = PHI) -> Tensor:
     """Bool mask [.., C] of the K eigenvalues that count; `mask.sum(-1)` is K.
 
     `eigs` [.., C] ascending. K = min(#{lambda > phi * max}, n_classes - 1), and an eigenvalue of
@@ -189,7 +202,7 @@ def top_k(eigs: Tensor, n_classes: int, phi: float = 5e-3) -> Tensor:
     return torch.arange(C, device=eigs.device) >= C - K.clamp(max=n_classes - 1)
 
 
-def ld_loss(eigs: Tensor, n_classes: int, phi: float = 5e-3) -> Tensor:
+def ld_loss(eigs: Tensor, n_classes: int, phi: float = PHI) -> Tensor:
     """L_LD (eq. 10), a scalar: minus the sum over scales of the mean of the top K eigenvalues.
 
     `eigs` [S, C] ascending. K is a constant to the gradient; a scale without a positive eigenvalue
@@ -216,9 +229,9 @@ def location_aware_discriminants(
     features: Sequence[Tensor],
     objects: Objects,
     *,
-    phi: float = 5e-3,
-    ridge: float = 0.1,
-    absolute: float = 1e-6,
+    phi: float = PHI,
+    ridge: float = RIDGE,
+    absolute: float = RIDGE_ABSOLUTE,
     covariance: str = "mean",
     memory: Memory | None = None,
 ) -> Discriminants:
@@ -238,9 +251,9 @@ def discriminants_of(
     vectors: Vectors,
     labels: Tensor,
     *,
-    phi: float = 5e-3,
-    ridge: float = 0.1,
-    absolute: float = 1e-6,
+    phi: float = PHI,
+    ridge: float = RIDGE,
+    absolute: float = RIDGE_ABSOLUTE,
     covariance: str = "mean",
     memory: Memory | None = None,
 ) -> Discriminants:
@@ -331,7 +344,11 @@ def mean_abs_correlation(x_nc: Tensor) -> Tensor:
 
 
 def attention(
-    objects: Objects, map_hw: tuple[int, int], n_images: int, a: float = 1.2, b: float = 0.062
+    objects: Objects,
+    map_hw: tuple[int, int],
+    n_images: int,
+    a: float = ATTENTION_A,
+    b: float = ATTENTION_B,
 ) -> Tensor:
     """Attention of each cell of a map (eq. 15): [n_images, h, w] float32, in [0, 1].
 
@@ -341,7 +358,9 @@ def attention(
     objects gets zeros. ValueError unless a > 0 and b > 0, for only then does attention decay.
     """
     if a <= 0 or b <= 0:
-        raise ValueError(f"a={a} and b={b} must be positive; the paper has a=1.2, b=0.062")
+        raise ValueError(
+            f"a={a} and b={b} must be positive; the paper has a={ATTENTION_A}, b={ATTENTION_B}"
+        )
     # Attention falls with distance, so the largest one is that of the smallest distance.
     d2_nhw = torch.full((n_images, *map_hw), torch.inf, device=objects.boxes.device)
     for image, d2_hw in enumerate(d2_nhw):
@@ -379,4 +398,4 @@ def _append(vectors: Vectors, labels: Tensor, memory: Memory) -> tuple[Vectors, 
 
 def _check_phi(phi: float) -> None:
     if not 0 <= phi < 1:
-        raise ValueError(f"phi={phi} must be in [0, 1); the paper has phi=5e-3")
+        raise ValueError(f"phi={phi} must be in [0, 1); the paper has phi={PHI}")

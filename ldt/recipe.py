@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+
+from ldt.config.values import Count, NaturalNumber, Positive, Share, check_value
 
 PARAMWISE = (  # all that mmengine reads of recipe.paramwise
     "custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult",
@@ -10,15 +14,39 @@ PARAMWISE = (  # all that mmengine reads of recipe.paramwise
 )  # fmt: skip
 
 
+Ratio = Annotated[float, Ge(0), Le(1)]
+KINDS: dict[str, tuple[Any, Any]] = {  # of the recipe's keys, with an example
+    "epochs": (NaturalNumber, 9),
+    "retrain_epochs": (NaturalNumber, 2),
+    "batch_size": (Count, 16),
+    "base_batch_size": (Count, 16),
+    "schedule": (Literal["step", "cosine", "constant"], "step"),
+    "milestones": (list[Ratio], [0.67, 0.92]),
+    "warmup": (NaturalNumber, 500),
+    "warmup_shape": (Literal["linear", "quadratic"], "linear"),
+    "min_lr": (Ratio, 0.05),
+    "retrain_lr": (Positive, 1.0),
+    "clip_grad": (Positive, 35),
+    "ema": (Share, 1e-4),
+    "plain_epochs": (NaturalNumber, 15),
+}
+
+
+NULLABLE = ("base_batch_size", "clip_grad", "ema")
+
+
 def check_recipe(recipe: Mapping[str, Any]) -> None:
-    """ValueError for a recipe that cannot be trained with, naming its key."""
-    allowed = {"schedule": ("step", "cosine", "constant"), "warmup_shape": ("linear", "quadratic")}
-    for key, choices in allowed.items():
-        if recipe[key] not in choices:
-            raise ValueError(f"recipe.{key}={recipe[key]!r}; choose from {', '.join(choices)}")
+    """Check every value of a recipe.
+
+    Raises:
+        ValueError: one that cannot be trained with, naming its key.
+    """
+    for key, (kind, example) in KINDS.items():
+        if key in recipe:
+            kind = kind | None if key in NULLABLE else kind
+            check_value(f"recipe.{key}", recipe[key], kind, example)
     lr = recipe["optimizer"].get("lr")
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
-        raise ValueError(f"recipe.optimizer.lr={lr!r} must be a positive number")
+    check_value("recipe.optimizer.lr", lr, Positive, 0.01)
 
 
 def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:

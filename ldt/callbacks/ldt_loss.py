@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from ldt.discriminant import discriminants_of, object_vectors
+from ldt.config.values import NaturalNumber, NotNegative, Share, checked
+from ldt.discriminant import (
+    PHI,
+    RIDGE,
+    RIDGE_ABSOLUTE,
+    discriminants_of,
+    object_vectors,
+)
 from ldt.module import DetectorModule
 from ldt.objects import Objects
 
@@ -39,32 +46,19 @@ class LDTLoss(L.Callback):
 
     NAME = "ldt"
 
+    @checked("ldt")
     def __init__(
         self,
-        phi: float = 5e-3,
-        alpha: float = 5e-4,
-        beta: float = 7.5,
-        ridge: float = 0.1,
-        ridge_absolute: float = 1e-6,
-        covariance: str = "mean",
-        warmup_epochs: float = 1.0,
-        memory: int = 0,
+        phi: Share = PHI,
+        alpha: NotNegative = 5e-4,
+        beta: NotNegative = 7.5,
+        ridge: NotNegative = RIDGE,
+        ridge_absolute: NotNegative = RIDGE_ABSOLUTE,
+        covariance: Literal["mean", "sum"] = "mean",
+        warmup_epochs: NotNegative = 1.0,
+        memory: NaturalNumber = 0,
         gather: bool = True,
     ) -> None:
-        if not 0 < phi < 1:
-            raise ValueError(f"ldt.phi={phi} must lie between 0 and 1, e.g. ldt.phi=0.005")
-        if covariance not in ("mean", "sum"):
-            raise ValueError(f"ldt.covariance={covariance!r}; choose mean or sum")
-        for key, value in {
-            "alpha": alpha,
-            "beta": beta,
-            "ridge": ridge,
-            "ridge_absolute": ridge_absolute,
-            "warmup_epochs": warmup_epochs,
-            "memory": memory,
-        }.items():
-            if value < 0:
-                raise ValueError(f"ldt.{key}={value} cannot be negative")
         self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
         self.gather = gather
         self.options = {

@@ -53,18 +53,18 @@ class RecipeConfig:
 
 @dataclass
 class LDTConfig:
-    """Eqs. 1-12 of the paper. ``enabled`` is true for every method whose yaml says so."""
+    """Eqs. 1-12 of the paper; values in ``conf/ldt``, defaults in :mod:`ldt.discriminant`."""
 
-    enabled: bool = MISSING
-    phi: float = 5e-3  # eigenvalues above phi * max count as discriminants
-    alpha: float = 5e-4  # weight of the discriminating term
-    beta: float = 7.5  # weight of the covariance term
-    ridge: float = 0.1  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
-    ridge_absolute: float = 1e-6
-    covariance: str = "mean"  # mean | sum over the off-diagonal entries of eq. 11
-    warmup_epochs: float = 1.0  # alpha and beta rise linearly from 0
-    memory: int = 0  # earlier batches whose detached object vectors join the scatter matrices
-    gather: bool = True  # object vectors of all processes enter the scatter matrices
+    enabled: bool = MISSING  # true for every method whose yaml says so
+    phi: float = MISSING  # eigenvalues above phi * max count as discriminants
+    alpha: float = MISSING  # weight of the discriminating term
+    beta: float = MISSING  # weight of the covariance term
+    ridge: float = MISSING  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
+    ridge_absolute: float = MISSING
+    covariance: str = MISSING  # mean | sum over the off-diagonal entries of eq. 11
+    warmup_epochs: float = MISSING  # alpha and beta rise linearly from 0
+    memory: int = MISSING  # earlier batches whose detached object vectors join the scatter matrices
+    gather: bool = MISSING  # object vectors of all processes enter the scatter matrices
 
 
 @dataclass

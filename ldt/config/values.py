@@ -99,7 +99,9 @@ def checked(where: str) -> Callable[[F], F]:
     return decorate
 
 
-def check_fields(instance: Any, keys: Mapping[str, str], examples: Mapping[str, Any]) -> None:
+def check_fields(
+    instance: Any, keys: Mapping[str, str], examples: Mapping[str, Any] | None = None
+) -> None:
     """Check the fields of a dataclass against their annotations.
 
     Args:
@@ -109,7 +111,7 @@ def check_fields(instance: Any, keys: Mapping[str, str], examples: Mapping[str, 
     """
     hints = get_type_hints(type(instance), include_extras=True)
     for name, key in keys.items():
-        example = examples.get(name, getattr(type(instance), name, None))
+        example = (examples or {}).get(name, getattr(type(instance), name, None))
         check_value(key, getattr(instance, name), hints[name], example)
 
 
@@ -129,6 +131,8 @@ def _described(kind: Any) -> str:
     """What a type allows, in words; empty where pydantic's own tell it better."""
     if choices := _choices(kind):
         return ", ".join(map(_typed, choices))
+    if type(None) in (options := get_args(kind)) and len(options) == 2:
+        return f"{_described(options[0])} or null" if _described(options[0]) else ""
     base, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     bounds = [
         f"{word} {getattr(limit, name):g}"

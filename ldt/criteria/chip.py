@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldt.config.values import checked
 from ldt.criteria.base import Criterion, Target, visit_maps
 from ldt.pruning.graph import PruningGraph
 
@@ -26,6 +27,7 @@ class CHIPCriterion(Criterion):
             ranks each layer by itself, where this changes nothing.
     """
 
+    @checked("method.criterion")
     def __init__(self, normalise: bool = True) -> None:
         self.normalise = normalise
         self._scores: dict[nn.Module, Tensor] = {}

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldt.config.values import checked
 from ldt.criteria.base import Criterion, Target
 from ldt.pruning.costs import CostModel
 from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
-from ldt.pruning.layer_types import CONVOLUTIONS
+from ldt.pruning.layer_types import CONVOLUTIONS, width_of
 
 Cost = Literal["memory", "flops", "none"]
 
@@ -36,9 +37,8 @@ class GroupFisherCriterion(Criterion):
         ValueError: unknown cost.
     """
 
+    @checked("method.criterion")
     def __init__(self, cost: Cost = "memory") -> None:
-        if cost not in ("memory", "flops", "none"):
-            raise ValueError(f"method.criterion.cost={cost!r}; choose memory, flops or none")
         self.cost: Cost = cost
         self._scores: dict[nn.Module, Tensor] = {}
 
@@ -96,8 +96,7 @@ class Fisher:
             gone[channels] = True
             for layer, idxs, roots in self._readers[name]:
                 if layer not in self.masks:
-                    width = getattr(layer, "in_channels", None) or getattr(layer, "in_features", 0)
-                    self.masks[layer] = torch.ones(width)
+                    self.masks[layer] = torch.ones(width_of(layer, "in"))
                 self.masks[layer][idxs[gone[roots]]] = 0
 
     @contextmanager

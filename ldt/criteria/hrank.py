@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ldt.config.values import Count, Share, checked
 from ldt.criteria.base import Criterion, Target, visit_maps
 from ldt.pruning.graph import PruningGraph
 
@@ -29,12 +30,8 @@ class HRankCriterion(Criterion):
         ValueError: a value outside of what is allowed, naming its key.
     """
 
-    def __init__(self, size: int = 14, tolerance: float = 1e-2) -> None:
-        if size < 1 or not 0 < tolerance < 1:
-            raise ValueError(
-                f"method.criterion.size={size} must be at least 1, and method.criterion.tolerance="
-                f"{tolerance} lie between 0 and 1, e.g. size=14 tolerance=0.01"
-            )
+    @checked("method.criterion")
+    def __init__(self, size: Count = 14, tolerance: Share = 1e-2) -> None:
         self.size, self.tolerance = size, tolerance
         self._scores: dict[nn.Module, Tensor] = {}
 

@@ -1,15 +1,20 @@
 """Location-aware discriminant tracing, eqs. 13-16 of the paper."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from ldt.config.values import NotNegative, Positive, Share, checked
 from ldt.criteria.base import Criterion, Target, feature_gradients
 from ldt.discriminant import (
+    ATTENTION_A,
+    ATTENTION_B,
+    PHI,
+    RIDGE,
     attention,
     channel_ratio,
     discriminant_directions,
@@ -20,6 +25,7 @@ from ldt.discriminant import (
 )
 from ldt.objects import Objects
 from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import width_of
 
 Source = Literal["neck", "neck_all", "neck_energy", "power", "discriminant", "detection"]
 Reduce = Literal["position", "position_absolute", "absolute", "signed", "sum_absolute"]
@@ -58,25 +64,22 @@ class LDTCriterion(Criterion):
 
     ``notes["rank_correlation"]`` is Spearman's correlation of a layer's scores between two batches,
     averaged over layers and pairs of batches (the paper's Fig. 6: batches agree).
+
+    Raises:
+        ValueError: a value outside of what is allowed, naming its key.
     """
 
+    @checked("method.criterion")
     def __init__(
         self,
         source: Source = "neck",
         location: bool = True,
         reduce: Reduce = "position",
-        a: float = 1.2,
-        b: float = 0.062,
-        phi: float = 5e-3,
-        ridge: float = 0.1,
+        a: Positive = ATTENTION_A,
+        b: Positive = ATTENTION_B,
+        phi: Share = PHI,
+        ridge: NotNegative = RIDGE,
     ) -> None:
-        _choice("source", source, Source)
-        _choice("reduce", reduce, Reduce)
-        if not 0 < phi < 1:
-            raise ValueError(f"method.criterion.phi={phi} must lie between 0 and 1, e.g. 0.005")
-        for key, value in {"a": a, "b": b, "ridge": ridge}.items():
-            if value < 0:
-                raise ValueError(f"method.criterion.{key}={value} cannot be negative")
         self.source, self.location, self.reduce = source, location, reduce
         self.a, self.b, self.phi, self.ridge = a, b, phi, ridge
         self._scores: dict[nn.Module, Tensor] = {}
@@ -90,7 +93,9 @@ class LDTCriterion(Criterion):
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
         """Score every layer of the graph's groups (eq. 16)."""
         points = graph.feature_modules
-        self._scores = {layer: torch.zeros(_width(layer), dtype=torch.float64) for layer in points}
+        self._scores = {
+            layer: torch.zeros(width_of(layer, "out"), dtype=torch.float64) for layer in points
+        }
         self.batch_scores = {layer: [] for layer in points}
         weights = self._channel_weights(target, batches)
         head = points
@@ -224,16 +229,3 @@ def rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:
 def _precise(x: Tensor) -> Tensor:
     """At least float32: sums over thousands of positions lose half precision's few digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _width(layer: nn.Module) -> int:
-    width = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-    assert isinstance(width, int)
-    return width
-
-
-def _choice(key: str, given: str, allowed: Any) -> None:
-    if given not in get_args(allowed):
-        raise ValueError(
-            f"method.criterion.{key}={given!r}; choose one of {', '.join(get_args(allowed))}"
-        )

@@ -10,7 +10,7 @@ import json
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +27,24 @@ from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
+from ldt.config.values import Count, NaturalNumber, check_fields, check_value
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
 Split = Literal["train", "val"]
-AUGMENT = ("none", "flip", "shift", "mosaic")
-PAD = ("none", "square")
+Augment = Literal["none", "flip", "shift", "mosaic"]
+Pad = Literal["none", "square"]
+OPTIONS = {  # what the user types for each of the data module's
+    "batch_size": "recipe.batch_size",
+    "val_batch_size": "dataset.val_batch_size",
+    "workers": "dataset.workers",
+    "seed": "seed",
+    "augment": "recipe.augment",
+    "pad": "detector.pad",
+}
 MIX = ("Mosaic", "RandomAffine", "MixUp")  # what YOLOX switches off for its last epochs
 PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
 META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-
-
-def check_choice(option: str, given: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless `given` is one of `allowed`; `option` is what the user types."""
-    if given not in allowed:
-        raise ValueError(
-            f"{option}={given!r} is not known; allowed: {', '.join(allowed)} "
-            f"(type for example {option}={allowed[0]})"
-        )
 
 
 def need_folder(root: str | Path, option: str, expected: str) -> Path:
@@ -261,12 +261,12 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     root: str | None = None
     scale: tuple[int, int] = (640, 640)
-    batch_size: int = 8
-    val_batch_size: int = 8
-    workers: int = 0
-    seed: int = 0
-    augment: str = "flip"
-    pad: str = "none"
+    batch_size: Count = 8
+    val_batch_size: Count = 8
+    workers: NaturalNumber = 0
+    seed: NaturalNumber = 0
+    augment: Augment = "flip"
+    pad: Pad = "none"
     keep_ratio: bool = True
     classes: tuple[str, ...] = ()
 
@@ -275,22 +275,12 @@ class DetectionDataModule(LightningDataModule, ABC):
         scale = tuple(int(side) for side in self.scale)
         if len(scale) != 2 or min(scale) < 1:
             raise ValueError(
-                f"dataset.scale={list(scale)} is not a size; allowed: two positive whole numbers, "
-                "width and height in pixels (type for example dataset.scale=[640,192])"
+                f"dataset.scale={list(scale)}; allowed: two positive whole numbers, width and "
+                "height in pixels (e.g. dataset.scale=[640,192])"
             )
         self.scale = (scale[0], scale[1])
         self.classes = tuple(self.classes or ())
-        check_choice("augment", self.augment, AUGMENT)
-        check_choice("pad", self.pad, PAD)
-        for option, least in {
-            "batch_size": 1,
-            "val_batch_size": 1,
-            "workers": 0,
-            "seed": 0,
-        }.items():
-            given = getattr(self, option)
-            if given < least:
-                raise ValueError(f"{option}={given} is too small; allowed: {least} or more")
+        check_fields(self, OPTIONS)
         self.resize = resize_steps(self.scale, self.keep_ratio, self.pad)
         self._datasets: dict[str, BaseDataset] = {}
         self._sampler: EpochSampler | None = None
@@ -332,7 +322,7 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def dataset(self, split: Split) -> BaseDataset:
         """Return the annotations of `split` without pipeline, read when first asked for."""
-        check_choice("split", split, ("train", "val"))
+        check_value("split", split, Split)
         if split not in self._datasets:
             self._datasets[split] = self.load(split)
         return self._datasets[split]

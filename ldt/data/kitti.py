@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
+from ldt.config.values import check_value
 from ldt.data import roadscenes
-from ldt.data.datamodule import DetectionDataModule, Split, check_choice, need_folder
+from ldt.data.datamodule import DetectionDataModule, Split, need_folder
 from ldt.data.roadscenes import RoadScenes
 from ldt.runs.inputs import cache_folder, digest, split_record
 
@@ -104,7 +105,7 @@ def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str])
 
 def check_classes(classes: Sequence[str], grouping: str) -> None:
     """Raise ValueError for an unknown `grouping`, or a class that cannot occur under it."""
-    check_choice("dataset.grouping", grouping, tuple(GROUPINGS))
+    check_value("dataset.grouping", grouping, Literal[tuple(GROUPINGS)])
     allowed = [name for name in TYPES if name != "DontCare" and name not in GROUPINGS[grouping]]
     for name in classes:
         if name not in allowed:

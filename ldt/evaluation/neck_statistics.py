@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ldt.detectors.forward import neck_maps
 from ldt.discriminant import (
+    PHI,
+    RIDGE,
     channel_ratio,
     discriminant_directions,
     discriminant_share,
@@ -77,8 +79,8 @@ def neck_spaces(
     detector: nn.Module,
     loader: Iterable[dict[str, Any]],
     neck: str = "auto",
-    ridge: float = 0.1,
-    phi: float = 5e-3,
+    ridge: float = RIDGE,
+    phi: float = PHI,
 ) -> list[NeckSpace]:
     """Objects, eigenvalues and channels on every scale, as the paper's Fig. 1 shows them.
 
@@ -117,7 +119,7 @@ def neck_statistics(
     detector: nn.Module,
     loader: Iterable[dict[str, Any]],
     neck: str = "auto",
-    ridge: float = 0.1,
+    ridge: float = RIDGE,
 ) -> list[dict[str, float]]:
     """Per scale, how far the discriminating power is condensed and the channels decorrelated.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ldt.config.values import Count, Positive, checked
 from ldt.criteria.group_fisher import Cost, Fisher, channel_costs
 from ldt.pruning.budget import Limits, lowest_scoring, select_channels
 from ldt.pruning.costs import CostModel
@@ -31,16 +32,15 @@ class GradualPruning:
         removed: per group, the channels that are masked.
         events: how many events there have been.
         done: whether the budget is saved.
+
+    Raises:
+        ValueError: a value outside of what is allowed, naming its key.
     """
 
+    @checked("method.gradual")
     def __init__(
-        self, interval: int = 10, channels: int = 1, lr: float = 0.1, cost: Cost = "memory"
+        self, interval: Count = 10, channels: Count = 1, lr: Positive = 0.1, cost: Cost = "memory"
     ) -> None:
-        if interval < 1 or channels < 1 or lr <= 0:
-            raise ValueError(
-                f"method.gradual: interval={interval} and channels={channels} must be at least 1, "
-                f"and lr={lr} positive"
-            )
         self.interval, self.channels, self.lr = interval, channels, lr
         self.cost: Cost = cost
         self.removed: dict[str, np.ndarray] = {}

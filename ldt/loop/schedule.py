@@ -1,9 +1,31 @@
-"""What a run removes and when, and what of that is impossible."""
+"""The pruning schedule and its validation."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Le
+
+from ldt.config.values import (
+    Count,
+    NaturalNumber,
+    Positive,
+    Share,
+    check_fields,
+    check_value,
+)
 from ldt.pruning.budget import RANKINGS, Limits
 from ldt.pruning.costs import Budget, parse_budget
+
+KEYS = {  # what the user types for each field
+    "rate": "prune.rate",
+    "rounds": "prune.rounds",
+    "base_epochs": "recipe.epochs",
+    "retrain_epochs": "recipe.retrain_epochs",
+    "inner_rounds": "method.inner_rounds",
+    "images": "prune.images",
+    "batch_size": "prune.batch_size",
+    "retrain_lr": "recipe.retrain_lr",
+}
 
 
 @dataclass(frozen=True)
@@ -28,48 +50,36 @@ class PruningSchedule:
         ValueError: a value outside of what is allowed, naming its key.
     """
 
-    rate: float
-    rounds: int
-    base_epochs: int
-    retrain_epochs: int
+    rate: Share
+    rounds: NaturalNumber
+    base_epochs: NaturalNumber
+    retrain_epochs: NaturalNumber
     budget: Budget = "params"
     ranking: str = "global"
-    inner_rounds: int = 1
+    inner_rounds: Count = 1
     scope: tuple[str, ...] = ("backbone", "neck")
     limits: Limits = field(default_factory=Limits)
-    images: int = 128
-    batch_size: int = 16
-    retrain_lr: float = 1.0
+    images: Count = 128
+    batch_size: Count = 16
+    retrain_lr: Positive = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))
-        if not 0 < self.rate < 1:
-            raise ValueError(
-                f"prune.rate={self.rate} must lie between 0 and 1, e.g. prune.rate=0.5"
-            )
-        if self.rounds < 0 or self.base_epochs < 0:
-            raise ValueError("prune.rounds and recipe.epochs cannot be negative")
+        check_fields(self, KEYS, {"rate": 0.5, "rounds": 2, "base_epochs": 9, "retrain_epochs": 2})
+        check_value("method.ranking", self.ranking, Literal[RANKINGS])
+        limits, default = self.limits, Limits()
+        most, least = limits.max_layer_rate, limits.min_channels
+        allowed = Annotated[float, Gt(0), Le(1)]
+        check_value("prune.max_layer_rate", most, allowed, default.max_layer_rate)
+        check_value("prune.min_channels", least, Count, default.min_channels)
         if self.rounds and self.retrain_epochs < 1:
             raise ValueError(
-                f"recipe.retrain_epochs={self.retrain_epochs}; at least 1 epoch follows each cut"
+                f"recipe.retrain_epochs={self.retrain_epochs}; at least 1 epoch follows each round "
+                "(e.g. recipe.retrain_epochs=2)"
             )
         if not self.rounds and not self.base_epochs:
-            raise ValueError("recipe.epochs=0 and no rounds of pruning: nothing to do")
-        if self.ranking not in RANKINGS:
             raise ValueError(
-                f"method.ranking={self.ranking!r}; choose one of {', '.join(RANKINGS)}"
-            )
-        if self.inner_rounds < 1:
-            raise ValueError(f"method.inner_rounds={self.inner_rounds} must be at least 1")
-        if self.images < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"prune.images={self.images}, prune.batch_size={self.batch_size}; both must be at "
-                "least 1, e.g. prune.images=128"
-            )
-        if not 0 < self.limits.max_layer_rate <= 1 or self.limits.min_channels < 1:
-            raise ValueError(
-                f"prune.max_layer_rate={self.limits.max_layer_rate} must lie between 0 and 1, and "
-                f"prune.min_channels={self.limits.min_channels} be at least 1"
+                "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"
             )
 
     @property

@@ -240,5 +240,5 @@ def test_scoring_again_starts_afresh() -> None:
 
 @pytest.mark.parametrize("key", ["source", "reduce"])
 def test_unknown_choices_list_the_known_ones(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"method\.criterion\.{key}='nose'; choose one of \w+, "):
+    with pytest.raises(ValueError, match=rf"method\.criterion\.{key}='nose'; allowed: \w+, "):
         LDTCriterion(**{key: "nose"})  # type: ignore[arg-type]

@@ -225,7 +225,7 @@ def test_an_image_that_cannot_be_decoded_is_named_when_it_is_read(root, content)
 
 
 def test_unknown_groupings_and_classes_are_refused():
-    with pytest.raises(ValueError, match=r"grouping='loose'.*merged, strict"):
+    with pytest.raises(ValueError, match=r"dataset.grouping='loose'; allowed: merged, strict"):
         KittiDataModule(grouping="loose")
     with pytest.raises(
         ValueError, match=r"no class 'Bus'.*allowed: Car, Pedestrian, Cyclist, Misc"
