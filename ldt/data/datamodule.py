@@ -7,27 +7,23 @@ the process drew before, so a resumed run sees the batches that the uninterrupte
 
 import copy
 import json
-import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import cv2
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import MultiImageMixDataset
 from mmdet.registry import TRANSFORMS
 from mmengine.dataset import BaseDataset, Compose, pseudo_collate
-from torch.utils.data import DataLoader, Dataset, Subset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Subset
 
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
+from ldt.data.sampling import EpochSampler, TrainingImages
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
@@ -42,7 +38,6 @@ OPTIONS = {  # what the user types for each of the data module's
     "augment": "recipe.augment",
     "pad": "detector.pad",
 }
-MIX = ("Mosaic", "RandomAffine", "MixUp")  # what YOLOX switches off for its last epochs
 PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
 META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 
@@ -125,105 +120,6 @@ def with_pipeline(dataset: BaseDataset, steps: list[dict]) -> BaseDataset:
     view = copy.copy(dataset)
     view.pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     return view
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed `random` and `numpy.random` (the sources of mmdet's transforms), restore them after."""
-    saved = random.getstate(), np.random.get_state()  # noqa: NPY002
-    state = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])  # noqa: NPY002
-
-
-class Draw(NamedTuple):
-    """What the sampler asks of the training set: an image, the epoch, and whether to mix images.
-
-    Epoch and switch travel with the index because persistent workers hold a copy of the data set
-    that nothing else reaches.
-    """
-
-    index: int
-    epoch: int
-    mix: bool
-
-
-class TrainingImages(Dataset):
-    """Training images whose augmentation is a pure function of (seed, epoch, index)."""
-
-    def __init__(self, images: BaseDataset | MultiImageMixDataset, seed: int) -> None:
-        self.images = images
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: Draw | int | list[Draw]) -> Any:
-        if isinstance(item, list):
-            return [self[draw] for draw in item]
-        # Plain integers come from the sequential order of `trainer.overfit_batches`.
-        draw = item if isinstance(item, Draw) else Draw(item, epoch=0, mix=True)
-        if isinstance(self.images, MultiImageMixDataset):
-            self.images.update_skip_type_keys([] if draw.mix else list(MIX))
-        with seeded(self.seed, draw.epoch, draw.index):
-            return self.images[draw.index]
-
-
-class EpochSampler(DistributedSampler):
-    """Shuffled batches of `Draw`s, a pure function of (seed, epoch), which Lightning sets.
-
-    An optimizer step sees the same `batch_size` images however many processes and accumulated
-    parts share them: they are dealt out among the processes part by part. What is left over at the
-    end of an epoch is a smaller step; so that it divides, too, its first images are taken again.
-
-    A DistributedSampler also for one process, so that Lightning never replaces it.
-
-    Args:
-        dataset: what is drawn from.
-        batch_size: images of one optimizer step, over all processes.
-        rank, world: this process, and how many there are.
-        accumulate: batches of one process in an optimizer step.
-        mix: see `Draw`.
-
-    Raises:
-        ValueError: `batch_size` does not divide.
-    """
-
-    def __init__(
-        self,
-        dataset: TrainingImages,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        mix: bool = True,
-    ) -> None:
-        # torch adds the epoch to the seed: keep the epochs of neighbouring seeds apart.
-        super().__init__(dataset, world, rank, shuffle=True, seed=dataset.seed << 20)
-        micro_batch(batch_size, world, accumulate)
-        self.images, self.batch_size, self.accumulate = len(dataset), batch_size, accumulate
-        self.mix = mix
-
-    def __len__(self) -> int:
-        return -(-self.images // self.batch_size) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
-        # A generator: Lightning sets the epoch between `iter` and the first `next`.
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.images, generator=generator).tolist()
-        epoch, mix, world, parts = self.epoch, self.mix, self.num_replicas, self.accumulate
-        for start in range(0, self.images, self.batch_size):
-            step = order[start : start + self.batch_size]
-            size = -(-len(step) // (world * parts)) * world  # of a part, over all processes
-            step = [step[i % len(step)] for i in range(size * parts)]
-            for first in range(0, len(step), size):
-                own = step[first + self.rank : first + size : world]
-                yield [Draw(index, epoch, mix) for index in own]
 
 
 def one_thread(worker: int) -> None:
