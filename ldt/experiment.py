@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,9 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,7 +33,7 @@ from ldt.build import (
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.config import MethodConfig, PruneConfig, conf_dir, register
 from ldt.config.keys import check_keys
-from ldt.config.paths import expand_home
+from ldt.config.paths import expand_home, quote_paths
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import quiet
 from ldt.evaluation import layers
@@ -380,28 +377,6 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
     report.print_run(summary, folder)
 
 
-class StudyTable(Callback):
-    """After a sweep, prints its study; ends with an error if a run of the study has failed."""
-
-    def __init__(self) -> None:
-        self.jobs = 0
-        self.refused = 0  # jobs without a result
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Called by Hydra after each job."""
-        self.jobs += 1
-        value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
-        values = value if isinstance(value, tuple) else (value,)
-        self.refused += any(isinstance(v, float) and math.isnan(v) for v in values)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra in the launching process."""
-        with contextlib.suppress(FileNotFoundError):
-            failed = report.print_study(Path(config.hydra.sweep.dir))
-            if failed or self.refused:
-                sys.exit(1 if failed or self.refused < self.jobs else 2)
-
-
 def train(*overrides: str, folder: str | Path | None = None) -> Run:
     """Train, prune, retrain and measure: what ``python run.py <overrides>`` does, from Python.
 
@@ -424,7 +399,7 @@ def train(*overrides: str, folder: str | Path | None = None) -> Run:
     """
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        whole = compose("config", list(overrides), return_hydra_config=True)
+        whole = compose("config", quote_paths(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(whole)  # names of runs are made of the overrides
     place = Path(whole.hydra.run.dir if folder is None else folder)
     keys: Any = [key for key in whole if key != "hydra"]

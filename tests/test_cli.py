@@ -10,9 +10,11 @@ from short_runs import ROOT, python, tiny
 
 import ldt
 from ldt import experiment
+from ldt import report as ldt_report
 from ldt.cli import main
 from ldt.cli.commands import ldt as commands
 from ldt.cli.exit_codes import exit_codes
+from ldt.cli.study_table import StudyTable
 from ldt.deployment import prediction, to_mmdet
 from ldt.runs.refusal import is_refusal, refused, refusing
 
@@ -119,8 +121,10 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
     [
         (["detector=gfll"], "detector=gfll: did you mean gfl? choose from atss, atss_tiny, gfl"),
         (["hydra/launcher=x"], "hydra/launcher=x: choose from basic, joblib"),
-        (["detectr=gfl"], "no key detectr: did you mean detector? choose from"),
-        (["prune.rat=0.5"], "no key prune.rat: did you mean prune.rate? choose from rate, rounds"),
+        (["detectr=gfl"], "detectr=gfl: unknown key; did you mean detector? Type detector=gfl"),
+        (["prune.rat=0.5"], "prune.rat=0.5: unknown key; did you mean prune.rate? Type prune."),
+        (["+prune.rat=0.5"], "prune.rat=0.5: unknown key; did you mean prune.rate? Type prune."),
+        (["-m", "+trainer.max_steps=3,4"], "trainer.max_steps=3 cannot be set: "),
         (["prune.rate=abc"], "prune.rate=abc: Value 'abc' of type 'str' could not be converted"),
         (["-m", "prune.rate=0.5,abc"], "prune.rate=abc: Value 'abc'"),
         (["prune.rate"], "Error parsing override 'prune.rate'"),
@@ -172,8 +176,8 @@ def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, mo
 def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
     config = experiment.OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     for values, failed, code in (([1.0, NAN], 0, 1), ([NAN, NAN], 0, 2), ([NAN, NAN], 1, 1)):
-        monkeypatch.setattr(experiment.report, "print_study", lambda _, failed=failed: failed)
-        table = experiment.StudyTable()
+        monkeypatch.setattr(ldt_report, "print_study", lambda _, failed=failed: failed)
+        table = StudyTable()
         for value in values:
             done = experiment.JobReturn(_return_value=value, status=experiment.JobStatus.COMPLETED)
             table.on_job_end(config, done)

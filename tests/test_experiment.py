@@ -16,6 +16,7 @@ from small import composed
 import ldt
 from ldt import build, experiment
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.cli.study_table import StudyTable
 from ldt.data.datamodule import DetectionDataModule
 from ldt.figures import from_runs
 from ldt.module import DetectorModule
@@ -248,7 +249,7 @@ def test_a_failed_job_of_a_sweep_is_shown_and_the_others_run(tmp_path):
 
 
 def test_a_refused_job_of_a_sweep_is_an_error_at_its_end(tmp_path, capsys):
-    table = experiment.StudyTable()
+    table = StudyTable()
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     for value in (0.5, float("nan")):
         table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))

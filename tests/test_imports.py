@@ -34,7 +34,7 @@ ALLOWED = {
     ),
     "mmengine": ("ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment"),
     "click": ("ldt.cli",),
-    "hydra": ("ldt.cli.hydra_app", "ldt.experiment", "ldt.build", "ldt.config", "ldt.sweeps"),
+    "hydra": ("ldt.cli", "ldt.experiment", "ldt.build", "ldt.config", "ldt.sweeps"),
     "lightning": (
         "ldt.experiment", "ldt.build", "ldt.callbacks", "ldt.loop", "ldt.module", "ldt.data",
     ),

@@ -18,16 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.cli.exit_codes import exit_codes
 from ldt.config import conf_dir, register
-from ldt.config.keys import check_keys
+from ldt.config.keys import check_keys, explain_key
 from ldt.config.paths import quote_paths
 from ldt.runs.refusal import KINDS, refused, refusing
 
@@ -96,18 +91,17 @@ def explained(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: {_allowed(option, error.options)}"
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
-        prefix, dot, key = str(cause.full_key).rpartition(".")
-        return f"no key {cause.full_key}: {_allowed(key, list(cause.parent_node), prefix + dot)}"
+    if told := explain_key(error):
+        return told
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; type {error.full_key}=<value>"
     told = _first(str(error))
     return f"{told}: {_first(str(cause))}" if isinstance(cause, OmegaConfBaseException) else told
 
 
-def _allowed(given: str, known: Sequence[str], prefix: str = "") -> str:
+def _allowed(given: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(given, known, 1)
-    meant = f"did you mean {prefix}{nearest[0]}? " if nearest else ""
+    meant = f"did you mean {nearest[0]}? " if nearest else ""
     return f"{meant}choose from {', '.join(known)}"
 
 

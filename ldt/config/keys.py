@@ -126,21 +126,20 @@ def known_keys(dataset: type | None = None) -> list[str]:
     return [*found, *(_fields(dataset, "dataset.") if dataset else ())]
 
 
-def explain(error: Exception) -> str:
-    """Return one line about an error of Hydra: what was given, what is allowed, what to type.
+def explain_key(error: Exception) -> str | None:
+    """Return one line about an error of Hydra that concerns a key; None for any other error.
 
     Args:
         error: raised while Hydra composed a configuration.
     """
     cause: Any = error.__cause__ or error.__context__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
-        end = [line.startswith(("Config search path", "See https")) for line in lines] + [True]
-        return " ".join(lines[: end.index(True)])
+        return None
+    lines = [line.strip() for line in str(error).splitlines()] or [""]
     key, what = str(cause.full_key), str(cause).splitlines()[0]
     where = f" in {lines[0].split(chr(39))[1]}.yaml" if lines[0].startswith("In '") else ""
     if not what.startswith("Key '"):
-        return f"{key}{where}: {what}"
+        return f"{key}{where}: {what}" if where else None
     given = lines[-1].partition(f"+{key}=")[2] or None
     if key.startswith(("detector.options.", "recipe.optimizer.", "recipe.paramwise.")):
         return f"{key} is not in the configuration yet; to add it type +{key}={given or '...'}"

@@ -16,7 +16,7 @@ from small import CONF, composed
 
 from ldt import build, experiment
 from ldt.config import TrainerConfig, register
-from ldt.config.keys import OWNED, check_keys, explain
+from ldt.config.keys import OWNED, check_keys, explain_key
 from ldt.recipe import PARAMWISE
 
 TRAINER = set(inspect.signature(Trainer).parameters)
@@ -105,9 +105,6 @@ def test_a_mistake_in_an_experiments_yaml_is_one_line(tmp_path, content, told):
          "method.criterion.source? Type method.criterion.source=1"),
         ("recipe.optimizer.momentum=0.9", "recipe.optimizer.momentum is not in the configuration "
          "yet; to add it type +recipe.optimizer.momentum=0.9"),
-        ("prune.rate=abc", "prune.rate: Value 'abc' of type 'str' could not be converted to Float"),
-        ("prune=oneshit", "In 'config': Could not find 'prune/oneshit' Available options in "
-         "'prune': iterative oneshot"),
     ],
 )  # fmt: skip
 def test_hydras_own_errors_become_one_line(override, told):
@@ -122,7 +119,7 @@ def refused(*overrides):
         pytest.raises(HydraException) as raised,
     ):
         compose("config", overrides=list(overrides))
-    return explain(raised.value)
+    return explain_key(raised.value) or ""
 
 
 def test_checking_keys_imports_nothing_heavy():

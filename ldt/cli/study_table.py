@@ -1,0 +1,35 @@
+"""What a sweep ends with. Hydra makes it before any job, so it imports nothing heavy by itself."""
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class StudyTable(Callback):
+    """After a sweep, prints its study; ends with an error if a run of the study has failed."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self.refused = 0  # jobs without a result
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Called by Hydra after each job."""
+        self.jobs += 1
+        value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
+        values = value if isinstance(value, tuple) else (value,)
+        self.refused += any(isinstance(v, float) and math.isnan(v) for v in values)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the launching process."""
+        from ldt import report
+
+        with contextlib.suppress(FileNotFoundError):
+            failed = report.print_study(Path(config.hydra.sweep.dir))
+            if failed or self.refused:
+                sys.exit(1 if failed or self.refused < self.jobs else 2)
