@@ -6,6 +6,7 @@ import sys
 
 import click
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 from short_runs import ROOT, python, tiny
 
 import ldt
@@ -124,7 +125,7 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
         (["detectr=gfl"], "detectr=gfl: unknown key; did you mean detector? Type detector=gfl"),
         (["prune.rat=0.5"], "prune.rat=0.5: unknown key; did you mean prune.rate? Type prune."),
         (["+prune.rat=0.5"], "prune.rat=0.5: unknown key; did you mean prune.rate? Type prune."),
-        (["-m", "+trainer.max_steps=3,4"], "trainer.max_steps=3 cannot be set: "),
+        (["-m", "+trainer.max_steps=3,4"], "cannot be set: the loop ends after its last phase"),
         (["prune.rate=abc"], "prune.rate=abc: Value 'abc' of type 'str' could not be converted"),
         (["-m", "prune.rate=0.5,abc"], "prune.rate=abc: Value 'abc'"),
         (["prune.rate"], "Error parsing override 'prune.rate'"),
@@ -179,7 +180,7 @@ def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
         monkeypatch.setattr(ldt_report, "print_study", lambda _, failed=failed: failed)
         table = StudyTable()
         for value in values:
-            done = experiment.JobReturn(_return_value=value, status=experiment.JobStatus.COMPLETED)
+            done = JobReturn(_return_value=value, status=JobStatus.COMPLETED)
             table.on_job_end(config, done)
         with pytest.raises(SystemExit) as ended:
             table.on_multirun_end(config)

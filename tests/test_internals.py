@@ -9,7 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch_pruning as tp
-from hydra._internal import utils
+from hydra._internal import hydra, utils
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -47,6 +48,10 @@ def parameters(function):
         (registry, "get_object_from_string", ["obj_name"], MMENGINE),
         (utils, "get_args_parser", [], HYDRA),
         (utils, "run_and_report", ["func"], HYDRA),
+        (hydra, "ConfigLoaderImpl", ["config_search_path"], HYDRA),
+        (ConfigLoaderImpl, "load_configuration",
+         ["self", "config_name", "overrides", "run_mode", "from_shell",
+          "validate_sweep_overrides"], HYDRA),
         (utils, "_run_hydra",
          ["args", "args_parser", "task_function", "config_path", "config_name",
           "caller_stack_depth"], HYDRA),

@@ -8,11 +8,12 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from hydra import version
-from hydra._internal import utils
+from hydra._internal import hydra, utils
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
@@ -24,9 +25,22 @@ from ldt.cli.exit_codes import exit_codes
 from ldt.config import conf_dir, register
 from ldt.config.keys import check_keys, explain_key
 from ldt.config.paths import quote_paths
-from ldt.runs.refusal import KINDS, refused, refusing
+from ldt.runs.refusal import KINDS, refused
 
 utils.run_and_report = lambda func: func()  # errors come to `exit_codes` as they are
+
+
+class StrictLoader(ConfigLoaderImpl):
+    """Refuses keys that nobody reads as soon as a configuration is composed: no folder is made."""
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Called by Hydra for a run, for a sweep and for each of its jobs."""
+        config = super().load_configuration(*args, **kwargs)
+        check_keys(config)
+        return config
+
+
+hydra.ConfigLoaderImpl = StrictLoader  # type: ignore[misc]
 
 
 class Job:
@@ -47,8 +61,6 @@ class Job:
         self.begun = True
         job = HydraConfig.get()
         with exit_codes(explained):  # before Hydra writes its own lines about an error
-            with refusing():
-                check_keys(config)
             from ldt.experiment import run
 
             folder = Path(job.runtime.output_dir)

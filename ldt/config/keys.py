@@ -59,12 +59,13 @@ def check_keys(config: DictConfig) -> None:
     """Refuse keys that nobody reads; imports neither torch nor any class that the keys are for.
 
     Args:
-        config: a run's, composed or loaded.
+        config: a run's, composed or loaded; Hydra checks its own node.
 
     Raises:
         ValueError: one line that names the keys, the nearest known ones and what to type.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
+    plain.pop("hydra", None)
     schema = _dataset_schema(plain)
     unknown = dict(_unknown(plain, Config, schema))
     if unknown:
