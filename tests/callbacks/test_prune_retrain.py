@@ -348,3 +348,14 @@ def test_masking_names_a_key_out_of_range(wrong):
     ((key, value),) = wrong.items()
     with pytest.raises(ValueError, match=rf"method.gradual.{key}={value}; allowed: "):
         GradualPruning(**wrong)
+
+
+def test_the_interval_counts_optimizer_steps_and_every_batch_adds_its_gradients(monkeypatch):
+    seen = []
+    fisher = type("Fisher", (), {"add": lambda self: seen.append("batch")})()
+    gradual = GradualPruning(interval=2)
+    gradual._fisher, gradual.done = fisher, False
+    monkeypatch.setattr(gradual, "_mask", lambda _: seen.append("event"))
+    for stepped in (False, True, False, True, True, True):
+        gradual.after_batch(stepped)
+    assert seen == ["batch"] * 4 + ["event"] + ["batch"] * 2 + ["event"]
