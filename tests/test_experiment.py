@@ -218,7 +218,7 @@ def test_a_typo_on_the_command_line_stops_at_once(tmp_path):
     done = command("dataset.trian=3", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "dataset.trian: did you mean dataset.train?" in line
+    assert "dataset.trian=3: unknown key; did you mean dataset.train?" in line
     assert not (tmp_path / "runs").exists()
 
 
