@@ -215,7 +215,6 @@ def conf_dir() -> Path:
 def register() -> None:
     """Make the schema known to Hydra, and the resolver that names runs to OmegaConf."""
     from hydra.core.config_store import ConfigStore
-    from hydra.utils import get_method
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -230,4 +229,6 @@ def register() -> None:
 
 def _run_name(overrides: Any, *, _root_: Any) -> str:
     """Ask for the name by its address, as Hydra does: a schema knows nothing of runs."""
+    from hydra.utils import get_method
+
     return get_method("ldt.runs.identity.run_name")(overrides, _root_)
