@@ -9,7 +9,7 @@ from small import composed, random_channels, randomise_norms
 from torch import nn
 
 from ldt.build import build_module
-from ldt.data.kitti import RoadScenesDataModule
+from ldt.data.roadscenes import RoadScenesDataModule
 from ldt.detectors.forward import eval_with_gradients, raw_forward
 from ldt.detectors.models import build, model_config
 from ldt.pruning import structure

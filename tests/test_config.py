@@ -11,7 +11,7 @@ from short_runs import tiny
 from small import CONF, composed
 
 from ldt import build, config, experiment
-from ldt.data.roadscenes import RoadScenes
+from ldt.data.roadscenes_generator import RoadScenes
 
 GROUPS = sorted(folder.name for folder in Path(CONF).iterdir() if folder.is_dir())
 OPTIONS = [

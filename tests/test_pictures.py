@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData
 from pruned_files import write_cut_run
 from summaries import row, summary
 
-from ldt.data.kitti import RoadScenesDataModule
+from ldt.data.roadscenes import RoadScenesDataModule
 from ldt.figures import from_runs
 
 

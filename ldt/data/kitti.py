@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +14,8 @@ from mmdet.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
 from ldt.config.values import check_value
-from ldt.data import roadscenes
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
-from ldt.data.roadscenes import RoadScenes
-from ldt.runs.inputs import cache_folder, digest, split_record
+from ldt.runs.inputs import digest, split_record
 
 log = logging.getLogger(__name__)
 
@@ -295,50 +293,10 @@ class KittiDataModule(DetectionDataModule):
         return found
 
 
-@dataclass(kw_only=True, eq=False)
-class RoadScenesDataModule(KittiDataModule):
-    """The embedded data set: synthetic road scenes, generated once and read like KITTI.
+def __getattr__(name: str) -> Any:
+    """Give the generated data set by its earlier address, which configurations of runs hold."""
+    if name == "RoadScenesDataModule":
+        from ldt.data.roadscenes import RoadScenesDataModule
 
-    Args:
-        cache: folder to write to; $LDT_CACHE, else ~/.cache/ldt, if None.
-        train, val, height, width, scene_seed, difficulty: see `RoadScenes`.
-
-    Raises ValueError if `root` is given: the scenes choose their own folder below `cache`.
-    """
-
-    cache: str | None = None
-    train: int = RoadScenes.train
-    val: int = RoadScenes.val
-    height: int = RoadScenes.height
-    width: int = RoadScenes.width
-    scene_seed: int = RoadScenes.seed
-    difficulty: float = RoadScenes.difficulty
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.root is not None:
-            raise ValueError(
-                f"dataset.root={self.root} means nothing to generated scenes; type "
-                f"dataset.cache={self.root} to have them written there"
-            )
-        self.scenes = RoadScenes(
-            train=self.train,
-            val=self.val,
-            height=self.height,
-            width=self.width,
-            seed=self.scene_seed,
-            difficulty=self.difficulty,
-        )
-
-    def prepare_data(self) -> None:
-        """Write the scenes unless they are there; Lightning calls it in one process."""
-        self.folder()
-
-    def folder(self) -> Path:
-        """Return the scenes' folder, which is written by the first who asks."""
-        return roadscenes.write(self.scenes, cache_folder(self.cache))
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint the generator: its version and options, whatever has been written."""
-        about = {"generator": "roadscenes", "version": roadscenes.VERSION}
-        return about | {"options": asdict(self.scenes)}
+        return RoadScenesDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

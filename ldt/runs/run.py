@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOVED = {  # addresses that stand in configurations of earlier versions
+    "ldt.data.kitti.RoadScenesDataModule": "ldt.data.roadscenes.RoadScenesDataModule",
     "ldt.wandb_log.WandbRun": "ldt.callbacks.wandb_logger.WandbRun",
 }
 

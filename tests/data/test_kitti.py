@@ -15,13 +15,13 @@ from ldt.data.kitti import (
     TYPES,
     KittiDataModule,
     KittiDataset,
-    RoadScenesDataModule,
     group,
     image_ids,
     parse_label,
     read_image_sets,
     split,
 )
+from ldt.data.roadscenes import RoadScenesDataModule
 
 WIDTH, HEIGHT = 60, 40
 

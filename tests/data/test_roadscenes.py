@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from ldt.data import roadscenes
-from ldt.data.roadscenes import CLASSES, RoadScenes, folder_name, outline, render, write
+from ldt.data import roadscenes_generator as roadscenes
 from ldt.data.roadscenes_cast import CAR_SHAPES, Body, cast, draw_actor
 from ldt.data.roadscenes_draw import Camera, Canvas, Pose
+from ldt.data.roadscenes_generator import CLASSES, RoadScenes, folder_name, outline, render, write
 from ldt.data.roadscenes_scenery import LIGHTS, PROPS, develop
 
 SMALL = RoadScenes(train=5, val=3)
@@ -268,7 +268,8 @@ def test_the_slower_of_two_uses_the_winners_folder(tmp_path, monkeypatch):
 
 def test_processes_at_once_write_the_same_bytes_as_this_one(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from ldt.data.roadscenes import RoadScenes, write;"
+        "import sys; from pathlib import Path;"
+        "from ldt.data.roadscenes_generator import RoadScenes, write;"
         "print(write(RoadScenes(train=5, val=3), Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]

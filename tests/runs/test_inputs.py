@@ -18,7 +18,8 @@ from small import composed
 from ldt import experiment
 from ldt.build import build_data, data_of, read_inputs
 from ldt.data.coco import CocoDataModule
-from ldt.data.kitti import KittiDataModule, RoadScenesDataModule
+from ldt.data.kitti import KittiDataModule
+from ldt.data.roadscenes import RoadScenesDataModule
 from ldt.module import DetectorModule
 from ldt.runs import files, inputs
 from ldt.runs.identity import OtherRunError
@@ -176,7 +177,7 @@ def test_generated_data_count_by_options_and_version(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing is generated for it
     assert found["options"]["train"] == 3
     assert RoadScenesDataModule(cache="/elsewhere", train=3).fingerprint() == found
-    monkeypatch.setattr("ldt.data.roadscenes.VERSION", 6)
+    monkeypatch.setattr("ldt.data.roadscenes_generator.VERSION", 6)
     record = {"model": {}, "weights": {}, "code": {}}
     now = RoadScenesDataModule(train=3).fingerprint()
     told = inputs.changes(record | {"data": found}, record | {"data": now})
