@@ -4,13 +4,12 @@ import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -74,7 +73,7 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
     with refusing():
         check_keys(config)
     expand_home(config)
-    with _alone(folder):
+    with files.alone(folder, waits=rank_zero_only.rank == 0):
         try:
             with refusing(*REFUSALS):
                 plain, summary = _claim(config, folder), read_json(folder / files.SUMMARY)
@@ -127,25 +126,6 @@ def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float
     return tuple(values) if len(values) > 1 else values[0]
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second command for the same folder waiting until the first has ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank:  # a process of the same run
-        yield
-        return
-    lock = FileLock(folder / files.LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("%s is being run by another process: waiting for its end", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
     """The resolved configuration; the folder is this configuration's from now on."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -159,34 +139,15 @@ def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finished: bool) -> None:
-    """Refuse to show or to continue a run that has read something else.
-
-    Every process checks, so that all of a distributed run refuse; the first one writes.
-    """
-    recorded = (folder / files.INPUTS).is_file()
+    """Refuse a run that has read something else: every process does, the first one writes."""
     try:
         now = read_inputs(plain, build_data(config))
     except (*REFUSALS, OSError) as error:
         if not finished:
             raise
         log.warning("%s: what the run has read cannot be checked: %s", folder, error)
-        return
-    inputs.check(folder, now)
-    if not recorded:
-        log.warning(
-            "%s was made by an earlier version, which did not record what a run reads: whether "
-            "that is still the same cannot be checked",
-            folder,
-        )
-    if rank_zero_only.rank == 0 and (recorded or not finished):
-        begun = {} if recorded else {"begun_by_earlier_version": True}
-        inputs.write(folder, now, _place(plain), **begun)
-
-
-def _place(plain: Mapping[str, Any]) -> str | None:
-    """Where the data lie; None for generated data."""
-    root = plain["dataset"].get("root")
-    return None if root is None else str(Path(root).expanduser().resolve())
+    else:
+        inputs.settle(folder, now, inputs.place_of(plain), finished, rank_zero_only.rank == 0)
 
 
 @rank_zero_only
@@ -283,24 +244,12 @@ def _set_up(
         torch.set_num_threads(config.trainer.threads)
     loop = build_loop(config, plan, folder)
     trainer = build_trainer(config, plan, loop, folder, logger)
-    _check_processes(trainer.world_size, folder)
+    inputs.check_processes(folder, trainer.world_size)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")
     return loop, trainer, data, build_module(config, plain, data)
-
-
-def _check_processes(count: int, folder: Path) -> None:
-    """ValueError where a run of an earlier version would go on in several processes."""
-    record = read_json(folder / files.INPUTS)  # the first process may not have written it yet
-    begun = record.get("begun_by_earlier_version", not record and files.has_checkpoint(folder))
-    if begun and count > 1:
-        raise ValueError(
-            f"{folder} was begun by an earlier version, for which recipe.batch_size counted the "
-            f"images of one process: it goes on in one process, not in {count}. Type "
-            "trainer.devices=1, or study=<name> to start anew"
-        )
 
 
 def _record_provenance(
@@ -315,7 +264,7 @@ def _record_provenance(
         write_json(folder / files.SPLIT, data.split_ids())
         write_json(folder / files.ENVIRONMENT, about)
         if not files.has_checkpoint(folder):  # otherwise it has been checked and recorded
-            inputs.write(folder, read_inputs(plain, data), _place(plain))
+            inputs.write(folder, read_inputs(plain, data), inputs.place_of(plain))
     return about
 
 

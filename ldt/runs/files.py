@@ -3,16 +3,21 @@
 Files are written atomically: a reader sees the old content or the new one, never a part.
 """
 
+import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # the resolved configuration
 SUMMARY = "summary.json"  # how the run ended
@@ -86,6 +91,30 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
         digits = re.search(r"(\d+)$", path.stem)
         found[int(digits[1]) if digits else 0] = path
     return dict(sorted(found.items()))
+
+
+@contextlib.contextmanager
+def alone(folder: Path, waits: bool = True) -> Iterator[None]:
+    """Keep a second command for the same directory waiting until the first has ended.
+
+    Args:
+        folder: the run's directory, which is made where there is none.
+        waits: False for further processes of the same command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not waits:
+        yield
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s is being run by another process: waiting for its end", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

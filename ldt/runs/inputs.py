@@ -25,6 +25,7 @@ PARTS = ("data", "model", "weights", "code")
 SPLITS = {"train": "training", "val": "validation"}
 BLOCK = 1 << 20  # bytes read at once
 LARGE = 4 << 20  # bytes; what was found of larger files is remembered
+BEGUN_EARLIER = "begun_by_earlier_version"  # key of a run that an earlier version has begun
 MOST_TOLD = 3  # differences of a part that are told
 Inputs = dict[str, Any]
 
@@ -197,6 +198,55 @@ def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: Any) 
     found = own | {part: now[part] for part in PARTS} | more | {"places": places}
     if found != known:
         files.write_json(folder / files.INPUTS, found)
+
+
+def settle(
+    folder: Path, now: Mapping[str, Any], place: str | None, finished: bool, writes: bool
+) -> None:
+    """Check what a started run reads, and record the place where its data lie now.
+
+    Args:
+        folder: the run's directory.
+        now: what the command reads.
+        place: of the data.
+        finished: nothing is recorded for a finished run of an earlier version.
+        writes: whether this process may write.
+
+    Raises:
+        OtherRunError: as :func:`check`.
+    """
+    recorded = (folder / files.INPUTS).is_file()
+    check(folder, now)
+    if not recorded:
+        log.warning(
+            "%s was made by an earlier version, which did not record what a run reads: whether "
+            "that is still the same cannot be checked",
+            folder,
+        )
+    if writes and (recorded or not finished):
+        write(folder, now, place, **({} if recorded else {BEGUN_EARLIER: True}))
+
+
+def place_of(config: Mapping[str, Any]) -> str | None:
+    """Return where the data of a configuration lie; None for generated data."""
+    root = config["dataset"].get("root")
+    return None if root is None else str(Path(root).expanduser().resolve())
+
+
+def check_processes(folder: Path, count: int) -> None:
+    """Refuse to continue a run of an earlier version in several processes.
+
+    Raises:
+        ValueError: it would be.
+    """
+    record = files.read_json(folder / files.INPUTS)  # the first process may not have written it yet
+    begun = record.get(BEGUN_EARLIER, not record and files.has_checkpoint(folder))
+    if begun and count > 1:
+        raise ValueError(
+            f"{folder} was begun by an earlier version, for which recipe.batch_size counted the "
+            f"images of one process: it goes on in one process, not in {count}. Type "
+            "trainer.devices=1, or study=<name> to start anew"
+        )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -30,9 +30,7 @@ def command():
             found = compose("config", overrides=line.split(), return_hydra_config=True)
         HydraConfig.instance().set_config(found)
         own = OmegaConf.masked_copy(found, [key for key in found if key != "hydra"])
-        plain = OmegaConf.to_container(own, resolve=True)
-        plain["trainer"].setdefault("accumulate_grad_batches", 1)
-        return plain, found.run_name
+        return OmegaConf.to_container(own, resolve=True), found.run_name
 
     yield composed
     HydraConfig.instance().cfg = before
@@ -84,6 +82,7 @@ PAIRS = [
     ("", "trainer.deterministic=true", "other run"),
     ("", "trainer.sync_batchnorm=true", "other run"),
     ("", "trainer.limit_train_batches=2", "other run"),
+    ("", "trainer.accumulate_grad_batches=2", "other run"),
     ("trainer.limit_train_batches=1", "trainer.limit_train_batches=1.0", "other run"),
     ("", "dataset.scene_seed=1", "other run"),
     ("dataset=kitti", "dataset=kitti dataset.split_seed=1", "other run"),

@@ -319,7 +319,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_recorded_then(begun, caplog,
     folder, root = begun
     (folder / files.INPUTS).unlink()
     with pytest.raises(ValueError, match=r"goes on in one process, not in 2.*trainer.devices=1"):
-        experiment._check_processes(2, folder)
+        inputs.check_processes(folder, 2)
     grow(root)
     with pytest.raises(OtherRunError, match="training images: 10 there, 12 now"):
         experiment.run(kitti_config(root), folder)  # split.json tells
@@ -331,7 +331,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_recorded_then(begun, caplog,
     assert record["begun_by_earlier_version"]
     assert record["data"] == print_of(root)
     with pytest.raises(ValueError, match=r"goes on in one process"):
-        experiment._check_processes(2, folder)
+        inputs.check_processes(folder, 2)
     (folder / files.INPUTS).unlink()
     experiment.run(kitti_config(root), folder)  # finished: shown, and nothing is claimed of it
     assert not (folder / files.INPUTS).exists()
