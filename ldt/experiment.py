@@ -256,10 +256,7 @@ def _record_provenance(
     plain: dict[str, Any], data: DetectionDataModule, folder: Path
 ) -> dict[str, Any]:
     """Software, hardware and commit, written together with the images and what is read."""
-    about = {
-        "environment": provenance.environment(),
-        "git": provenance.git_state(Path(__file__).parent),
-    }
+    about = provenance.about(Path(__file__).parent)
     if rank_zero_only.rank == 0:
         write_json(folder / files.SPLIT, data.split_ids())
         write_json(folder / files.ENVIRONMENT, about)
@@ -271,9 +268,8 @@ def _record_provenance(
 def _check_choices(config: DictConfig) -> None:
     for name in config.objectives:
         if name not in OBJECTIVES:
-            raise ValueError(
-                f"objectives={name!r} is not known; choose from {', '.join(OBJECTIVES)}"
-            )
+            known = ", ".join(OBJECTIVES)
+            raise ValueError(f"objectives={name!r} is not known; choose from {known}")
     if config.base not in ("own", "shared"):
         raise ValueError(f"base={config.base!r}; choose own or shared")
 
@@ -293,9 +289,9 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     base.run_name = folder.name
     if read_json(folder / files.SUMMARY).get("status") != "finished":
         run(base, folder)
-    else:
-        with refusing(*REFUSALS):
-            _check_inputs(base, own, folder, finished=True)
+        return folder
+    with refusing(*REFUSALS):
+        _check_inputs(base, own, folder, finished=True)
     return folder
 
 
@@ -304,9 +300,9 @@ def _adopt(base: Path, folder: Path) -> dict[str, Any]:
     summary = read_json(base / files.SUMMARY) | {"run": folder.name, "drawn": False}
     if rank_zero_only.rank == 0:
         names = (files.round_checkpoint(0), files.ROUNDS, files.SPLIT, files.ENVIRONMENT)
-        for name in (*names, files.INPUTS):
-            if (base / name).is_file():  # a base of an earlier version has no inputs.json
-                shutil.copyfile(base / name, folder / name)
+        more = [files.INPUTS] * (base / files.INPUTS).is_file()  # earlier versions wrote none
+        for name in (*names, *more):
+            shutil.copyfile(base / name, folder / name)
         for logs in files.log_folders(base):
             shutil.copytree(logs, folder / logs.name, dirs_exist_ok=True)
         write_json(folder / files.SUMMARY, summary)

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     "torch",
@@ -18,6 +19,11 @@ PACKAGES = (
     "hydra-core",
     "numpy",
 )
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """Return what a run tells of where it was made: ``environment`` and ``git`` of a folder."""
+    return {"environment": environment(), "git": git_state(folder)}
 
 
 def environment() -> dict[str, str]:
