@@ -292,7 +292,7 @@ class Case:
     target: Any
     forward: Forward
     example: Tensor
-    never: list[str]
+    predictors: list[str]
     batches: list[Any]
 
     @property
@@ -300,7 +300,7 @@ class Case:
         return self.target.model
 
     def graph(self, scope: Sequence[str] = SCOPE) -> PruningGraph:
-        return PruningGraph(self.model, self.forward, self.example, scope, self.never)
+        return PruningGraph(self.model, self.forward, self.example, scope, self.predictors)
 
     def outputs(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -355,13 +355,13 @@ def _small(name: str, seed: int) -> Case:
     randomise_norms(model, generator)
     shape = (32, 48)
     batches = [Batch(*scenes(n, shape, generator)) for n in (3, 2)]
-    never = [
+    predictors = [
         layer
         for layer, module in model.head.named_modules(prefix="head")
         if isinstance(module, CONVOLUTIONS) and module.weight.shape[0] == 5
     ]
     example = torch.zeros(1, 3, *shape)
-    return Case(SmallTarget(model), lambda net, x: net(x), example, never, batches)
+    return Case(SmallTarget(model), lambda net, x: net(x), example, predictors, batches)
 
 
 def composed(*overrides: str) -> Any:

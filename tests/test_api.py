@@ -235,7 +235,9 @@ def test_what_is_wrong_is_told(detector, data, wrong, message):
 
 def test_an_unreachable_rate_names_itself_and_its_unit(detector, data):
     for budget, unit in (("params", "parameters"), ("macs", "MACs")):
-        with pytest.raises(UnreachableRateError, match=rf"rate=0.99 .*[\d,]+ {unit} must go"):
+        with pytest.raises(
+            UnreachableRateError, match=rf"rate=0.99 .*[\d,]+ {unit} must be removed"
+        ):
             ldt.prune(detector, data, rate=0.99, budget=budget)
 
 

@@ -75,7 +75,7 @@ def test_a_group_of_torch_pruning_has_what_is_read():
     group = graph.get_pruning_group(net[0], tp.prune_conv_out_channels, [0, 1, 2, 3])
     assert graph.module2node[net[0]].outputs[0].module is net[1], f"nodes: mend {TORCH_PRUNING}"
     sides = {
-        item.dep.target.module: internals.makes_channels(group, item.dep) for item in group.items
+        item.dep.target.module: internals.prunes_outputs(group, item.dep) for item in group.items
     }
     assert sides[net[0]], f"groups: mend {TORCH_PRUNING}"
     assert not sides[net[2]], f"groups: mend {TORCH_PRUNING}"

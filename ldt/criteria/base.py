@@ -11,7 +11,7 @@ from torch_pruning.pruner.importance import Importance
 from ldt.objects import Objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import ACTIVATIONS
-from ldt.pruning.torch_pruning_internals import makes_channels
+from ldt.pruning.torch_pruning_internals import prunes_outputs
 
 
 class Batch(Protocol):
@@ -72,7 +72,7 @@ class Criterion(Importance):
         total = torch.zeros(len(set(group[0].root_idxs)), dtype=torch.float64)
         for item in group.items:
             layer = item.dep.target.module
-            makes = makes_channels(group, item.dep)
+            makes = prunes_outputs(group, item.dep)
             if makes and layer in scored:
                 scores = self.channel_scores(layer).detach().double().cpu()
                 total.index_add_(0, torch.as_tensor(item.root_idxs), scores[list(item.idxs)])

@@ -191,4 +191,4 @@ def channel_costs(
 
 
 def _activations(group: CoupledGroup, graph: PruningGraph) -> float:
-    return float(max(sum(graph.positions[maker.name] for maker in group.makers), 1))
+    return float(max(sum(graph.positions[producer.name] for producer in group.producers), 1))

@@ -171,7 +171,7 @@ def _scaling(norm: Any) -> Forward:
 def _outputs(graph: PruningGraph, forwards: dict[nn.Module, Forward], x: Tensor) -> list[Tensor]:
     """The predictors' maps for x when modules do this instead of their own forward."""
     outputs: list[Tensor] = []
-    predictors = [graph.model.get_submodule(name) for name in graph.never]
+    predictors = [graph.model.get_submodule(name) for name in graph.predictors]
 
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         outputs.append(output)

@@ -149,7 +149,7 @@ class Detector:
         """
         _check_scope(scope, self.model)
         forward = forward_for_tracing(self.model, self.neck)
-        return PruningGraph(self.model, forward, self.example(), scope, never=self.predictors)
+        return PruningGraph(self.model, forward, self.example(), scope, self.predictors)
 
 
 @dataclass

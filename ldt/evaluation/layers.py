@@ -94,7 +94,7 @@ def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dic
     image = next(detector.parameters()).new_zeros(1, 3, *about["input_size"])
     forward = forward_for_tracing(detector, about["neck"])
     with eval_with_gradients(detector):
-        graph = PruningGraph(detector, forward, image, scope, never=about["predictors"])
+        graph = PruningGraph(detector, forward, image, scope, about["predictors"])
     return {
         name: list(dict.fromkeys(member.name for member in group.members))
         for name, group in graph.groups.items()

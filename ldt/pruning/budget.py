@@ -1,4 +1,4 @@
-"""From scores and a rate to the channels that go."""
+"""Select the channels to prune for a given budget."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -17,48 +17,53 @@ TOLERANCE = 0.005  # of the unpruned model's budget
 
 
 class UnreachableRateError(ValueError):
-    """The asked rate cannot be had within the scope and the limits per layer."""
+    """The requested rate is not reachable within the scope and the per-layer limits."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a layer may shrink, counted from the unpruned model."""
+    """Per-layer limits of pruning, relative to the unpruned model.
+
+    Attributes:
+        max_layer_rate: largest share of a layer's channels that is removed.
+        min_channels: smallest number of channels that every layer keeps.
+    """
 
     max_layer_rate: float = 0.95
     min_channels: int = 4
 
     def __str__(self) -> str:
         return (
-            f"at most {self.max_layer_rate:.0%} of a layer goes (prune.max_layer_rate) and "
-            f"{self.min_channels} channels stay (prune.min_channels)"
+            f"at most {self.max_layer_rate:.0%} of a layer are removed (prune.max_layer_rate) and "
+            f"at least {self.min_channels} channels kept (prune.min_channels)"
         )
 
     def removable(self, group: CoupledGroup, original: int) -> int:
-        """Channels of a group that may still go."""
+        """Return how many channels of a group may still be removed."""
         keep = max(self.min_channels, original - int(original * self.max_layer_rate + 1e-9))
         return max(0, group.size - keep) // group.parts * group.parts
 
 
-def _units(group: CoupledGroup, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Channels in the order in which they go, [steps, parts], and the mean score of each step."""
-    table = scores.detach().double().cpu().numpy().reshape(group.parts, -1)
-    order = np.argsort(table, axis=1, kind="stable")
-    ranked = np.take_along_axis(table, order, axis=1).mean(axis=0)
-    first = np.arange(group.parts)[:, None] * table.shape[1]
-    return (order + first).T, ranked
+def _removal_steps(group: CoupledGroup, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return channels in order of removal, [steps, parts], and the mean score of each step."""
+    by_part = scores.detach().double().cpu().numpy().reshape(group.parts, -1)
+    order = np.argsort(by_part, axis=1, kind="stable")
+    step_scores = np.take_along_axis(by_part, order, axis=1).mean(axis=0)
+    first = np.arange(group.parts)[:, None] * by_part.shape[1]
+    return (order + first).T, step_scores
 
 
-def _keys(
-    ranking: str, group: CoupledGroup, ranked: np.ndarray, units: np.ndarray, costs: CostModel
+def _sort_keys(
+    ranking: str, group: CoupledGroup, scores: np.ndarray, steps: np.ndarray, costs: CostModel
 ) -> np.ndarray:
-    """What the steps of a group are sorted by over all groups; non-decreasing within a group."""
+    """Return the keys that rank the steps of all groups; non-decreasing within a group."""
     if ranking == "uniform":
-        return (np.arange(len(ranked)) + 1) / len(ranked)
+        return (np.arange(len(scores)) + 1) / len(scores)
     if ranking == "global_normalised":
-        return ranked / max(float(np.abs(ranked).mean()), np.finfo(float).tiny)
+        return scores / max(float(np.abs(scores).mean()), np.finfo(float).tiny)
     if ranking == "global_per_cost":
-        return ranked / max(costs.saved({group.name: units[0]}), 1.0)
-    return ranked
+        return scores / max(costs.saved({group.name: steps[0]}), 1.0)
+    return scores
 
 
 def select_channels(
@@ -72,45 +77,49 @@ def select_channels(
     limits: Limits | None = None,
     original: Mapping[str, int] | None = None,
 ) -> dict[str, list[int]]:
-    """The channels to remove so that ``save`` parameters or multiply-adds are saved.
+    """Select the channels to remove so that ``save`` parameters or MACs are saved.
 
-    The steps of all groups are sorted by the ranking's key, and the prefix that comes nearest to
-    the budget goes: the saving grows with every step, so bisection finds it. Where one step is
-    worth more than the tolerance and no prefix fits, the steps that would save too much are passed
-    over, and the next cheaper ones complete the longest prefix that saves too little.
+    The steps of all groups are sorted by the ranking's key, and the prefix nearest to the budget is
+    selected by bisection, since the saving grows with every step. If a single step saves more than
+    the tolerance and no prefix fits, the longest prefix that saves too little is completed with the
+    next steps that do not save too much.
 
     Args:
         graph: the coupled groups.
-        scores: one score per channel of each group; the lowest go first.
+        scores: one score per channel of each group; the lowest are removed first.
         costs: the cost of the layers as they are now.
         save: how much to save, in the cost model's unit.
         tolerance: largest deviation from ``save``.
         ranking: one of ``RANKINGS``.
-        limits: how far a layer may shrink.
+        limits: per-layer limits.
         original: channels of each group's root layer in the unpruned model.
+
+    Returns:
+        For each group's name, the channels to remove.
 
     Raises:
         ValueError: unknown ranking, or scores that are not finite or of the wrong length.
-        UnreachableRateError: the limits do not allow it; says what is possible.
+        UnreachableRateError: the limits do not allow it; the message says what is possible.
     """
     limits = limits or Limits()
-    order, units = _order(graph, scores, costs, ranking, limits, original or {})
-
-    def channels(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
-        return {name: units[name][:count].reshape(-1) for name, count in counts.items()}
+    order, steps = _rank_steps(graph, scores, costs, ranking, limits, original or {})
 
     def saved(counts: Mapping[str, int]) -> float:
-        return costs.saved(channels(counts))
+        return costs.saved(_channels(steps, counts))
 
     best = _nearest(order, saved, save, tolerance)
     if abs(saved(best) - save) > tolerance:
         check_reachable(graph, costs, save, limits, original)
         raise UnreachableRateError(
-            f"{save:,.0f} {costs.unit} must go, {saved(best):,.0f} is the nearest to it: single "
-            f"channels are worth more than the tolerance of {tolerance:,.0f}. Choose another "
-            "prune.rate"
+            f"{save:,.0f} {costs.unit} must be removed, the nearest possible is {saved(best):,.0f}:"
+            f" single channels exceed the tolerance of {tolerance:,.0f}. Choose another prune.rate"
         )
-    return {name: sorted(map(int, gone)) for name, gone in channels(best).items()}
+    return {name: sorted(map(int, found)) for name, found in _channels(steps, best).items()}
+
+
+def _channels(steps: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Return the channels of the first ``counts[name]`` steps of each group."""
+    return {name: steps[name][:count].reshape(-1) for name, count in counts.items()}
 
 
 def check_reachable(
@@ -120,7 +129,15 @@ def check_reachable(
     limits: Limits,
     original: Mapping[str, int] | None = None,
 ) -> None:
-    """UnreachableRateError if the limits do not allow to save so much; arguments as above."""
+    """Raise UnreachableRateError if the limits do not allow saving this much.
+
+    Args:
+        graph: the coupled groups.
+        costs: the cost of the layers as they are now.
+        save: how much to save, in the cost model's unit.
+        limits: per-layer limits.
+        original: channels of each group's root layer in the unpruned model.
+    """
     counts = {
         name: limits.removable(group, (original or {}).get(name, group.size))
         for name, group in graph.groups.items()
@@ -128,8 +145,8 @@ def check_reachable(
     most = costs.saved({name: np.arange(count) for name, count in counts.items()})
     if most < save:
         raise UnreachableRateError(
-            f"{save:,.0f} {costs.unit} must go, {most:,.0f} can: {limits}, and "
-            f"{len(graph.excluded)} layers of the scope are excluded. Ask for a smaller "
+            f"{save:,.0f} {costs.unit} must be removed, {most:,.0f} can be: {limits}, and "
+            f"{len(graph.excluded)} layers of the scope are excluded. Choose a smaller "
             "prune.rate or widen prune.scope"
         )
 
@@ -144,12 +161,12 @@ def lowest_scoring(
     limits: Limits | None = None,
     original: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The channels that go in the first ``steps`` steps of :func:`select_channels`'s order."""
-    order, units = _order(graph, scores, costs, ranking, limits or Limits(), original or {})
-    return {name: units[name][:n].reshape(-1) for name, n in Counter(order[:steps]).items()}
+    """Return the channels of the first ``steps`` steps in :func:`select_channels`'s order."""
+    order, by_group = _rank_steps(graph, scores, costs, ranking, limits or Limits(), original or {})
+    return _channels(by_group, Counter(order[:steps]))
 
 
-def _order(
+def _rank_steps(
     graph: PruningGraph,
     scores: Mapping[str, Tensor],
     costs: CostModel,
@@ -157,24 +174,24 @@ def _order(
     limits: Limits,
     original: Mapping[str, int],
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The groups in which steps are taken one after another, and each group's own steps."""
+    """Return the group of each step in order of removal, and the channels of its steps."""
     if ranking not in RANKINGS:
         raise ValueError(f"method.ranking={ranking!r}; choose one of {', '.join(RANKINGS)}")
-    steps: list[tuple[float, str, int]] = []
-    units: dict[str, np.ndarray] = {}
+    ranked: list[tuple[float, str, int]] = []
+    steps: dict[str, np.ndarray] = {}
     for name, group in graph.groups.items():
         _check_scores(name, group, scores[name])
-        units[name], ranked = _units(group, scores[name])
-        keys = _keys(ranking, group, ranked, units[name], costs)
+        steps[name], step_scores = _removal_steps(group, scores[name])
+        keys = _sort_keys(ranking, group, step_scores, steps[name], costs)
         allowed = limits.removable(group, original.get(name, group.size)) // group.parts
-        steps += [(float(keys[step]), name, step) for step in range(allowed)]
-    return [name for _, name, _ in sorted(steps)], units
+        ranked += [(float(keys[step]), name, step) for step in range(allowed)]
+    return [name for _, name, _ in sorted(ranked)], steps
 
 
 def _nearest(
     order: Sequence[str], saved: Callable[[Mapping[str, int]], float], save: float, tolerance: float
 ) -> Mapping[str, int]:
-    """How many steps of each group to take, in this order, to save as much as is asked."""
+    """Return the number of steps per group, taken in this order, that saves nearest to ``save``."""
     enough = bisect_left(range(len(order)), save, key=lambda n: saved(Counter(order[:n])))
     prefixes = [Counter(order[:n]) for n in (enough - 1, enough) if n >= 0]
     best = min(prefixes, key=lambda counts: abs(saved(counts) - save))
@@ -186,7 +203,7 @@ def _nearest(
         if name not in closed and saved(longer) <= save + tolerance:
             counts = longer
         else:
-            closed.add(name)  # steps of a group go in their order or not at all
+            closed.add(name)  # a group's steps cannot be skipped
     return min(best, counts, key=lambda counts: abs(saved(counts) - save))
 
 

@@ -1,4 +1,4 @@
-"""What each layer costs, and what removing channels saves, without touching the network."""
+"""The cost of each layer, and the saving of removing channels, without changing the network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
 
 
 def parse_budget(name: str) -> Budget:
-    """Return the budget that a name or its alias stands for.
+    """Return the budget of a name or alias.
 
     Raises:
-        ValueError: it is none.
+        ValueError: unknown name.
     """
     for budget in get_args(Budget):
         if canonical_budget(name) == budget:
@@ -30,7 +30,7 @@ def parse_budget(name: str) -> Budget:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of a layer: ``per_pair * in * out + per_out * out`` (channelwise: ``in`` is 1)."""
+    """Cost of a layer: ``per_pair * ins * outs + per_out * outs`` (channelwise: ``ins`` is 1)."""
 
     ins: int
     outs: int
@@ -38,7 +38,7 @@ class LayerCost:
     per_out: float
 
     def saved(self, removed_in: int, removed_out: int) -> float:
-        """Return the cost saved by removing so many input and output channels."""
+        """Return the cost saved by removing this many input and output channels."""
         ins, outs = self.ins - removed_in, self.outs - removed_out
         return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
 
@@ -46,10 +46,9 @@ class LayerCost:
 def _cost(layer: nn.Module, budget: Budget, positions: int) -> LayerCost:
     if not isinstance(layer, CONVOLUTIONS):
         learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
-        per_element = 1 + (
-            getattr(layer, "weight", None) is not None
-        )  # as ldt.evaluation.profiling counts
-        return LayerCost(1, 1, 0.0, learnt if budget == "params" else per_element * positions)
+        has_weight = getattr(layer, "weight", None) is not None
+        macs = (1 + has_weight) * positions  # as ldt.evaluation.profiling counts
+        return LayerCost(1, 1, 0.0, learnt if budget == "params" else macs)
     if isinstance(layer, nn.Linear):
         ins, outs = layer.in_features, layer.out_features
     else:  # depthwise: one filter per channel
@@ -60,14 +59,14 @@ def _cost(layer: nn.Module, budget: Budget, positions: int) -> LayerCost:
 
 
 class CostModel:
-    """What a choice of channels saves, exactly, without cutting anything.
+    """Compute exactly what removing channels saves, without removing them.
 
     Args:
-        graph: the groups.
-        budget: ``params`` or ``macs`` (multiply-adds).
+        graph: the coupled groups.
+        budget: ``params`` or ``macs``.
 
     Attributes:
-        unit: of what is saved, for messages.
+        unit: name of the unit of the saving, for messages.
     """
 
     def __init__(self, graph: PruningGraph, budget: Budget) -> None:
@@ -80,16 +79,15 @@ class CostModel:
         }
 
     def saved(self, removed: Mapping[str, np.ndarray]) -> float:
-        """Parameters or multiply-adds saved by removing these channels of each group."""
-        gone: dict[str, list[int]] = {name: [0, 0] for name in self._costs}
+        """Return the parameters or MACs saved by removing these channels of each group."""
+        counts: dict[str, list[int]] = {name: [0, 0] for name in self._costs}
         for name, channels in removed.items():
             group = self.groups[name]
             mask = np.zeros(group.size, dtype=bool)
             mask[channels] = True
             for member in group.members:
-                count = int(mask[member.roots].sum())
-                gone[member.name][member.side != "in"] += count
+                counts[member.name][member.side != "in"] += int(mask[member.roots].sum())
         return sum(
             self._costs[name].saved(0 if self._costs[name].ins == 1 else ins, outs)
-            for name, (ins, outs) in gone.items()
+            for name, (ins, outs) in counts.items()
         )

@@ -1,101 +1,122 @@
-"""Groups of channels that can only be removed together, and which of them cannot be removed."""
+"""Groups of channels that can only be pruned together, and the rules that exclude some of them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
-from ldt.pruning.dependency import Fixed, depthwise, divisions, grouped, split_into
-from ldt.pruning.layer_types import CONVOLUTIONS, width_of
+from ldt.pruning.dependency import (
+    FixedChannels,
+    depthwise,
+    grouped,
+    num_partitions,
+    num_split_parts,
+)
+from ldt.pruning.layer_types import CONVOLUTIONS, Side, width_of
 from ldt.pruning.names import below
-from ldt.pruning.torch_pruning_internals import OPTYPE, HybridIndex, parameter_name
+from ldt.pruning.torch_pruning_internals import (
+    OPTYPE,
+    Group,
+    HybridIndex,
+    Node,
+    group_items,
+    parameter_name,
+)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one layer that the channels of a group touch.
+    """One side of one layer, and its channels that belong to a group.
 
     Attributes:
         name: the layer's name in the model.
         layer: the layer.
-        side: ``out`` (its filters), ``in`` (what it reads), or ``both`` (norms, depthwise
-            convolutions and other layers that keep channels apart).
-        channels: the touched channels of this side, each once.
+        side: ``out`` (its filters), ``in`` (its input channels), or ``both`` (norms, depthwise
+            convolutions and other layers that process channels independently).
+        channels: the affected channels of this side, each once.
         roots: for each of them, the group's channel it belongs to.
     """
 
     name: str
     layer: nn.Module
-    side: Literal["out", "in", "both"]
+    side: Side
     channels: np.ndarray
     roots: np.ndarray
 
 
 @dataclass(frozen=True)
 class CoupledGroup:
-    """Channels that can only be removed together, over all the layers that share them.
+    """Channels that can only be pruned together, over all the layers that share them.
 
     Attributes:
-        name: the root layer, in whose channels the group is counted.
-        size: number of channels; those of the root layer that only go together count once.
-        members: every side of every layer that changes when a channel goes.
-        raw: Torch-Pruning's group, which an importance is called with.
-        parts: channels go in steps of one from each of this many equal parts (GroupNorm, grouped
-            convolutions, splits).
+        name: the root layer, whose channels number the group's channels.
+        size: number of channels; channels of the root layer that are tied count once.
+        members: every side of every layer that changes when a channel is removed.
+        raw: Torch-Pruning's group, the argument of an importance.
+        parts: the group consists of this many equal parts, and the same number of channels is
+            removed from each (GroupNorm, grouped convolutions, splits).
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
-    raw: Any = field(repr=False, default=None)
+    raw: Group = field(repr=False, default_factory=Group)
     parts: int = 1
 
     @property
-    def makers(self) -> tuple[Member, ...]:
-        """The convolutions whose output channels the group is made of."""
+    def producers(self) -> tuple[Member, ...]:
+        """The convolutions whose output channels are the group's channels."""
         return tuple(
             m for m in self.members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)
         )
 
 
-def tied_roots(raw: Any) -> list[int]:
-    """For each of the root layer's channels its number, counting those that are tied as one.
+def tied_roots(raw: Group) -> list[int]:
+    """Return a number for each of the root layer's channels; tied channels have the same.
 
-    Two are tied where one channel of a layer is coupled with both. Torch-Pruning keeps the first
-    that reaches the layer, so every edge of the group is followed once more.
+    Two channels are tied if one channel of another layer is coupled with both. Torch-Pruning keeps
+    only the first that reaches it, so every edge of the group is traversed once more.
     """
-    first = list(range(len(raw[0].idxs)))  # of the channels that each is tied to
+    items = group_items(raw)
+    first = list(range(len(items[0].idxs)))  # union-find over the root layer's channels
 
     def find(root: int) -> int:
         while first[root] != root:
             root = first[root]
         return root
 
-    known = {
+    roots_of: dict[tuple[Node, Callable], dict[int, int]] = {
         (item.dep.target, item.dep.handler): dict(zip(item.idxs, item.root_idxs, strict=True))
-        for item in raw.items
+        for item in items
     }
-    for (node, handler), roots in known.items():
+    for (node, handler), roots in roots_of.items():
         for edge in node.dependencies:
             if edge.is_triggered_by(handler):
-                given = [HybridIndex(*pair) for pair in roots.items()]
+                indices = [HybridIndex(*pair) for pair in roots.items()]
                 for mapping in filter(None, edge.index_mapping):
-                    given = mapping(given)
-                reached = known.get((edge.target, edge.handler), {})
-                for index, root in given:
-                    one, other = sorted((find(root), find(reached.get(index, root))))
-                    first[other] = one
-    heads = [find(root) for root in range(len(first))]
-    return np.unique(heads, return_inverse=True)[1].tolist()
+                    indices = mapping(indices)
+                reached = roots_of.get((edge.target, edge.handler), {})
+                for index, root in indices:
+                    low, high = sorted((find(root), find(reached.get(index, int(root)))))
+                    first[high] = low
+    representatives = [find(root) for root in range(len(first))]
+    return np.unique(representatives, return_inverse=True)[1].tolist()
 
 
 @dataclass(frozen=True)
-class Cells:
-    """A layer or split whose ``width`` channels are ``count`` cells that must stay equally full."""
+class Partition:
+    """A layer or split whose ``width`` channels form ``count`` parts that must stay equal in size.
+
+    Attributes:
+        name: of the layer.
+        count: number of parts.
+        width: channels of the whole layer.
+        channels: the affected ones.
+        roots: for each of them, the group's channel it belongs to.
+    """
 
     name: str
     count: int
@@ -105,83 +126,83 @@ class Cells:
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
-        """The root and the cell of each channel."""
-        cells = self.channels // (self.width // self.count)
-        return list(zip(self.roots.tolist(), cells.tolist(), strict=True))
+        """The root and the part of each channel."""
+        parts = self.channels // (self.width // self.count)
+        return list(zip(self.roots.tolist(), parts.tolist(), strict=True))
 
     @cached_property
-    def even(self) -> bool:
-        """Whether every root has as many channels in one cell as in any other."""
-        shares: dict[int, Counter[int]] = defaultdict(Counter)
-        for root, cell in self.pairs:
-            shares[root][cell] += 1
-        return all(len(s) == self.count and len({*s.values()}) == 1 for s in shares.values())
+    def balanced(self) -> bool:
+        """Whether every root has the same number of channels in each part."""
+        counts: dict[int, Counter[int]] = defaultdict(Counter)
+        for root, part in self.pairs:
+            counts[root][part] += 1
+        return all(len(c) == self.count and len({*c.values()}) == 1 for c in counts.values())
 
     def fits(self, group: CoupledGroup) -> bool:
-        """Whether each of the group's parts lies within one cell, all cells equally full."""
-        if self.even:
+        """Return whether each part of the group lies within one part of the layer, all equal."""
+        if self.balanced:
             return True
         if group.size % group.parts or len(self.roots) != self.width:
             return False
-        pairs = {(root // (group.size // group.parts), cell) for root, cell in self.pairs}
+        pairs = {(root // (group.size // group.parts), part) for root, part in self.pairs}
         return len(pairs) == len({part for part, _ in pairs})
 
 
-def cells_of(members: Sequence[Member], raw: Any) -> list[Cells]:
-    """What of a group has cells: GroupNorm, grouped and deformable convolutions, splits."""
+def find_partitions(members: Sequence[Member], raw: Group) -> list[Partition]:
+    """Return the partitions in a group: GroupNorm, grouped and deformable convolutions, splits."""
     found = [
-        Cells(m.name, count, width_of(m.layer, m.side), m.channels, m.roots)
+        Partition(m.name, count, width_of(m.layer, m.side), m.channels, m.roots)
         for m in members
-        if (count := divisions(m.layer, m.side)) > 1
+        if (count := num_partitions(m.layer, m.side)) > 1
     ]
-    for item in raw.items:
+    for item in group_items(raw):
         node = item.dep.target
-        if node.type == OPTYPE.SPLIT and (count := split_into(node)):
+        if node.type == OPTYPE.SPLIT and (count := num_split_parts(node)):
             width = count * node.outputs[0].module.width
-            places = np.asarray(item.idxs), np.asarray(item.root_idxs)
-            found.append(Cells("a split", count, width, *places))
+            indices = np.asarray(item.idxs), np.asarray(item.root_idxs)
+            found.append(Partition("a split", count, width, *indices))
     return found
 
 
-def misfit(group: CoupledGroup, cells: Sequence[Cells]) -> str | None:
-    """What of a group's channels cannot be as tracing has it, or None."""
+def mapping_conflict(group: CoupledGroup, partitions: Sequence[Partition]) -> str | None:
+    """Return where the channels found by tracing contradict a layer's size, or None."""
     for m in group.members:
         if isinstance(m.layer, CONVOLUTIONS) and m.channels.max() >= width_of(m.layer, m.side):
-            return f"tracing takes other channels for those of {m.name}"
-    for cell in cells:
-        if not cell.fits(group):
-            return f"the groups of {cell.name} hold other channels too"
+            return f"tracing found channels that {m.name} does not have"
+    for partition in partitions:
+        if not partition.fits(group):
+            return f"the groups of {partition.name} contain other channels too"
     return None
 
 
-def obstacle(group: CoupledGroup, never: set[str], scope: Sequence[str]) -> str | None:
-    """Why a group must stay whole, or None."""
+def excluded_layer(group: CoupledGroup, predictors: set[str], scope: Sequence[str]) -> str | None:
+    """Return why a layer of a group rules out pruning it, or None."""
     for member in group.members:
         layer = member.layer
         if member.side != "in" and isinstance(layer, CONVOLUTIONS):
-            if member.name in never:
+            if member.name in predictors:
                 return f"its channels are predictions of {member.name}"
             if len(member.channels) < width_of(layer, "out"):
-                return f"coupled with a part of {member.name} only"
-            if not below(member.name, scope) and not depthwise(layer):  # those only follow
-                return f"coupled with {member.name}, which is outside of prune.scope"
+                return f"coupled with only a part of {member.name}"
+            if not below(member.name, scope) and not depthwise(layer):  # these follow their input
+                return f"coupled with {member.name}, which is outside prune.scope"
         if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
             return f"coupled with the grouped transposed convolution {member.name}"
         if grouped(layer) and layer.groups == layer.out_channels:
-            return f"{member.name} makes each channel of several others"
+            return f"{member.name} computes each output channel from several input channels"
         if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
-            return f"{member.name} normalises more than channels"
+            return f"{member.name} normalises more dimensions than the channels"
     return None
 
 
-def fixed_operation(raw: Any) -> str | None:
-    """Which operation on a group's channels cannot follow a cut, or None."""
-    nodes = [item.dep.target for item in raw.items]
-    if any(isinstance(node.module, Fixed) for node in nodes):
+def excluded_operation(raw: Group) -> str | None:
+    """Return which operation on a group's channels rules out pruning it, or None."""
+    nodes = [item.dep.target for item in group_items(raw)]
+    if any(isinstance(node.module, FixedChannels) for node in nodes):
         return "its channels are coordinates, offsets or masks"
     for node in nodes:
         if node.type == OPTYPE.PARAMETER:
             return f"coupled with the parameter {parameter_name(raw, node.module)}"
-        if node.type == OPTYPE.SPLIT and not split_into(node):
-            return "split into parts of a fixed size"
+        if node.type == OPTYPE.SPLIT and not num_split_parts(node):
+            return "split into parts of a hard-coded size"
     return None

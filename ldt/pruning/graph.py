@@ -1,48 +1,54 @@
-"""Which channels are coupled, and cutting them: a plain view of Torch-Pruning's graph."""
+"""The coupled channel groups of a model, and their removal, on top of Torch-Pruning's graph."""
 
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ldt.pruning.coupled_groups import (
     CoupledGroup,
     Member,
-    cells_of,
-    fixed_operation,
-    misfit,
-    obstacle,
+    excluded_layer,
+    excluded_operation,
+    find_partitions,
+    mapping_conflict,
     tied_roots,
 )
-from ldt.pruning.dependency import Part, Tracer, resize_parts
-from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, width_of
+from ldt.pruning.dependency import SplitPart, Tracer, update_split_widths
+from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, Side, width_of
 from ldt.pruning.names import below
-from ldt.pruning.trial import failure
+from ldt.pruning.torch_pruning_internals import Dependency, Group, group_items
+from ldt.pruning.trial import trial_failure
 
 Forward = Callable[..., Any]  # (model, images) -> the raw output maps
 
 
 class PruningGraph:
-    """The coupled groups of a model's scope, and the surgery that removes their channels.
+    """Find the coupled channel groups in a model's scope, and remove channels from them.
 
     Args:
-        model: in eval mode, with gradients on for all parameters (tracing follows ``grad_fn``).
-        forward: ``forward(model, images)`` gives the raw output maps.
+        model: in eval mode, with gradients enabled for all parameters (tracing follows
+            ``grad_fn``).
+        forward: ``forward(model, images)`` returns the raw output maps.
         images: an example input [1, 3, H, W].
         scope: name prefixes; only layers below them lose filters.
-        never: layers whose outputs must stay (predictors).
+        predictors: layers whose output channels are never pruned.
 
     Attributes:
-        model, forward, never: as given.
-        groups: what can be cut, by name of the root layer.
-        scored: the convolutions of the scope that the groups' channels come from.
-        excluded: layers of the scope that cannot be cut, with the reason: those that rules
-            exclude, and those whose cut fails in a trial.
-        norm_of: the normalisation layer that directly follows a convolution.
+        model, forward, predictors: as given.
+        groups: the groups that can be pruned, by name of the root layer.
+        scored: the convolutions in the scope that produce the groups' channels.
+        excluded: layers in the scope that cannot be pruned, with the reason: a rule excludes them,
+            or their trial pruning fails.
+        norm_of: for a convolution, the normalisation layer that directly follows it.
+
+    Raises:
+        ValueError: the scope contains no convolution.
     """
 
     def __init__(
@@ -51,18 +57,16 @@ class PruningGraph:
         forward: Forward,
         images: Tensor,
         scope: Sequence[str],
-        never: Sequence[str] = (),
+        predictors: Sequence[str] = (),
     ) -> None:
-        self.model, self.forward, self.never = model, forward, tuple(never)
+        self.model, self.forward, self.predictors = model, forward, tuple(predictors)
         self._example = images
         self._names = {module: name for name, module in model.named_modules()}
-        self._graph = Tracer().build_dependency(
-            model, images, forward_fn=self._unfrozen, verbose=False
-        )
+        self._graph = Tracer().trace(model, images, self._forward_unfrozen)
         self.groups: dict[str, CoupledGroup] = {}
         self.scored: dict[str, nn.Module] = {}
         self.excluded: dict[str, str] = {}
-        self.norm_of = self._norms()
+        self.norm_of = self._find_norms()
         in_scope: dict[str, nn.Module] = {
             name: module
             for name, module in model.named_modules()
@@ -71,25 +75,26 @@ class PruningGraph:
         if not in_scope:
             parts = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
-                f"prune.scope={list(scope)} holds no convolution; the detector's parts are: {parts}"
+                f"prune.scope={list(scope)} contains no convolution; the detector's parts are: "
+                f"{parts}"
             )
-        made = set(never) & set(in_scope)  # what is decoded from them is not followed
-        self.excluded.update({name: f"its channels are predictions of {name}" for name in made})
+        seen = set(predictors) & set(in_scope)  # how their outputs are decoded is not traced
+        self.excluded.update({name: f"its channels are predictions of {name}" for name in seen})
         for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
-            if self._names[layer] not in made:
-                made |= self._add(self._raw(layer), in_scope, set(never), scope)
-        self._sift(list(self.groups))
+            if self._names[layer] not in seen:
+                seen |= self._add_group(self._raw_group(layer), in_scope, scope)
+        self._exclude_failing(list(self.groups))
         for name in in_scope:
             if name not in self.scored:
                 self.excluded.setdefault(name, "not reached by tracing")
 
-    def _unfrozen(self, model: nn.Module, images: Any) -> Any:
+    def _forward_unfrozen(self, model: nn.Module, images: Tensor) -> Any:
         return self.forward(model.requires_grad_(True), images)  # mmdet's eval() freezes stages
 
-    def _norms(self) -> dict[str, str]:
+    def _find_norms(self) -> dict[str, str]:
         found = {}
         for module, node in self._graph.module2node.items():
-            # a module that is called several times has its neighbours listed once per call
+            # a module that is called several times lists its neighbours once per call
             following = {output.module: output for output in node.outputs}
             if not isinstance(module, CONVOLUTIONS) or len(following) != 1:
                 continue
@@ -98,30 +103,32 @@ class PruningGraph:
                 found[self._names[module]] = self._names[norm]
         return found
 
-    def _raw(self, layer: nn.Module, *tried: nn.Module) -> Any:
-        """Torch-Pruning's group of all of a layer's output channels, tied ones with one root.
+    def _raw_group(self, layer: nn.Module, *tried: nn.Module) -> Group:
+        """Return Torch-Pruning's group of all output channels of a layer; tied ones share a root.
 
-        Where part of a layer's output is coupled with all of another's, the former is the root.
+        Where the group holds only a part of another layer's outputs, that layer becomes the root.
         """
-        pruner: Any = self._graph.get_pruner_of_module(layer)
+        pruner = self._graph.get_pruner_of_module(layer)
+        assert pruner is not None
         channels = list(range(pruner.get_out_channels(layer)))
         raw = self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-        for item in raw.items:
-            maker = item.dep.target.module
-            makes = isinstance(maker, CONVOLUTIONS) and self._side(item.dep) == "out"
-            partly = makes and len(set(item.idxs)) < width_of(maker, "out")
-            if partly and maker not in tried:
-                return self._raw(maker, layer, *tried)
-        if any(isinstance(item.dep.target.module, Part) for item in raw.items):
+        items = group_items(raw)
+        for item in items:
+            producer = item.dep.target.module
+            produces = isinstance(producer, CONVOLUTIONS) and self._side(item.dep) == "out"
+            partly = produces and len(set(item.idxs)) < width_of(producer, "out")
+            if partly and producer not in tried:
+                return self._raw_group(producer, layer, *tried)
+        if any(isinstance(item.dep.target.module, SplitPart) for item in items):
             root_of = tied_roots(raw)
-            for item in raw.items:
+            for item in items:
                 item.root_idxs = [root_of[root] for root in item.root_idxs]
         return raw
 
-    def _add(
-        self, raw: Any, in_scope: dict[str, nn.Module], never: set[str], scope: Sequence[str]
+    def _add_group(
+        self, raw: Group, in_scope: dict[str, nn.Module], scope: Sequence[str]
     ) -> set[str]:
-        """Take a group up, or leave it whole; the layers whose outputs it holds."""
+        """Add a group or exclude its layers; return the layers in the scope that produce it."""
         members = tuple(
             Member(
                 self._names[item.dep.target.module],
@@ -130,15 +137,19 @@ class PruningGraph:
                 np.asarray(item.idxs),
                 np.asarray(item.root_idxs),
             )
-            for item in raw.items
+            for item in group_items(raw)
             if item.dep.target.module in self._names
         )
         root = members[0]
-        size, cells = len(set(root.roots)), cells_of(members, raw)
-        parts = math.lcm(*(cell.count for cell in cells if not cell.even))
+        size, partitions = len(set(root.roots)), find_partitions(members, raw)
+        parts = math.lcm(*(p.count for p in partitions if not p.balanced))
         group = CoupledGroup(root.name, size, members, raw, parts)
-        inside = {m.name: m.layer for m in group.makers if m.name in in_scope}
-        reason = obstacle(group, never, scope) or fixed_operation(raw) or misfit(group, cells)
+        inside = {m.name: m.layer for m in group.producers if m.name in in_scope}
+        reason = (
+            excluded_layer(group, set(self.predictors), scope)
+            or excluded_operation(raw)
+            or mapping_conflict(group, partitions)
+        )
         if reason is None:
             self.groups[group.name] = group
             self.scored.update(inside)
@@ -146,20 +157,20 @@ class PruningGraph:
             self.excluded.update(dict.fromkeys(inside, reason))
         return set(inside)
 
-    def _sift(self, names: Sequence[str]) -> None:
-        """Leave whole what a trial shows to be unsafe, halving down to the groups at fault."""
-        reason = failure(self, names) if names else None
+    def _exclude_failing(self, names: Sequence[str]) -> None:
+        """Exclude groups whose trial pruning fails (found by bisection)."""
+        reason = trial_failure(self, names) if names else None
         if reason is None:
             return
         if len(names) > 1:
-            self._sift(names[: len(names) // 2])
-            self._sift(names[len(names) // 2 :])
+            self._exclude_failing(names[: len(names) // 2])
+            self._exclude_failing(names[len(names) // 2 :])
             return
-        for maker in self.groups.pop(names[0]).makers:
-            if self.scored.pop(maker.name, None):
-                self.excluded[maker.name] = reason
+        for producer in self.groups.pop(names[0]).producers:
+            if self.scored.pop(producer.name, None):
+                self.excluded[producer.name] = reason
 
-    def _side(self, dep: Any) -> Literal["out", "in", "both"]:
+    def _side(self, dep: Dependency) -> Side:
         out = self._graph.is_out_channel_pruning_fn(dep.handler)
         inn = self._graph.is_in_channel_pruning_fn(dep.handler)
         return "both" if out and inn else "out" if out else "in"
@@ -168,9 +179,9 @@ class PruningGraph:
     def positions(self) -> dict[str, int]:
         """Output positions of every layer over all its calls, for one image of the example's size.
 
-        A convolution costs ``weight.numel()`` multiply-adds per position (a transposed one per
-        position of its input, which is what is counted then); a head shared by five levels is
-        called five times.
+        A convolution costs ``weight.numel()`` MACs per position. For a transposed convolution the
+        positions of its input are counted instead. A head that five scales share is called five
+        times.
         """
         counted: dict[str, int] = {}
 
@@ -178,7 +189,7 @@ class PruningGraph:
             name = self._names[module]
             counted_map = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
             channels = counted_map.shape[-1 if isinstance(module, nn.Linear) else 1]
-            if isinstance(module, nn.LayerNorm):  # channels first or last, it depends on the model
+            if isinstance(module, nn.LayerNorm):  # may be channels first or last
                 channels = module.normalized_shape[-1]
             counted[name] = counted.get(name, 0) + counted_map.numel() // channels
 
@@ -188,41 +199,45 @@ class PruningGraph:
 
     @cached_property
     def feature_modules(self) -> dict[nn.Module, nn.Module]:
-        """For every convolution that may lose filters, the module whose output is its F^(l).
+        """For every scored convolution, the module whose output is its feature map F^(l).
 
-        That is the normalisation that follows it, where there is one.
+        This is the normalisation layer that follows it, if there is one.
         """
         modules = dict(self.model.named_modules())
         return {layer: modules[self.norm_of.get(name, name)] for name, layer in self.scored.items()}
 
     @cached_property
     def activated(self) -> frozenset[nn.Module]:
-        """The convolutions of :attr:`feature_modules` whose map goes into an activation."""
-        makers = {point: layer for layer, point in self.feature_modules.items()}
-        made: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the maps, so that ids stay theirs
+        """The convolutions of :attr:`feature_modules` whose feature map enters an activation."""
+        layer_of = {module: layer for layer, module in self.feature_modules.items()}
+        outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors: ids stay unique
         found = set()
 
-        def produced(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            made[id(output)] = (makers[module], output)
+        def record(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[id(output)] = (layer_of[module], output)
 
-        def entered(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if id(inputs[0]) in made:
-                found.add(made[id(inputs[0])][0])
+        def look_up(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if id(inputs[0]) in outputs:
+                found.add(outputs[id(inputs[0])][0])
 
-        hooks = [point.register_forward_hook(produced) for point in makers]
+        hooks = [module.register_forward_hook(record) for module in layer_of]
         hooks += [
-            module.register_forward_pre_hook(entered)
+            module.register_forward_pre_hook(look_up)
             for module in self._names
             if isinstance(module, ACTIVATIONS)
         ]
         self.run(hooks)
         return frozenset(found)
 
-    def run(self, hooks: Sequence[Any] = ()) -> Any:
-        """One forward of the example in eval mode, after which the hooks are removed."""
+    def run(self, hooks: Sequence[RemovableHandle] = ()) -> Any:
+        """Run the example through the model in eval mode, then remove the hooks.
+
+        Returns:
+            The raw output maps.
+        """
         training = [module for module in self._names if module.training]
         for module in training:
-            module.training = False  # mmdet's eval() would freeze stages
+            module.training = False  # not eval(): mmdet's would freeze stages
         try:
             with torch.no_grad():
                 return self.forward(self.model, self._example)
@@ -233,7 +248,7 @@ class PruningGraph:
                 module.training = True
 
     def prunable_share(self) -> tuple[int, int]:
-        """Parameters of the scope's layers that can lose filters, and of all of them."""
+        """Return the number of parameters of the prunable layers in the scope, and of all."""
         sizes = {
             name: sum(p.numel() for p in module.parameters(recurse=False))
             for name, module in self.model.named_modules()
@@ -242,21 +257,22 @@ class PruningGraph:
         return sum(size for name, size in sizes.items() if name in self.scored), sum(sizes.values())
 
     def remove(self, channels: dict[str, list[int]]) -> None:
-        """Cut channels out of the model, in place; the graph describes what it was before.
+        """Remove channels from the model, in place; the graph is outdated afterwards.
 
         Args:
-            channels: for a group's name, the root layer's channels that go.
+            channels: for a group's name, the channels to remove, numbered as in the root layer.
         """
         trainable = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        cuts: dict[tuple[nn.Module, Any], tuple[Any, set[int]]] = {}
+        removals: dict[tuple[nn.Module, Callable], tuple[Dependency, set[int]]] = {}
         for name, indices in channels.items():
-            for item in self.groups[name].raw.items if indices else ():
-                layer, gone = item.dep.target.module, np.isin(item.root_idxs, indices)
-                if layer in self._names:  # a layer may read several groups: one cut for all
-                    _, known = cuts.setdefault((layer, item.dep.handler), (item.dep, set()))
-                    known.update(np.asarray(item.idxs)[gone].tolist())
-        for cut, indices in cuts.values():
-            cut(sorted(indices))
-        resize_parts(self.model)
+            for item in group_items(self.groups[name].raw) if indices else ():
+                layer, removed = item.dep.target.module, np.isin(item.root_idxs, indices)
+                if layer in self._names:  # a layer may read several groups: prune it once for all
+                    key = (layer, item.dep.handler)
+                    _, idxs = removals.setdefault(key, (item.dep, set()))
+                    idxs.update(np.asarray(item.idxs)[removed].tolist())
+        for prune, idxs in removals.values():
+            prune(sorted(idxs))
+        update_split_widths(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable[name])

@@ -1,8 +1,8 @@
-"""Dotted names: of modules and parameters in a model, of keys in a configuration."""
+"""Dotted names of modules and parameters in a model, and of keys in a configuration."""
 
 from collections.abc import Iterable
 
 
 def below(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether a dotted name is one of ``prefixes`` or lies below one."""
+    """Return whether a dotted name is one of ``prefixes`` or lies below one of them."""
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)

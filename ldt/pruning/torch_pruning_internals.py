@@ -1,12 +1,15 @@
-"""Everything of Torch-Pruning that is used and not documented, in one place.
+"""The undocumented part of Torch-Pruning's API that is used, gathered in one place.
 
 ``tests/test_internals.py`` names what is missing when a release changes it.
 """
 
-from typing import Any
+from typing import Protocol, cast
 
+import torch_pruning as tp
 from torch import nn
 from torch_pruning._helpers import _HybridIndex as HybridIndex
+from torch_pruning.dependency.dependency import Dependency
+from torch_pruning.dependency.group import Group
 from torch_pruning.dependency.index_mapping import _SplitIndexMapping as SplitIndexMapping
 from torch_pruning.dependency.node import Node
 from torch_pruning.ops import OPTYPE, DummyPruner
@@ -14,21 +17,48 @@ from torch_pruning.ops import _ElementWiseOp as ElementWiseOp
 
 __all__ = [
     "OPTYPE",
+    "Dependency",
     "DummyPruner",
     "ElementWiseOp",
+    "Group",
+    "GroupItem",
     "HybridIndex",
     "Node",
     "SplitIndexMapping",
-    "makes_channels",
+    "group_items",
     "parameter_name",
+    "prunes_outputs",
 ]
 
 
-def makes_channels(raw: Any, dep: Any) -> bool:
-    """Whether a dependency of a group removes output channels of its layer."""
-    return raw._DG.is_out_channel_pruning_fn(dep.handler)
+class GroupItem(Protocol):
+    """One layer of a group: the channels to prune, and the group's channel of each.
+
+    Attributes:
+        dep: what is pruned (``dep.target.module``) and how (``dep.handler``).
+        idxs: channels of the layer.
+        root_idxs: for each of them, the channel of the group's root layer.
+    """
+
+    dep: Dependency
+    idxs: list[int]
+    root_idxs: list[int]
 
 
-def parameter_name(raw: Any, parameter: nn.Parameter) -> str:
+def group_items(group: Group) -> list[GroupItem]:
+    """Return the items of a group; Torch-Pruning declares ``root_idxs`` as None."""
+    return cast(list[GroupItem], group.items)
+
+
+def prunes_outputs(group: Group, dep: Dependency) -> bool:
+    """Return whether a dependency of a group removes output channels of its layer."""
+    return _graph_of(group).is_out_channel_pruning_fn(dep.handler)
+
+
+def parameter_name(group: Group, parameter: nn.Module | nn.Parameter) -> str:
     """Return the name of a parameter of the model that a group belongs to."""
-    return raw._DG._param_to_name[parameter]
+    return _graph_of(group)._param_to_name[parameter]
+
+
+def _graph_of(group: Group) -> tp.DependencyGraph:
+    return cast(tp.DependencyGraph, group._DG)

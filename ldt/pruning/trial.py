@@ -1,4 +1,4 @@
-"""Prune on trial: do the channels of a group matter to anything but the layers that are cut?"""
+"""Trial pruning: check that removing a group's channels affects only the layers traced."""
 
 from __future__ import annotations
 
@@ -9,61 +9,68 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ldt.pruning.coupled_groups import CoupledGroup
-from ldt.pruning.layer_types import CONVOLUTIONS, STATISTICS, width_of
+from ldt.pruning.layer_types import CONVOLUTIONS, STATISTICS, Side, width_of
 
 if TYPE_CHECKING:
     from ldt.pruning.graph import PruningGraph
 
 
-def failure(graph: PruningGraph, names: Sequence[str]) -> str | None:
-    """Why half of the channels of these groups cannot go, or None.
+def trial_failure(graph: PruningGraph, names: Sequence[str]) -> str | None:
+    """Return why half of the channels of these groups cannot be removed, or None.
 
-    Where all readers of the channels see zeros, their values must not matter: else tracing has
-    missed a reader, or taken one channel for another. Then the network must run when it is cut.
+    First the channels are masked at the inputs of all consumers that tracing found: then their
+    values must not affect the output, or tracing missed a consumer or confused channels. Second,
+    the network must run after they are removed.
     """
-    gone = {name: _half(graph.groups[name]) for name in names}
+    removed = {name: _half(graph.groups[name]) for name in names}
     try:
-        if any(
-            not torch.equal(one.nan_to_num(), other.nan_to_num())
-            for one, other in zip(
-                _masked_outputs(graph, gone, 0), _masked_outputs(graph, gone, 1), strict=True
-            )
-        ):
-            return "something that tracing does not see reads its channels"
+        if _outputs_depend_on(graph, removed):
+            return "a consumer that tracing does not see reads its channels"
         with _restored(graph.model):
-            graph.remove({name: channels.tolist() for name, channels in gone.items()})
+            graph.remove({name: channels.tolist() for name, channels in removed.items()})
             for group in (graph.groups[name] for name in names):
                 root = group.members[0]
-                cut = np.isin(root.roots, gone[group.name]).sum()
-                if width_of(root.layer, "out") != len(root.channels) - cut:
-                    return "some of its channels only go together"
+                count = np.isin(root.roots, removed[group.name]).sum()
+                if width_of(root.layer, "out") != len(root.channels) - count:
+                    return "some of its channels can only be removed together"
             graph.run()
-    except Exception as error:  # whatever a model's code does with unexpected shapes
+    except Exception as error:  # whatever a model's code raises for unexpected shapes
         reason = " ".join(str(error).split())[:120]
         return f"the network does not run without half of them ({reason})"
     return None
 
 
-def _masked_outputs(graph: PruningGraph, gone: dict[str, np.ndarray], noise: float) -> list[Tensor]:
-    """The raw maps with noise on the channels that are gone, which no reader sees."""
+def _outputs_depend_on(graph: PruningGraph, channels: dict[str, np.ndarray]) -> bool:
+    clean, noisy = (_masked_outputs(graph, channels, noise) for noise in (0, 1))
+    return any(
+        not torch.equal(one.nan_to_num(), other.nan_to_num())
+        for one, other in zip(clean, noisy, strict=True)
+    )
+
+
+def _masked_outputs(
+    graph: PruningGraph, channels: dict[str, np.ndarray], noise: float
+) -> list[Tensor]:
+    """Return the raw maps with noise added to channels that are masked for all consumers."""
     with ExitStack() as hooks:
         for layer in graph.model.modules():
             if isinstance(layer, STATISTICS):
-                hooks.callback(layer.register_forward_hook(_affine).remove)
-        for name, channels in gone.items():
+                hooks.callback(layer.register_forward_hook(_affine_only).remove)
+        for name, masked in channels.items():
             for member in graph.groups[name].members:
-                touched = member.channels[np.isin(member.roots, channels)]
+                own = member.channels[np.isin(member.roots, masked)]
                 if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
-                    masking = _masking(member.layer, member.side, touched, noise)
-                    hooks.callback(masking.remove)
+                    hook = _register_mask(member.layer, member.side, own, noise)
+                    hooks.callback(hook.remove)
         return list(graph.run())
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Within it, surgery is for a trial only."""
+    """Undo, on exit, what was pruned within the context."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
         sizes = {k: v for k, v in vars(module).items() if isinstance(v, (int, tuple))}
@@ -72,39 +79,44 @@ def _restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for place, content in before:
-            place.update(content)
+        for target, content in before:
+            target.update(content)
 
 
 def _half(group: CoupledGroup) -> np.ndarray:
-    """Half of a group's channels, the same number of each of its parts."""
+    """Return half of a group's channels, the same number from each of its parts."""
     size, rng = group.size // group.parts, np.random.default_rng(0)
     chosen = [first + rng.permutation(size)[: size // 2] for first in range(0, group.size, size)]
     return np.concatenate(chosen)
 
 
-def _affine(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A normalisation by statistics over several channels, without these: they mix channels."""
+def _affine_only(
+    layer: nn.GroupNorm | nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Replace a norm by its affine part; statistics over several channels would mix these."""
     if layer.weight is None:
         return inputs[0]
-    plain = type(layer) is nn.LayerNorm  # its subclasses work on maps, as GroupNorm does
-    shape = layer.normalized_shape if plain else (-1, 1, 1)
+    shape = (-1, 1, 1)  # subclasses of LayerNorm work on feature maps, as GroupNorm does
+    if isinstance(layer, nn.LayerNorm) and type(layer) is nn.LayerNorm:
+        shape = layer.normalized_shape
     return inputs[0] * layer.weight.view(shape) + layer.bias.view(shape)
 
 
-def _masking(layer: nn.Module, side: str, channels: np.ndarray, noise: float) -> Any:
-    """A hook that hides channels from a reader, or adds noise to what a layer makes."""
+def _register_mask(
+    layer: nn.Module, side: Side, channels: np.ndarray, noise: float
+) -> RemovableHandle:
+    """Mask input channels of a consumer with zeros, or add noise to output channels."""
     shape = (-1,) if isinstance(layer, nn.Linear) else (-1, 1, 1)
     mask = torch.zeros(width_of(layer, side))
     mask[channels] = torch.linspace(1, 2, len(channels))
     mask = mask.view(shape)
 
-    def hide(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def zero_inputs(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].masked_fill(mask.to(inputs[0]) != 0, 0), *inputs[1:])
 
-    def disturb(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def add_noise(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + noise * mask.to(output)
 
     if side == "in":
-        return layer.register_forward_pre_hook(hide)
-    return layer.register_forward_hook(disturb)
+        return layer.register_forward_pre_hook(zero_inputs)
+    return layer.register_forward_hook(add_noise)

@@ -253,7 +253,9 @@ def test_without_base_training_the_first_cut_comes_at_once(two_rounds, tmp_path,
 @pytest.mark.parametrize("budget", ["params", "flops"])
 def test_an_unreachable_rate_is_told_before_any_training(tmp_path, monkeypatch, budget):
     watch, asked = Watch(monkeypatch), ["prune.rate=0.99", f"prune.budget={budget}"]
-    with pytest.raises(UnreachableRateError, match=r"must go, .* can: .*smaller prune.rate"):
+    with pytest.raises(
+        UnreachableRateError, match=r"must be removed, .* can be: .*smaller prune.rate"
+    ):
         experiment.run(tiny(tmp_path, *asked), tmp_path / "run")
     assert summary(tmp_path / "run")["status"] == "failed"
     assert "UnreachableRateError" in summary(tmp_path / "run")["error"]

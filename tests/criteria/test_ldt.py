@@ -154,18 +154,18 @@ def test_classes_with_one_object_do_not_raise_that_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "makers"),
+    ("name", "producers"),
     [
         ("residual", ["backbone.0.0.0", "backbone.0.1.second.0"]),
         ("pyramid", ["neck.lateral.0", "neck.lateral.1"]),
     ],
 )
-def test_a_coupled_group_gets_the_sum_of_its_layers(name: str, makers: list[str]) -> None:
+def test_a_coupled_group_gets_the_sum_of_its_layers(name: str, producers: list[str]) -> None:
     subject, criterion = case(name), LDTCriterion()
     graph = subject.graph()
     grouped = score_groups(criterion, subject.target, graph, subject.batches)
-    (group,) = [g for g in graph.groups.values() if {m.name for m in g.makers} == set(makers)]
-    parts = [criterion.channel_scores(graph.scored[layer]) for layer in makers]
+    (group,) = [g for g in graph.groups.values() if {m.name for m in g.producers} == set(producers)]
+    parts = [criterion.channel_scores(graph.scored[layer]) for layer in producers]
     assert all(bool(part.any()) for part in parts)
     torch.testing.assert_close(grouped[group.name], sum(parts))
 

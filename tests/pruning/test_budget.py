@@ -226,7 +226,7 @@ def test_an_unreachable_rate_names_the_keys() -> None:
 
 def test_a_budget_between_two_steps_says_so() -> None:
     subject = case("chain")
-    with pytest.raises(UnreachableRateError, match="single channels are worth more"):
+    with pytest.raises(UnreachableRateError, match="single channels exceed"):
         cut(subject, 0.5 * count(subject, "params"), tolerance=0.01)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
 from ldt.pruning.coupled_groups import CoupledGroup
-from ldt.pruning.dependency import followed
+from ldt.pruning.dependency import traceable_split_attention
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.pruning.structure import channels, record
@@ -33,11 +33,11 @@ ALL = [*SMALL, *REAL]
 
 def gone(group: CoupledGroup, removed: list[int]) -> dict[nn.Module, set[int]]:
     """Where the removed channels of a group come out of layers."""
-    makers = {member.layer for member in group.members if member.side != "in"}
+    producers = {member.layer for member in group.members if member.side != "in"}
     found: dict[nn.Module, set[int]] = {}
     for item in group.raw.items:
         layer = item.dep.target.module
-        if layer in makers and "in_channels" not in item.dep.handler.__name__:
+        if layer in producers and "in_channels" not in item.dep.handler.__name__:
             pairs = zip(item.idxs, item.root_idxs, strict=True)
             found.setdefault(layer, set()).update(i for i, root in pairs if root in removed)
     return found
@@ -112,7 +112,7 @@ def test_only_the_scope_loses_filters(name: str) -> None:
     assert shrunk - outside
     assert shrunk - outside <= set(graph.scored)
     assert all(modules[layer].groups == after[layer] for layer in outside)  # depthwise: follow
-    assert all(after[layer] == before[layer] for layer in subject.never)
+    assert all(after[layer] == before[layer] for layer in subject.predictors)
     assert [m.shape for m in subject.outputs(subject.example)] == shapes
 
 
@@ -230,8 +230,8 @@ class Weighted(nn.Module):
     ("middle", "width", "scope", "layer", "reason"),
     [
         (nn.ConvTranspose2d(12, 12, 2, 2, groups=2), 12, SCOPE, "backbone.0.1", "grouped"),
-        (nn.Conv2d(12, 6, 1, groups=6), 6, SCOPE, "backbone.0.1", "of several others"),
-        (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "hold other channels"),
+        (nn.Conv2d(12, 6, 1, groups=6), 6, SCOPE, "backbone.0.1", "from several input channels"),
+        (TwoPaths(), 16, SCOPE, "backbone.0.1.left", "contain other channels"),
         (nn.Sequential(nn.Conv2d(12, 12, 1), nn.PixelShuffle(2)), 3, SCOPE, "backbone.0.1.0", ""),
         (Deformable(12, 12, 1), 12, SCOPE, "backbone.0.1.0.conv_offset", "coordinates"),
         (Halves(6), 12, SCOPE, "backbone.0.1.conv", "does not run without half"),
@@ -248,7 +248,7 @@ def test_what_cannot_be_cut_says_why(
 ) -> None:
     model = odd_parts(middle, width).eval()
     example = torch.zeros(1, 3, 32, 48)
-    graph = PruningGraph(model, lambda net, x: net(x), example, scope, never=["head.0"])
+    graph = PruningGraph(model, lambda net, x: net(x), example, scope, predictors=["head.0"])
     assert reason in graph.excluded[layer]
     assert layer not in graph.scored
     graph.remove(random_channels(graph, seed=0, share=0.9))
@@ -259,7 +259,7 @@ def test_layers_that_share_channels_with_the_outside_stay() -> None:
     subject = case("residual")
     graph = subject.graph(scope=["backbone.0.1"])
     assert set(graph.scored) == {"backbone.0.1.first.0"}
-    assert "outside of prune.scope" in graph.excluded["backbone.0.1.second.0"]
+    assert "outside prune.scope" in graph.excluded["backbone.0.1.second.0"]
 
 
 def test_a_layer_that_tracing_does_not_reach_is_reported() -> None:
@@ -311,7 +311,7 @@ def test_a_trial_leaves_the_network_as_it_was(middle: nn.Module, width: int) -> 
 
 def test_grouped_convolutions_count_in_equal_parts() -> None:
     graph = case("grouped").graph()
-    parts = {member.name: g.parts for g in graph.groups.values() for member in g.makers}
+    parts = {member.name: g.parts for g in graph.groups.values() for member in g.producers}
     assert parts["backbone.0.0.0"] == 3  # read by three groups
     assert parts["backbone.0.1.0"] == 6  # made by three, read by two
     assert parts["backbone.0.2.0"] == 2
@@ -321,7 +321,7 @@ def test_the_parts_of_a_split_count_equally() -> None:
     graph = case("res2net").graph()
     group = graph.groups["backbone.1.conv1"]
     assert (group.size, group.parts) == (12, 3)
-    assert {"backbone.1.convs.0", "backbone.1.conv1"} == {m.name for m in group.makers}
+    assert {"backbone.1.convs.0", "backbone.1.conv1"} == {m.name for m in group.producers}
     graph.remove({group.name: [0, 3, 5, 6, 8, 9]})
     block: Any = graph.model.get_submodule("backbone.1")
     assert (block.conv1.out_channels, block.width) == (6, 2)
@@ -330,7 +330,7 @@ def test_the_parts_of_a_split_count_equally() -> None:
 @pytest.mark.parametrize("name", ["gated", "resnest"])
 def test_what_is_multiplied_or_summed_part_by_part_goes_together(name: str) -> None:
     groups = case(name).graph().groups.values()
-    found = [(g, m) for g in groups for m in g.makers if m.name == "backbone.1.conv"]
+    found = [(g, m) for g in groups for m in g.producers if m.name == "backbone.1.conv"]
     ((group, member),) = found
     assert (group.size, group.parts) == (12, 1)
     assert set(member.channels.tolist()) == set(range(24))
@@ -340,7 +340,7 @@ def test_what_is_multiplied_or_summed_part_by_part_goes_together(name: str) -> N
 def test_split_attention_is_traced_as_what_it_computes() -> None:
     subject = case("resnest")
     expected = subject.outputs(subject.batches[0].images)
-    with followed(subject.model):
+    with traceable_split_attention(subject.model):
         found = subject.outputs(subject.batches[0].images)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -350,7 +350,7 @@ def test_split_attention_is_traced_as_what_it_computes() -> None:
 
 def test_group_norm_counts_in_equal_parts() -> None:
     graph = case("groupnorm").graph()
-    parts = {member.name: g.parts for g in graph.groups.values() for member in g.makers}
+    parts = {member.name: g.parts for g in graph.groups.values() for member in g.producers}
     assert parts["backbone.0.0"] == 4
     assert parts["neck.1.0"] == 8
     assert parts["backbone.1.0"] == 1
