@@ -204,7 +204,7 @@ def prune(
     )
     opened = open_detector(detector, weights, classes or getattr(images, "classes", None), config)
     if isinstance(detector, nn.Module) and not inplace:
-        opened.model = deepcopy(detector)
+        opened.model = deepcopy(opened.model)
     batches = calibration_batches(images, calibration_images, batch_size)
     if steps := resize or getattr(images, "resize", None):
         opened.record = {**opened.record, "resize": steps}

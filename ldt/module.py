@@ -1,4 +1,4 @@
-"""A LightningModule around any mmdet detector."""
+"""LightningModule for any mmdet detector."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -6,13 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldt.detectors.adapter import Detector
+from ldt.detectors.adapter import Detector, RawBatch
 from ldt.detectors.checkpoints import detector_state, pruning_record
 from ldt.detectors.models import build
 from ldt.detectors.weights import load_weights
@@ -27,33 +28,33 @@ LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss term became NaN or infinite; names the term and the step."""
+    """A loss term became NaN or infinite; the message names the term and the step."""
 
 
 class DetectorModule(L.LightningModule):
-    """Trains, validates and exposes an mmdet detector.
+    """Train and validate an mmdet detector.
 
     Args:
         model: the detector's config as plain data (:func:`ldt.detectors.models.model_config`).
-        classes: class names, in label order.
+        classes: class names in label order.
         recipe: the keys of ``conf/recipe`` (:class:`ldt.config.RecipeConfig`) as plain data.
-        input_size: (height, width) of the input that tracing and counting use.
-        neck: name of the module whose output LDT acts on, or ``auto``.
-        predictors: layers whose outputs are never pruned; None finds them.
-        checkpoint: weights to start from.
+        input_size: (height, width) of the input for tracing and for counting MACs.
+        neck: name of the module whose output LDT uses, or ``auto``.
+        predictors: layers whose output channels are never pruned; detected if None.
+        checkpoint: file of the initial weights.
         initialise: run mmdet's weight initialisation.
-        resize: the steps that bring an image to the network's input size, as mmdet's configs write
-            them; checkpoints carry them.
+        resize: the transforms that resize an image to the network's input size, as in mmdet's
+            configs; they are stored in checkpoints.
 
     Attributes:
-        detector: the mmdet detector; its weights are stored below ``detector.``.
-        adapter: the same detector as criteria, tracing and the loop see it.
-        loss_terms: further losses by name; each gets the neck's maps and the objects of a batch,
-            and gives named values. Those whose name holds ``loss`` are added to mmdet's own, and
-            logged as shares of them too (``share_<name>``).
-        phase_epochs: epochs of the present training phase, for the learning-rate schedule.
-        lr_scale: factor on the learning rate of the present phase.
-        schedule: the present phase's schedule, the recipe's or ``constant``.
+        detector: the mmdet detector; the prefix of its weights is ``detector.``.
+        adapter: the same detector, wrapped for criteria, tracing and evaluation.
+        loss_terms: additional losses by name; each maps the neck's feature maps and the objects of
+            a batch to named values. Values with ``loss`` in their name are added to mmdet's losses,
+            and their ratios to these are logged too (``share_<name>``).
+        phase_epochs: epochs of the current training phase, for the learning-rate schedule.
+        lr_scale: factor on the learning rate in the current phase.
+        schedule: learning-rate schedule of the current phase, the recipe's or ``constant``.
     """
 
     def __init__(
@@ -80,28 +81,30 @@ class DetectorModule(L.LightningModule):
             self.detector, input_size, neck, predictors, bool(recipe.get("channels_last"))
         )
         if self.adapter.acts_on_backbone:
-            log.info("%s has no neck: LDT acts on its backbone", type(self.detector).__name__)
+            log.info(
+                "%s has no neck: LDT uses the output of its backbone", type(self.detector).__name__
+            )
         if checkpoint is not None:
             load_weights(self.detector, checkpoint, self.adapter.predictors)
 
     # Training and validation --------------------------------------------------------------
 
     def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Nothing: mmdet's preprocessor moves the batch; a walk through its samples is slow."""
+        self, batch: RawBatch, device: torch.device, dataloader_idx: int
+    ) -> RawBatch:
+        """Return the batch as it is: mmdet's preprocessor moves it, and Lightning's way is slow."""
         return batch
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """mmdet's losses and the registered terms, summed."""
-        hub = MessageHub.get_current_instance()  # mmdet's own parts read their progress here
+    def training_step(self, batch: RawBatch, batch_idx: int) -> Tensor:
+        """Return the sum of mmdet's losses and the additional loss terms."""
+        hub = MessageHub.get_current_instance()  # mmdet's modules read the progress from it
         hub.update_info("iter", self.global_step)
         hub.update_info("epoch", self.current_epoch)
-        ready = self.adapter.prepare(batch, training=True)
-        total, logs, maps = self.adapter.losses(ready)
+        prepared = self.adapter.prepare(batch, training=True)
+        total, logs, maps = self.adapter.losses(prepared)
         detection, shares = total.detach().abs(), {}
         for term in self.loss_terms.values():
-            for name, value in term(maps, ready.objects).items():
+            for name, value in term(maps, prepared.objects).items():
                 logs[name] = value.detach()
                 if "loss" in name:
                     total = total + value
@@ -110,51 +113,53 @@ class DetectorModule(L.LightningModule):
         self._check_finite(logs)
         self.log_dict(
             {f"train/{key}": value for key, value in (logs | shares).items()},
-            batch_size=len(ready.samples),
+            batch_size=len(prepared.samples),
         )
-        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(ready.samples))
+        self.log(
+            "loss", total.detach(), prog_bar=True, logger=False, batch_size=len(prepared.samples)
+        )
         return total
 
     def _check_finite(self, logs: dict[str, Tensor]) -> None:
         values = torch.stack([torch.as_tensor(v).detach().float().sum() for v in logs.values()])
-        if not bool(values.isfinite().all()):  # one synchronisation per step
+        if not bool(values.isfinite().all()):  # synchronises with the GPU, so once per step
             bad = [key for key, ok in zip(logs, values.isfinite().tolist(), strict=True) if not ok]
-            culprits = [key for key in bad if key != "loss"] or bad
+            terms = [key for key in bad if key != "loss"] or bad
             raise NonFiniteLossError(
-                f"{', '.join(culprits)} is not finite at step {self.global_step} (epoch "
+                f"{', '.join(terms)} is not finite at step {self.global_step} (epoch "
                 f"{self.current_epoch}). The last good checkpoint is kept. Lower the learning "
                 "rate (recipe.optimizer.lr), clip gradients (recipe.clip_grad=35), or weaken LDT "
                 "(ldt.alpha, ldt.beta, ldt.ridge)"
             )
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: RawBatch, batch_idx: int) -> None:
         """Collect detections for the metrics."""
         self.metrics.update(self.adapter.predict(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log every metric as ``val/<name>``."""
-        found = self.metrics.compute()
+        values = self.metrics.compute()
         self.metrics.reset()
         self.log_dict(
-            {f"val/{k}": torch.tensor(v, dtype=torch.float32) for k, v in found.items()},
+            {f"val/{k}": torch.tensor(v, dtype=torch.float32) for k, v in values.items()},
             sync_dist=False,
         )
 
     # Optimizer ----------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Any:
-        """mmengine's optimizer of the recipe, and a schedule over the present phase."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build the recipe's optimizer with mmengine, and a schedule over the current phase."""
         config: dict[str, Any] = {"optimizer": dict(self.recipe["optimizer"])}
         if self.recipe["paramwise"]:
             config["paramwise_cfg"] = dict(self.recipe["paramwise"])
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
-        whole, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
+        steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
         plain: int = self.recipe["plain_epochs"]
         factor = learning_rate(
             self.recipe | {"schedule": self.schedule},
-            max(1, round(whole / epochs * self.phase_epochs)),
+            max(1, round(steps / epochs * self.phase_epochs)),
             self.lr_scale * self._batch_scale(),
-            round(whole / epochs * plain) if plain < self.phase_epochs else 0,
+            round(steps / epochs * plain) if plain < self.phase_epochs else 0,
         )
         schedule = LambdaLR(optimizer, factor)
         return {
@@ -163,23 +168,23 @@ class DetectorModule(L.LightningModule):
         }
 
     def _batch_scale(self) -> float:
-        """The linear scaling rule: a learning rate holds for ``recipe.base_batch_size`` images."""
+        """Return the linear scaling rule's factor: lr is for ``recipe.base_batch_size`` images."""
         base = self.recipe["base_batch_size"]
         return self.recipe["batch_size"] / base if base else 1.0
 
     # Checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add everything that rebuilds the detector, as plain data."""
+        """Add all that is needed to rebuild the detector, as plain data."""
         record = pruning_record(self.adapter, self.model_config, self.classes, self.resize)
         phase = ("phase_epochs", "lr_scale", "schedule")
         checkpoint["ldt"] = {**record, "phase": {key: getattr(self, key) for key in phase}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's structure and phase before weights and optimizer are restored.
+        """Restore structure and phase, before Lightning restores weights and optimizer.
 
         Raises:
-            ValueError: the checkpoint is none of ours, or belongs to another detector.
+            ValueError: the checkpoint was not written by ldt, or belongs to another detector.
         """
         if "ldt" not in checkpoint:
             raise ValueError("the checkpoint was not written by ldt: it has no structure record")
@@ -187,29 +192,29 @@ class DetectorModule(L.LightningModule):
             raise ValueError("the checkpoint belongs to another detector: its model config differs")
         state = detector_state(checkpoint)
         structure.rebuild(self.detector, checkpoint["ldt"]["structure"], state)
-        # the optimizer's schedule is made before any `on_fit_start`
+        # not in `on_fit_start`: the learning-rate schedule is created earlier
         for key, value in checkpoint["ldt"]["phase"].items():
             setattr(self, key, value)
 
 
 def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModule:
-    """The module of a checkpoint's content (:func:`ldt.detectors.checkpoints.read`), in eval mode.
+    """Restore the module of a checkpoint, in eval mode.
 
     Args:
-        checkpoint: a round's.
-        recipe: of its run.
+        checkpoint: the content of a round's file (:func:`ldt.detectors.checkpoints.read`).
+        recipe: the recipe of its run.
 
     Raises:
-        ValueError: as :meth:`DetectorModule.on_load_checkpoint`.
+        ValueError: as in :meth:`DetectorModule.on_load_checkpoint`.
     """
-    about = checkpoint["ldt"]
+    record = checkpoint["ldt"]
     module = DetectorModule(
-        about["model"],
-        about["classes"],
+        record["model"],
+        record["classes"],
         recipe,
-        about["input_size"],
-        neck=about["neck"],
-        predictors=about["predictors"],
+        record["input_size"],
+        neck=record["neck"],
+        predictors=record["predictors"],
         initialise=False,
     )
     module.on_load_checkpoint(checkpoint)

@@ -138,7 +138,7 @@ def test_an_unknown_config_is_named_with_an_example(config, tmp_path, monkeypatc
     ("text", "message"),
     [
         ("lr = 1", "defines no `model`"),
-        ("model = dict(type='GFL', coder=int)", "a checkpoint cannot carry"),
+        ("model = dict(type='GFL', coder=int)", "cannot be stored in a checkpoint"),
     ],
 )
 def test_a_config_without_a_plain_model_is_refused(text, message, tmp_path):
@@ -267,7 +267,7 @@ def test_a_missing_neck_is_told_with_the_parts_there_are(name, parts):
 @pytest.mark.parametrize("output", [{"p3": torch.zeros(1, 1, 2, 2)}, torch.zeros(3, 4), [None]])
 def test_only_maps_come_out_of_a_neck(output):
     with pytest.raises(
-        ValueError, match=rf"gives {type(output).__name__}, not maps.*detector.neck"
+        ValueError, match=rf"returns {type(output).__name__}, not feature maps.*detector.neck"
     ):
         as_maps(output)
 
@@ -373,14 +373,14 @@ def test_a_damaged_or_unsafe_file_is_refused(content, tmp_path):
     torch.save({"state_dict": {}, "hub": Path("x")}, file)  # a path is more than plain data
     if content == "cut":
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"detector.checkpoint='.*' is damaged or holds more"):
+    with pytest.raises(ValueError, match=r"detector.checkpoint='.*' is damaged or contains more"):
         load_weights(nn.Identity(), file, [])
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, {"state_dict": {}}])
 def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w.pth' holds .*state dict"):
+    with pytest.raises(ValueError, match=r"w.pth' contains .*state dict"):
         load_weights(nn.Identity(), tmp_path / "w.pth", [])
 
 
@@ -401,7 +401,7 @@ def test_a_pruned_checkpoint_is_told_from_a_foreign_one(tmp_path):
 
 
 def test_a_predictor_that_the_detector_lacks_is_refused():
-    with pytest.raises(ValueError, match=r"head.gone, which GFL lacks.*bbox_head.gfl_cls"):
+    with pytest.raises(ValueError, match=r"head.gone, which GFL does not have.*bbox_head.gfl_cls"):
         DetectorModule(config_of("gfl_tiny"), "abc", RECIPE, (64, 128), predictors=["head.gone"])
 
 

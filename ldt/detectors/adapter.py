@@ -1,11 +1,13 @@
-"""An mmdet detector as pruning sees it: what criteria, tracing and evaluation ask of it."""
+"""Adapter of an mmdet detector with the operations that criteria, tracing and evaluation need."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
@@ -20,17 +22,17 @@ from ldt.objects import Objects, labelled_objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
 
-RawBatch = dict[str, Any]  # what mmdet's data loaders give: "inputs" and "data_samples"
+RawBatch = dict[str, Any]  # collated by mmdet's data loaders: "inputs" and "data_samples"
 
 
 @dataclass
 class PreparedBatch:
-    """A batch as the network sees it.
+    """A batch ready for the network.
 
     Attributes:
         images: [N, 3, H, W], normalised and padded.
         samples: mmdet's data samples.
-        objects: the labelled objects, in pixels of ``images``.
+        objects: the ground-truth objects, in pixels of ``images``.
     """
 
     images: Tensor
@@ -41,21 +43,21 @@ class PreparedBatch:
 class Detector:
     """Wrap an mmdet detector for criteria, tracing and evaluation.
 
-    It holds no weights of its own and needs no training recipe: the detector can be trained, cut
-    and moved to another device while it is wrapped.
+    The adapter has no weights of its own and needs no training recipe: the detector can be trained,
+    pruned and moved to another device while it is wrapped.
 
     Args:
         model: an mmdet detector.
-        input_size: (height, width) of the input that tracing and counting use.
-        neck: name of the module whose output LDT acts on, or ``auto``.
-        predictors: layers whose outputs are never pruned; None finds them.
-        channels_last: compute in NHWC order.
+        input_size: (height, width) of the input for tracing and for counting MACs.
+        neck: name of the module whose output LDT uses, or ``auto``.
+        predictors: layers whose output channels are never pruned; detected if None.
+        channels_last: compute in the NHWC memory format.
 
     Attributes:
-        model, input_size, neck, predictors: as given or found.
+        model, input_size, neck, predictors: as given or detected.
 
     Raises:
-        ValueError: there is no such module; names those that there are.
+        ValueError: there is no such module; the message lists the existing ones.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Detector:
         predictors: Sequence[str] | None = None,
         channels_last: bool = False,
     ) -> None:
-        self.model, self.neck, self.channels_last = model, neck, channels_last
+        self.model, self.neck, self.channels_last = cast(BaseDetector, model), neck, channels_last
         self.input_size = (int(input_size[0]), int(input_size[1]))
         find_neck(model, neck)
         self.predictors = list(predictors or self._find_predictors())
@@ -74,7 +76,7 @@ class Detector:
         if unknown := [name for name in self.predictors if name not in known]:
             raise ValueError(
                 f"detector.predictors names {', '.join(unknown)}, which {type(model).__name__} "
-                f"lacks; found by themselves: {', '.join(self._find_predictors())}"
+                f"does not have; detected are: {', '.join(self._find_predictors())}"
             )
 
     def _find_predictors(self) -> list[str]:
@@ -82,7 +84,7 @@ class Detector:
 
     @property
     def acts_on_backbone(self) -> bool:
-        """Whether the detector has no neck, so that LDT acts on its backbone."""
+        """Whether the detector has no neck, so that LDT uses the output of its backbone."""
         return find_neck(self.model, self.neck) is getattr(self.model, "backbone", None)
 
     def example(self) -> Tensor:
@@ -92,60 +94,58 @@ class Detector:
     def prepare(self, batch: RawBatch, training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
         with nullcontext() if training else _no_batch_augments(self.model):
-            data = self._preprocess(batch, training=True)  # makes all that a loss needs
+            data = self._preprocess(batch, training=True)  # also prepares what losses need
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
         return PreparedBatch(images, samples, labelled_objects(samples, shape))
 
     def _preprocess(self, batch: RawBatch, training: bool) -> RawBatch:
-        preprocess: Any = self.model.data_preprocessor
-        data = preprocess(batch, training)
-        if self.channels_last:  # every layer keeps its input's order
+        data = self.model.data_preprocessor(batch, training)
+        if self.channels_last:  # layers preserve the memory format of their input
             data["inputs"] = data["inputs"].contiguous(memory_format=torch.channels_last)
         return data
 
     def features(self, batch: PreparedBatch) -> list[Tensor]:
         """Return the neck's feature maps, each [N, C, h, w]."""
-        extract: Any = self.model.extract_feat
         with neck_maps(self.model, self.neck) as maps:
-            extract(batch.images)
+            self.model.extract_feat(batch.images)
         return maps
 
     def losses(self, batch: PreparedBatch) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """Return the sum of mmdet's losses, its parts for the log, and the neck's feature maps."""
+        """Return the sum of mmdet's losses, the single losses by name, and the neck's maps."""
         with neck_maps(self.model, self.neck) as maps:
             losses = self.model(batch.images, batch.samples, mode="loss")
-        parse: Any = self.model.parse_losses
-        total, logs = parse(losses)
+        total, logs = self.model.parse_losses(losses)
         return total, dict(logs), maps
 
     def detection_loss(self, batch: PreparedBatch) -> Tensor:
         """Return the training loss of a batch, a scalar; norms and dropout keep their mode.
 
-        All else is in training mode meanwhile: there are heads that give other maps outside of it.
+        All other modules are in training mode meanwhile, since some heads have other outputs in
+        eval mode.
         """
-        waiting = [m for m in self.model.modules() if not m.training and not _is_random(m)]
-        for module in waiting:
+        switched = [m for m in self.model.modules() if not (m.training or _depends_on_mode(m))]
+        for module in switched:
             module.training = True
         try:
             return self.losses(batch)[0]
         finally:
-            for module in waiting:
+            for module in switched:
                 module.training = False
 
     def raw_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the raw output maps of images [N, 3, H, W], flat."""
+        """Return the raw output maps of images [N, 3, H, W] as a flat list."""
         return raw_forward(self.model, images)
 
     def predict(self, batch: RawBatch) -> list[DetDataSample]:
-        """Return samples with ``pred_instances`` in the coordinates of the original images."""
+        """Return samples with ``pred_instances`` in pixels of the original images."""
         return self.model(**self._preprocess(batch, False), mode="predict")
 
     def trace(self, scope: Sequence[str]) -> PruningGraph:
-        """Return the coupled groups below ``scope``; call within ``eval_with_gradients``.
+        """Trace the coupled groups below ``scope``; call within ``eval_with_gradients``.
 
         Raises:
-            ValueError: ``scope`` names no part of the detector.
+            ValueError: the detector has no part of a name in ``scope``.
         """
         _check_scope(scope, self.model)
         forward = forward_for_tracing(self.model, self.neck)
@@ -154,11 +154,11 @@ class Detector:
 
 @dataclass
 class Calibration:
-    """Calibration images as criteria see them, prepared anew at every pass.
+    """Calibration batches for criteria, prepared again in every iteration.
 
     Args:
-        detector: prepares them.
-        loader: gives collated batches, the same at every pass.
+        detector: prepares the batches.
+        loader: yields collated batches, the same in every iteration.
     """
 
     detector: Detector
@@ -176,14 +176,14 @@ def _check_scope(scope: Sequence[str], model: nn.Module) -> None:
             parts = ", ".join(part for part, _ in model.named_children())
             raise ValueError(
                 f"prune.scope={list(scope)}: {type(model).__name__} has no part {name!r}. Its "
-                f"parts are: {parts}; parts of them go too, e.g. prune.scope=[backbone.layer4]"
+                f"parts are: {parts}; a part of these works too, e.g. prune.scope=[backbone.layer4]"
             )
 
 
 @contextmanager
-def _no_batch_augments(model: Any) -> Iterator[None]:
-    """Within it, mmdet's preprocessor leaves batches as they are in training too."""
-    preprocess = model.data_preprocessor
+def _no_batch_augments(model: BaseDetector) -> Iterator[None]:
+    """Disable the batch augmentations of mmdet's preprocessor within the context."""
+    preprocess = cast(DetDataPreprocessor, model.data_preprocessor)
     augments, preprocess.batch_augments = preprocess.batch_augments, None
     try:
         yield
@@ -191,7 +191,7 @@ def _no_batch_augments(model: Any) -> Iterator[None]:
         preprocess.batch_augments = augments
 
 
-def _is_random(module: nn.Module) -> bool:
-    """Whether a module computes with the batch's statistics, or at random, in training mode."""
-    dropping = type(module).__name__.startswith("Drop")
-    return dropping or isinstance(module, (*NORMS, nn.MultiheadAttention))
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Return whether a module uses batch statistics or random numbers in training mode."""
+    is_dropout = type(module).__name__.startswith("Drop")
+    return is_dropout or isinstance(module, (*NORMS, nn.MultiheadAttention))

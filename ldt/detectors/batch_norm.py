@@ -1,4 +1,4 @@
-"""Re-estimate the statistics of batch norms: pruning changes what they see."""
+"""Re-estimate the statistics of batch norms, whose inputs pruning changes."""
 
 from collections.abc import Iterable
 
@@ -12,11 +12,12 @@ from ldt.detectors.adapter import Detector, PreparedBatch
 def reestimate_batch_norms(detector: Detector, batches: Iterable[PreparedBatch]) -> int:
     """Set running means and variances to the average over calibration batches, in place.
 
-    Everything else stays in eval mode meanwhile, and learnt weights are not touched.
+    All other modules are in eval mode meanwhile, and trained weights are not changed.
 
     Args:
-        detector: its norms are changed.
-        batches: calibration images; several in a batch, or the variances are those of one image.
+        detector: its batch norms are changed.
+        batches: calibration images, several per batch: otherwise the variances are those of single
+            images.
 
     Returns:
         The number of batch norms.

@@ -1,17 +1,18 @@
-"""From a checkpoint back to an ordinary mmdet detector."""
+"""Load checkpoints as ordinary mmdet detectors."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from mmdet.models.detectors import BaseDetector
+from torch import Tensor
 
 from ldt.detectors.adapter import Detector
 from ldt.detectors.models import build
 from ldt.pruning import structure
 
-RECORD = "pruning_record"  # attribute of a loaded detector: what its checkpoint says of it
+RECORD = "pruning_record"  # attribute of a loaded detector: its checkpoint's metadata
 
 
 def pruning_record(
@@ -20,14 +21,14 @@ def pruning_record(
     classes: Sequence[str],
     resize: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return what a checkpoint says of its detector, as plain data; see :func:`load_pruned`.
+    """Return the metadata that :func:`load_pruned` needs beside the weights, as plain data.
 
     Args:
         detector: as it is now, pruned or not.
         model: the config that the unpruned detector is built from.
-        classes: names in label order.
-        resize: the steps that bring an image to the network's input size, as mmdet's configs have
-            them; may be empty.
+        classes: class names in label order.
+        resize: the transforms that resize an image to the network's input size, as in mmdet's
+            configs; may be empty.
     """
     return {
         "model": model,
@@ -40,23 +41,23 @@ def pruning_record(
     }
 
 
-def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The detector of a checkpoint, with its pruned structure and weights, in eval mode.
+def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> BaseDetector:
+    """Load a detector from a checkpoint, with its pruned structure and weights, in eval mode.
 
-    A detector of one's own parts (``custom_imports`` of its mmdet config) needs their modules on
-    the Python path; they are imported.
+    The modules in ``custom_imports`` of the detector's mmdet config are imported; they must be on
+    the Python path.
 
     Args:
         path: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
-        device: where to put it.
+        device: where to load the detector.
 
     Returns:
-        An ordinary mmdet detector; ``dataset_meta`` holds the class names.
+        An ordinary mmdet detector; ``dataset_meta`` contains the class names.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or was not written by ldt.
-        ImportError: a module of the detector's own config cannot be found.
+        ImportError: a module in ``custom_imports`` cannot be imported.
 
     Example:
         >>> file = result.save("pruned.ckpt")
@@ -67,65 +68,70 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     return detector_of(read(path), device)
 
 
-def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> nn.Module:
-    """:func:`load_pruned` of a checkpoint's content (:func:`read`)."""
-    about = checkpoint["ldt"]
+def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> BaseDetector:
+    """Build the detector of a checkpoint that was loaded with :func:`read`; see above."""
+    record = checkpoint["ldt"]
     state = detector_state(checkpoint)
-    detector = build(about["model"], initialise=False)
-    structure.rebuild(detector, about["structure"], state)
+    detector = build(record["model"], initialise=False)
+    structure.rebuild(detector, record["structure"], state)
     detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
-    setattr(detector, "dataset_meta", {"classes": tuple(about["classes"])})  # noqa: B010
-    setattr(detector, RECORD, about)
+    setattr(detector, "dataset_meta", {"classes": tuple(record["classes"])})  # noqa: B010
+    setattr(detector, RECORD, record)
     detector.to(device)
-    detector.eval()  # not every detector's gives itself back
+    detector.eval()  # not every mmdet detector returns self
     return detector
 
 
 def _without_aliases(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
-    """The state without further names of the known tensors: DDQ shares layers once it trains."""
+    """Remove further names of known tensors: DDQ registers shared layers when it trains."""
     places = {state[key].data_ptr() for key in known & set(state)}
     return {k: v for k, v in state.items() if k in known or v.data_ptr() not in places}
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, loaded with ``weights_only=True``; errors as :func:`load_pruned`."""
+    """Load a checkpoint's content with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or was not written by ldt.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a truncated or foreign file
-        raise ValueError(f"{str(path)!r} is damaged or no checkpoint: {error}") from error
+    except Exception as error:  # torch raises many types for truncated or foreign files
+        raise ValueError(f"{str(path)!r} is damaged or not a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict) or "ldt" not in checkpoint:
         raise ValueError(f"{str(path)!r} was not written by ldt: it has no structure record")
     return checkpoint
 
 
 def resize_steps(checkpoint: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
-    """The steps between reading and packing an image that a checkpoint's detector was trained with.
+    """Return the image transforms (between loading and packing) that a detector was trained with.
 
     Args:
         checkpoint: the content of a file (:func:`read`).
-        path: of the file, for the error.
+        path: of the file, for the error message.
 
     Returns:
-        Transforms as mmdet's configs write them.
+        Transforms as in mmdet's configs.
 
     Raises:
-        ValueError: the checkpoint does not tell them.
+        ValueError: the checkpoint does not contain them.
     """
     if steps := checkpoint["ldt"].get("resize"):
         return steps
     height, width = checkpoint["ldt"]["input_size"]
     raise ValueError(
-        f"{str(path)!r} does not tell how its images were brought to {width}x{height} pixels: an "
-        "earlier version wrote it. Add what it was trained with: file = torch.load(path); "
+        f"{str(path)!r} does not contain how its images were resized to {width}x{height} pixels: "
+        "an earlier version wrote it. Add what it was trained with: file = torch.load(path); "
         'file["ldt"]["resize"] = [{"type": "Resize", "scale": '
         f'({width}, {height}), "keep_ratio": True}}]; torch.save(file, path)'
     )
 
 
 def detector_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The detector's own state dict out of a checkpoint of its LightningModule."""
+    """Extract the detector's state dict from a checkpoint of its LightningModule."""
     return {
         key.removeprefix("detector."): value
         for key, value in checkpoint["state_dict"].items()

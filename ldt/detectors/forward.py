@@ -1,24 +1,26 @@
-"""Where to tap a detector: its neck, its raw output maps, its predictors."""
+"""Forward passes of a detector up to its neck, its raw output maps and its predictors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention
+from mmdet.models.detectors import BaseDetector, TwoStageDetector
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 
 def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
-    """The module whose output feeds the head: ``neck``, or the backbone where there is none.
+    """Find the module whose output feeds the head: ``neck``, or the backbone if there is none.
 
     Raises:
-        ValueError: ``name`` is no module of the detector, or none can be found.
+        ValueError: the detector has no module ``name``, or neither neck nor backbone.
     """
     modules = dict(detector.named_modules())
     candidates = ["neck", "backbone"] if name == "auto" else [name]
@@ -33,30 +35,30 @@ def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
     )
 
 
-def as_maps(output: Any) -> tuple[Tensor, ...]:
-    """The neck's output as a tuple of maps [N, C, h, w].
+def as_maps(output: object) -> tuple[Tensor, ...]:
+    """Return the output of a neck as a tuple of feature maps [N, C, h, w].
 
     Raises:
-        ValueError: the module gives something else.
+        ValueError: it is something else.
     """
     maps = (output,) if isinstance(output, Tensor) else output
     if isinstance(maps, (list, tuple)) and all(isinstance(m, Tensor) and m.ndim == 4 for m in maps):
         return tuple(maps)
     raise ValueError(
-        f"the tapped module gives {type(output).__name__}, not maps [N, C, h, w]; name another "
-        "one with detector.neck=<module>"
+        f"the neck returns {type(output).__name__}, not feature maps [N, C, h, w]; choose another "
+        "module with detector.neck=<module>"
     )
 
 
 @contextmanager
 def neck_maps(detector: nn.Module, name: str = "auto") -> Iterator[list[Tensor]]:
-    """Within it, a forward fills the list with the neck's maps [N, C, h, w], one per scale.
+    """Collect the neck's feature maps [N, C, h, w], one per scale, of a forward in the context.
 
-    The hook does not stay: it would hold on to the autograd graph of the last batch.
+    The hook is removed afterwards, since it would keep the autograd graph of the last batch alive.
     """
     maps: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: object) -> None:
         maps[:] = as_maps(output)
 
     hook = find_neck(detector, name).register_forward_hook(keep)
@@ -67,60 +69,68 @@ def neck_maps(detector: nn.Module, name: str = "auto") -> Iterator[list[Tensor]]
 
 
 def raw_forward(detector: nn.Module, images: Tensor) -> list[Tensor]:
-    """The raw output maps of a batch [N, 3, H, W], flat, as tracing and counting need them.
+    """Return the raw output maps of images [N, 3, H, W] as a flat list, for tracing and counting.
 
-    A two-stage detector gives those of its region proposal network and of its second stage, which
-    gets as many regions as it is tested with, spread over all scales: what the network itself
-    proposes has no gradient and differs from one cut to the next.
+    For a two-stage detector these are the outputs of its region proposal network and of its second
+    stage. The latter gets as many regions as in testing, on all scales, but not the network's own
+    proposals: these have no gradient and change when the network is pruned.
     """
-    parts: Any = detector
-    rpn = getattr(parts, "test_cfg", None) and parts.test_cfg.get("rpn")
+    test_cfg = getattr(detector, "test_cfg", None)
+    rpn = test_cfg.get("rpn") if test_cfg else None
     samples = [_sample(images, rpn.max_per_img if rpn else 1000) for _ in images]
     if not hasattr(detector, "roi_head"):
         return list(_tensors(detector(images, samples, mode="tensor")))
-    maps, first = parts.extract_feat(images), []
+    return list(_tensors(_two_stage_outputs(cast(TwoStageDetector, detector), images, samples)))
+
+
+def _two_stage_outputs(
+    detector: TwoStageDetector, images: Tensor, samples: list[DetDataSample]
+) -> list[object]:
+    """Return the outputs of the region proposal network and of the second stage."""
+    maps, rpn_outputs = detector.extract_feat(images), []
     regions = [sample.proposals for sample in samples]
-    if parts.with_rpn:
-        heads = [m for m in parts.rpn_head.modules() if hasattr(m, "predict_by_feat")]
-        hooks = [m.register_forward_hook(lambda *call: first.append(call[-1])) for m in heads]
+    if detector.with_rpn:
+        heads = [m for m in detector.rpn_head.modules() if hasattr(m, "predict_by_feat")]
+        hooks = [m.register_forward_hook(lambda *call: rpn_outputs.append(call[-1])) for m in heads]
         try:
-            proposed = parts.rpn_head.predict(maps, samples, rescale=False)
+            proposals = detector.rpn_head.predict(maps, samples, rescale=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        if not first:  # learnt regions, with features of their own
-            regions = proposed
-    return list(_tensors([first, parts.roi_head.forward(maps, regions, samples)]))
+        if not rpn_outputs:  # learnt proposals, which come with features of their own
+            regions = proposals
+    return [rpn_outputs, detector.roi_head.forward(maps, regions, samples)]
 
 
 def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> list[Tensor]:
-    """The neck's maps of a batch [N, 3, H, W]: all of a detector that tracing has to see, where a
-    transformer follows (:func:`has_transformer_head`), which stays whole.
+    """Return the neck's feature maps of images [N, 3, H, W].
+
+    Tracing needs no more if a transformer follows (:func:`has_transformer_head`), since this is not
+    pruned.
     """
     with neck_maps(detector, name) as maps:
-        extract: Any = detector.extract_feat
-        extract(images)
+        cast(BaseDetector, detector).extract_feat(images)
     return maps
 
 
 def has_transformer_head(detector: nn.Module) -> bool:
-    """Whether a transformer reads the neck's maps."""
-    kinds = (nn.MultiheadAttention, MultiScaleDeformableAttention)
-    layers = (n for n, m in detector.named_modules() if isinstance(m, kinds))
+    """Return whether a transformer processes the neck's feature maps."""
+    attention = (nn.MultiheadAttention, MultiScaleDeformableAttention)
+    layers = (n for n, m in detector.named_modules() if isinstance(m, attention))
     return any(not name.startswith(("backbone.", "neck.")) for name in layers)
 
 
 def forward_for_tracing(detector: nn.Module, name: str = "auto") -> Callable[..., list[Tensor]]:
-    """What tracing runs, called with the detector and images: see :func:`has_transformer_head`."""
+    """Return the function of (detector, images) to trace; see :func:`has_transformer_head`."""
     return partial(neck_forward, name=name) if has_transformer_head(detector) else raw_forward
 
 
 def _sample(images: Tensor, regions: int) -> DetDataSample:
-    """A data sample with centred regions of six scales and one object as large as the image."""
+    """Create a data sample: centred regions of six scales and one object of the image's size."""
     height, width = images.shape[2:]
     shape = (int(height), int(width))
-    about = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), shape)
-    sample = DetDataSample(metainfo={**about, "scale_factor": (1.0, 1.0)})
+    shapes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), shape)
+    sample = DetDataSample(metainfo={**shapes, "scale_factor": (1.0, 1.0)})
     scale = 2.0 ** -(torch.arange(regions, device=images.device) % 6)
     ends = images.new_tensor([-width, -height, width, height])
     centre = images.new_tensor([width, height, width, height])
@@ -134,7 +144,7 @@ def _sample(images: Tensor, regions: int) -> DetDataSample:
     return sample
 
 
-def _tensors(node: Any) -> Iterator[Tensor]:
+def _tensors(node: object) -> Iterator[Tensor]:
     if isinstance(node, Tensor):
         yield node
     elif isinstance(node, dict):
@@ -147,7 +157,7 @@ def _tensors(node: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def eval_with_gradients(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients for all parameters; both are put back afterwards."""
+    """Switch to eval mode with gradients for all parameters; restore both on exit."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
@@ -157,33 +167,33 @@ def eval_with_gradients(model: nn.Module) -> Iterator[None]:
         with torch.enable_grad():
             yield
     finally:
-        for parameter, wanted in grads:
-            parameter.requires_grad_(wanted)
+        for parameter, required in grads:
+            parameter.requires_grad_(required)
         for module, mode in modes:
             module.training = mode
 
 
 def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> list[str]:
-    """Names of the layers whose outputs are never pruned: those that make the raw output maps.
+    """Return the names of the layers that compute the raw output maps and are never pruned.
 
-    From each map the autograd graph is followed back until a convolution or linear layer is met.
-    Where the head is a transformer, or has layers that do not take part (a mask quality head, a
-    training branch), the layers that make the neck's maps are among them: tracing cannot see what
-    else reads these.
+    From each map the autograd graph is followed back to the first convolution or linear layer. If
+    the head is a transformer, or has layers that the forward does not use (a mask quality head, a
+    training branch), the layers that compute the neck's maps are included: tracing cannot see all
+    consumers of these maps.
     """
-    made_by: dict[Any, str] = {}
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2d, ModulatedDeformConv2d)
-    layers = {n: m for n, m in detector.named_modules() if isinstance(m, kinds)}
+    layer_of: dict[Node | None, str] = {}
+    types = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2d, ModulatedDeformConv2d)
+    layers = {n: m for n, m in detector.named_modules() if isinstance(m, types)}
     unused = {name for name in layers if not name.startswith(("backbone.", "neck."))}
 
-    def remember(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            made_by[output.grad_fn] = name
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            layer_of[output.grad_fn] = name
             unused.discard(name)
 
         return hook
 
-    hooks = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_hook(recorder(name)) for name, module in layers.items()]
     try:
         with eval_with_gradients(detector), neck_maps(detector, neck) as maps:
             outputs = raw_forward(detector, images)
@@ -191,15 +201,20 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
         for hook in hooks:
             hook.remove()
     outputs += maps if unused or has_transformer_head(detector) else []
-    stack: list[Any] = [m.grad_fn for m in outputs if m.requires_grad]
+    return sorted(_last_layers(outputs, layer_of))
+
+
+def _last_layers(outputs: list[Tensor], layer_of: dict[Node | None, str]) -> set[str]:
+    """Follow the autograd graph from the outputs back to the first layers in ``layer_of``."""
+    stack = [m.grad_fn for m in outputs if m.requires_grad]
     found, seen = set(), set()
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        if node in made_by:
-            found.add(made_by[node])
+        if node in layer_of:
+            found.add(layer_of[node])
         else:
-            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return sorted(found)
+            stack.extend(parent for parent, _ in node.next_functions)
+    return found

@@ -1,13 +1,13 @@
-"""What stands for the compiled `mmcv._ext`: its names and arguments, torchvision's operators.
+"""Replacement of the compiled `mmcv._ext`: its functions, backed by torchvision's operators.
 
-Loaded under the name `mmcv._ext` (see `mmcv_ops.py`), never imported by `ldt` itself. The contract
-is that of mmcv's autograd Functions and of `mmcv/ops/csrc/pytorch/pybind.cpp`: an output is a
-tensor to fill, a gradient a zeroed tensor to add to; `columns`, `ones` and `im2col_step` are for
-scratch space, which torchvision manages itself. float16 and bfloat16 are computed in float32.
+Imported under the name `mmcv._ext` (see `mmcv_ops.py`), not by `ldt` itself. It follows the calls
+of mmcv's autograd Functions and `mmcv/ops/csrc/pytorch/pybind.cpp`: an output is a tensor to fill,
+a gradient a zeroed tensor to add to. `columns`, `ones` and `im2col_step` concern scratch space,
+which torchvision manages itself. float16 and bfloat16 are computed in float32.
 
 Shapes: `input` (N, C, H, W); `rois` (K, 5), each (image index, x1, y1, x2, y2) in image pixels;
 pooled maps (K, C, pooled height, pooled width); `weight` (O, C / groups, kH, kW); `offset`
-(N, 2 * deform groups * kH * kW, H', W'), (y, x) for each tap in turn in both libraries; `mask`
+(N, 2 * deform groups * kH * kW, H', W'), (y, x) of each kernel element in turn; `mask`
 (N, deform groups * kH * kW, H', W').
 """
 
@@ -26,46 +26,46 @@ _torchvision = torch.ops.torchvision
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    # mmcv asks `hasattr(_ext, name)` for every operator as soon as mmcv.ops is imported: those that
-    # are missing have to exist until somebody calls them.
+    # mmcv checks `hasattr(_ext, name)` for every operator when mmcv.ops is imported, so the missing
+    # ones must exist and raise only when they are called.
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def operator(*_args: object, **_kwargs: object) -> NoReturn:
-        raise NotImplementedError(_how_to_get(name))
+        raise NotImplementedError(_missing(name))
 
     return operator
 
 
-def _how_to_get(operator: str) -> str:
+def _missing(operator: str) -> str:
     return (
         f"mmcv's operator {operator!r} needs a compiled mmcv. This is mmcv-lite with torchvision's "
-        "operators behind it, and this one is not among them. Type `pip uninstall mmcv-lite`, then "
-        "`mim install 'mmcv>=2.0.1,<2.2'` (or `pip install` the same), built for the torch at hand "
-        f"({torch.__version__}); these releases do not compile with torch >= 2.12."
+        "operators, which do not include this one. Run `pip uninstall mmcv-lite`, then "
+        "`mim install 'mmcv>=2.0.1,<2.2'` (or `pip install` the same), built for the installed "
+        f"torch ({torch.__version__}); these releases do not compile with torch >= 2.12."
     )
 
 
 def get_compiler_version() -> str:
-    """Tell `mmcv.utils.collect_env`, which asks for the C++ compiler, what is here instead."""
+    """Return what `mmcv.utils.collect_env` reports as the C++ compiler."""
     return f"none (mmcv-lite, operators of torchvision {torchvision.__version__})"
 
 
 def get_compiling_cuda_version() -> str:
-    """Tell `mmcv.utils.collect_env` which CUDA version the operators were built with."""
+    """Return what `mmcv.utils.collect_env` reports as the CUDA version of the operators."""
     return str(torch.version.cuda)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    # torchvision has no bfloat16 kernels, and its own autocast goes to float32 too.
+    # torchvision has no bfloat16 kernels; its own autocast uses float32 too.
     return tensor.float() if tensor.dtype.itemsize == 2 else tensor
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Greedy non-maximum suppression: indices (M,) of the boxes that stay, best score first.
+    """Greedy non-maximum suppression: return the indices (M,) of kept boxes, best score first.
 
-    `boxes` (N, 4) are (x1, y1, x2, y2), x2 - x1 + `offset` wide, `offset` 0 or 1. A box goes when
-    its IoU with a better one that stays is above `iou_threshold`.
+    `boxes` (N, 4) are (x1, y1, x2, y2) with width x2 - x1 + `offset`, `offset` 0 or 1. A box is
+    removed if its IoU with a kept box of higher score is above `iou_threshold`.
     """
     # x2 + 1 is the right edge of a box whose x1 and x2 both count as pixels.
     edges = _wide(boxes) + boxes.new_tensor([0, 0, offset, offset])
@@ -80,10 +80,11 @@ def roi_align_forward(
 ) -> None:  # fmt: skip
     """Fill `output` with the mean of the bilinear samples of each bin (Mask R-CNN, 1703.06870).
 
-    Raises NotImplementedError for `pool_mode` 0, the maximum, which torchvision does not have.
+    Raises:
+        NotImplementedError: `pool_mode` is 0, the maximum, which torchvision does not have.
     """
     if pool_mode != 1:
-        raise NotImplementedError(_how_to_get("roi_align with pool_mode='max'"))
+        raise NotImplementedError(_missing("roi_align with pool_mode='max'"))
     sampling = (spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned)
     output.copy_(_torchvision.roi_align(_wide(input), _wide(rois), *sampling))
 
@@ -115,8 +116,8 @@ def roi_pool_forward(
 ) -> None:  # fmt: skip
     """Fill `output` with the maximum of each bin and `argmax` with its cell y * W + x.
 
-    Fast R-CNN (1504.08083) as mmcv has it: a region is [x1, x2 + 1] * spatial_scale, not rounded,
-    and a bin holds all cells that it touches. An empty bin gives 0 and the cell -1.
+    Fast R-CNN (1504.08083) as implemented by mmcv: a region is [x1, x2 + 1] * spatial_scale without
+    rounding, and a bin contains all cells that it touches. An empty bin has value 0 and cell -1.
     """
     feats = _wide(input)
     image, x1, y1, x2, y2 = _wide(rois).unbind(1)
@@ -126,8 +127,8 @@ def roi_pool_forward(
     top, bottom, no_height = _bins(
         y1 * spatial_scale, (y2 + 1) * spatial_scale, pooled_height, input.shape[2]
     )
-    # torchvision rounds a region to whole cells before it cuts it, mmcv does not. Whole cells pass
-    # unchanged, so each bin goes in as a region of its own that is one bin.
+    # torchvision rounds a region to whole cells before it divides it, mmcv does not. Whole cells
+    # are not changed, so each bin is passed as a region of its own with a single bin.
     corners = (left[:, None], top[..., None], right[:, None], bottom[..., None])
     cells = torch.broadcast_tensors(image[:, None, None], *corners)
     value, cell = _torchvision.roi_pool(feats, torch.stack(cells, -1).view(-1, 5), 1.0, 1, 1)
@@ -141,7 +142,7 @@ def roi_pool_backward(
     grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor,
     pooled_height: int, pooled_width: int, spatial_scale: float,
 ) -> None:  # fmt: skip
-    """Add each pooled gradient to `grad_input` at the cell that `argmax` names."""
+    """Add each pooled gradient to `grad_input` at its cell in `argmax`."""
     size = (pooled_height, pooled_width, *grad_input.shape)
     grad_input += _torchvision._roi_pool_backward(
         _wide(grad_output), _wide(rois), argmax, spatial_scale, *size
@@ -153,8 +154,8 @@ _Geometry = tuple[int, int, int, int, int, int, int, int]
 
 
 def _as_large_as_output(maps: Tensor, input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
-    # mmcv's kernels read an image's offsets in the order of an output map, whatever shape they
-    # have, and DyHead (2106.08322) hands them larger ones; torchvision refuses these.
+    # mmcv's kernels index an image's offsets like an output map whatever their shape, and DyHead
+    # (2106.08322) passes larger ones, which torchvision refuses.
     sizes = []
     for axis in (0, 1):
         stride, pad, dilation = geometry[axis], geometry[axis + 2], geometry[axis + 4]
@@ -165,7 +166,7 @@ def _as_large_as_output(maps: Tensor, input: Tensor, weight: Tensor, geometry: _
 
 
 def _add_leading(total: Tensor, part: Tensor) -> None:
-    # Add the gradient of what `_as_large_as_output` takes.
+    # Add the gradient of the part that `_as_large_as_output` returns.
     flat = part.flatten(1)
     total.view(len(total), -1)[:, : flat.shape[1]] += flat
 
@@ -174,7 +175,7 @@ def _deform_args(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None,
     geometry: _Geometry,
 ) -> tuple[Tensor | int | bool, ...]:  # fmt: skip
-    # What torchvision's forward and backward both take; it wants tensors where there are none.
+    # Arguments of torchvision's forward and backward; a missing mask or bias must be a tensor too.
     offset = _as_large_as_output(offset, input, weight, geometry)
     mask = None if mask is None else _as_large_as_output(mask, input, weight, geometry)
     some_mask = input.new_zeros(len(input), 1) if mask is None else mask
@@ -216,7 +217,7 @@ def deform_conv_backward_parameters(
 ) -> None:  # fmt: skip
     """Add `scale` times the gradient of `deform_conv_forward` to `gradWeight`."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    # mmcv does not pass the weight here; its gradient depends on the weight's shape alone.
+    # mmcv does not pass the weight here, whose gradient depends on its shape only.
     args = _deform_args(input, torch.zeros_like(gradWeight), offset, None, None, geometry)
     gradWeight += scale * _torchvision._deform_conv2d_backward(_wide(gradOutput), *args)[1]
 
@@ -271,10 +272,11 @@ def carafe_forward(
     features: Tensor, masks: Tensor, rfeatures: Tensor, routput: Tensor, rmasks: Tensor,
     output: Tensor, kernel_size: int, group_size: int, scale_factor: int,
 ) -> None:  # fmt: skip
-    """Fill `output` with the upsampled `features`, each cell reassembled as in CARAFE (1905.02188).
+    """Fill `output` with `features` upsampled by CARAFE (1905.02188).
 
-    `masks` (N, groups * kernel ** 2, scale * H, scale * W) weighs the kernel's cells around the one
-    that an output cell lies in. `rfeatures` keeps the features for the backward.
+    `masks` (N, groups * kernel ** 2, scale * H, scale * W) are the weights of the cells in the
+    kernel window around the cell that an output cell lies in. `rfeatures` stores the features for
+    the backward pass.
     """
     rfeatures.copy_(features)
     output.copy_(_carafe(_wide(features), _wide(masks), kernel_size, group_size, scale_factor))
@@ -287,7 +289,7 @@ def carafe_backward(
 ) -> None:  # fmt: skip
     """Add the gradients of `carafe_forward` to `bottom_grad` (features) and `mask_grad`."""
     leaves = [_wide(tensor).detach().requires_grad_() for tensor in (rfeatures, masks)]
-    with torch.enable_grad():  # an autograd Function runs with gradients off
+    with torch.enable_grad():  # gradients are disabled within autograd Functions
         output = _carafe(leaves[0], leaves[1], kernel_size, group_size, scale_factor)
     grads = torch.autograd.grad(output, leaves, _wide(top_grad))
     bottom_grad += grads[0]
@@ -308,7 +310,7 @@ def masked_col2im_forward(
     col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor,
     height: int, width: int, channels: int,
 ) -> None:  # fmt: skip
-    """Put the columns of `col` (C, K) at K cells of the first image."""
+    """Write the columns of `col` (C, K) to K cells of the first image."""
     im[0, :, mask_h_idx, mask_w_idx] = col
 
 
@@ -316,11 +318,11 @@ def ms_deform_attn_forward(
     value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,
     sampling_locations: Tensor, attention_weights: Tensor, im2col_step: int,
 ) -> Tensor:  # fmt: skip
-    """Multi-scale deformable attention (Deformable DETR, 2010.04159), mmcv's own torch version.
+    """Multi-scale deformable attention (Deformable DETR, 2010.04159), by mmcv's torch code.
 
-    mmcv uses that version by itself on a CPU only. `value` (N, sum of H * W, heads, dim),
+    By itself mmcv uses this code on CPUs only. `value` (N, sum of H * W, heads, dim),
     `value_spatial_shapes` (levels, 2) of (H, W), `sampling_locations` (N, queries, heads, levels,
-    points, 2) of (x, y) in [0, 1], `attention_weights` the same without the last axis. Returns
+    points, 2) of (x, y) in [0, 1], `attention_weights` the same without the last dimension. Returns
     (N, queries, heads * dim).
     """
     # Imported here because mmcv.ops imports this module.
@@ -341,7 +343,7 @@ def ms_deform_attn_backward(
     inputs = (value, sampling_locations, attention_weights)
     leaves = [_wide(tensor).detach().requires_grad_() for tensor in inputs]
     values, points, weights = leaves
-    with torch.enable_grad():  # an autograd Function runs with gradients off
+    with torch.enable_grad():  # gradients are disabled within autograd Functions
         output = ms_deform_attn_forward(
             values, value_spatial_shapes, value_level_start_index, points, weights, im2col_step
         )
@@ -367,8 +369,8 @@ def sigmoid_focal_loss_forward(
 ) -> None:
     """Fill `output` with the focal loss of each logit, eq. 5 of RetinaNet (1708.02002).
 
-    `input` and `output` (N, classes), `target` (N,), the number of classes meaning background,
-    `weight` (classes,) or empty. mmdet calls this on a GPU only, for RetinaNet, ATSS, YOLOF, ...
+    `input` and `output` (N, classes), `target` (N,) where the number of classes is the background,
+    `weight` (classes,) or empty. mmdet calls this on GPUs only, for RetinaNet, ATSS, YOLOF, ...
     """
     _, logit, factor = _focal_terms(input, target, weight, alpha)
     output.copy_(-factor * torch.sigmoid(-logit) ** gamma * F.logsigmoid(logit))
@@ -377,7 +379,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Add the derivative of each loss by its own logit to `grad_input` (appendix B there)."""
+    """Add the derivative of each loss with respect to its logit to `grad_input` (appendix B)."""
     sign, logit, factor = _focal_terms(input, target, weight, alpha)
     p, not_p = torch.sigmoid(logit), torch.sigmoid(-logit)
     inner = gamma * p * F.logsigmoid(logit) - not_p

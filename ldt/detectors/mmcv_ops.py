@@ -1,8 +1,8 @@
-"""mmdet without compiling mmcv: torchvision's operators behind mmcv's own Python.
+"""Run mmdet without compiling mmcv: torchvision's operators back mmcv's Python layers.
 
 mmcv-lite ships `mmcv/ops/*.py`, the autograd Functions and layers that mmdet uses, but not the
-compiled module `mmcv._ext` that they call. Where there is none, `mmcv_ext.py` beside this file is
-found in its place. This file imports neither torch nor mmcv: it runs at `import ldt`.
+compiled module `mmcv._ext` that they call. If there is none, `mmcv_ext.py` in this directory is
+imported instead. This file imports neither torch nor mmcv, since it runs on `import ldt`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Make `mmcv._ext` importable where mmcv was not compiled; calling it again changes nothing.
+    """Make `mmcv._ext` importable if mmcv was not compiled (idempotent).
 
-    The finder goes to the end of `sys.meta_path`: Python asks it last, so a compiled `mmcv._ext`
-    always wins, and nothing is loaded before `mmcv.ops` is imported.
+    The finder is appended to `sys.meta_path`: Python tries it last, so a compiled `mmcv._ext` takes
+    precedence, and nothing is loaded before `mmcv.ops` is imported.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -7,23 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmdet.models.dense_heads import SSDHead
+from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope, registry
 from mmengine.utils import import_modules_from_strings
-from torch import nn
+
+PlainConfig = dict[str, Any]
+Plain = dict | list | tuple | str | float | int | bool | None
 
 
 def use_mmdet() -> None:
     """Register mmdet's modules and make ``mmdet`` the default scope (idempotent)."""
     register_all_modules(init_default_scope=False)
-    setattr(SSDHead, "loss_cls", None)  # noqa: B010 - mmdet 3.3 asks every dense head for it, and this one has none
-    MMLogger.get_current_instance().setLevel(logging.WARNING)  # it prints every initial tensor
+    setattr(SSDHead, "loss_cls", None)  # noqa: B010 - mmdet 3.3 reads it from every dense head
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # it logs every initialised tensor
     if DefaultScope.get_current_instance() is None:
         DefaultScope.get_instance("ldt", scope_name="mmdet")
 
@@ -31,31 +34,31 @@ def use_mmdet() -> None:
 def model_config(
     config: str, options: dict[str, Any], n_classes: int | None, pretrained: bool
 ) -> dict[str, Any]:
-    """The ``model`` part of an mmdet config as plain data, with our changes.
+    """Return the ``model`` part of an mmdet config as plain data, with our changes.
 
-    The config's ``custom_imports`` go with it, under their own name.
+    The config's ``custom_imports`` are included under this name.
 
     Args:
         config: an mmdet config file, or ``mmdet::<family>/<file>`` for a packaged one.
-        options: merged into ``model``, by mmengine's rules (``_delete_`` works).
+        options: merged into ``model`` by mmengine's rules (``_delete_`` works).
         n_classes: replaces every ``num_classes``; None keeps the config's.
         pretrained: keep the ``init_cfg`` entries that load pretrained backbones.
 
     Raises:
-        ValueError: no such config, or it defines no ``model``.
+        ValueError: there is no such config, or it defines no ``model``.
     """
-    whole = _read_config(config)
-    if "model" not in whole:
+    content = _read_config(config)
+    if "model" not in content:
         raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
-    whole.merge_from_dict({"model": options})
-    model: Any = ConfigDict(whole.model).to_dict()
+    content.merge_from_dict({"model": options})
+    model = cast(PlainConfig, ConfigDict(content.model).to_dict())
     if n_classes is not None:
         _set_num_classes(model, n_classes)
     if not pretrained:
         drop_pretrained(model)
-    if "custom_imports" in whole:
-        model["custom_imports"] = ConfigDict(whole.custom_imports).to_dict()
-    return _plain(model)
+    if "custom_imports" in content:
+        model["custom_imports"] = ConfigDict(content.custom_imports).to_dict()
+    return cast(PlainConfig, _plain(model))
 
 
 def input_settings(config: str) -> dict[str, Any]:
@@ -67,9 +70,9 @@ def input_settings(config: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such config, or its test pipeline has no ``Resize``.
     """
-    whole = _read_config(config)
-    loader = whole.get("test_dataloader") or {}
-    steps = (loader.get("dataset") or {}).get("pipeline") or whole.get("test_pipeline") or []
+    content = _read_config(config)
+    loader = content.get("test_dataloader") or {}
+    steps = (loader.get("dataset") or {}).get("pipeline") or content.get("test_pipeline") or []
     resize = next((step for step in steps if step["type"] == "Resize"), None)
     if resize is None:
         raise ValueError(f"{config!r} has no test pipeline with a Resize, so no input size")
@@ -93,14 +96,14 @@ def _read_config(config: str) -> Config:
 
 
 def _config_file(config: str) -> str:
-    """The path of ``package::family/file``; mmengine's own look-up needs pkg_resources."""
+    """Return the path of ``package::family/file``; mmengine's own lookup needs pkg_resources."""
     package, separator, file = config.partition("::")
     if not separator:
         return config
     return str(Path(import_module(package).__path__[0]) / ".mim" / "configs" / file)
 
 
-def _set_num_classes(node: Any, n_classes: int) -> None:
+def _set_num_classes(node: object, n_classes: int) -> None:
     """Replace ``num_classes`` in every head below ``node``, in place."""
     if isinstance(node, dict):
         for key, value in node.items():
@@ -113,7 +116,7 @@ def _set_num_classes(node: Any, n_classes: int) -> None:
             _set_num_classes(item, n_classes)
 
 
-def drop_pretrained(node: Any) -> None:
+def drop_pretrained(node: object) -> None:
     """Remove every ``init_cfg`` that would load a file, in place."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
@@ -128,8 +131,8 @@ def drop_pretrained(node: Any) -> None:
             drop_pretrained(item)
 
 
-def _plain(node: Any) -> Any:
-    """Plain dicts, lists, strings and numbers, so that a checkpoint can carry the config."""
+def _plain(node: object) -> Plain:
+    """Convert to dicts, lists, strings and numbers, which a checkpoint can contain."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, tuple):
@@ -139,22 +142,22 @@ def _plain(node: Any) -> Any:
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     raise ValueError(
-        f"the mmdet config holds {node!r} ({type(node).__name__}), which a checkpoint cannot "
-        "carry; write it as text or a number"
+        f"the mmdet config contains {node!r} ({type(node).__name__}), which cannot be stored in a "
+        "checkpoint; write it as text or a number"
     )
 
 
-def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
-    """Build an mmdet detector from ``model_config``'s plain data.
+def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
+    """Build an mmdet detector from the result of :func:`model_config`.
 
     Args:
         model: the model config.
-        initialise: run mmdet's weight initialisation (False when weights are loaded next).
+        initialise: run mmdet's weight initialisation (False if weights are loaded next).
 
     Raises:
         KeyError: a ``type`` is not registered.
-        RuntimeError: pretrained weights are asked for and cannot be had.
-        ImportError: a module of its ``custom_imports`` cannot be found.
+        RuntimeError: pretrained weights are requested and cannot be loaded.
+        ImportError: a module of its ``custom_imports`` cannot be imported.
     """
     use_mmdet()
     parts = {key: value for key, value in model.items() if key != "custom_imports"}
@@ -176,9 +179,9 @@ def build(model: dict[str, Any], initialise: bool = True) -> nn.Module:
 
 @contextmanager
 def _registered_types_only() -> Iterator[None]:
-    """Within it, mmengine does not take a ``type`` for the path of any Python object.
+    """Keep mmengine from resolving a ``type`` as the path of any Python object, in the context.
 
-    It would find and call ``os.system``, so a checkpoint's model config could run anything.
+    It would import and call ``os.system``, so a checkpoint's model config could run any code.
     """
     look_up = registry.get_object_from_string
     registry.get_object_from_string = lambda _: None
@@ -189,7 +192,7 @@ def _registered_types_only() -> Iterator[None]:
 
 
 def _import(custom: dict[str, Any]) -> None:
-    """Import the modules that an mmdet config asks for, which register its own parts."""
+    """Import the modules of a config's ``custom_imports``, which register its own components."""
     try:
         import_modules_from_strings(**custom)
     except ImportError as error:
@@ -200,8 +203,8 @@ def _import(custom: dict[str, Any]) -> None:
 
 
 def quiet() -> None:
-    """Silence what the libraries say that a user can do nothing about."""
-    for told in (
+    """Silence warnings of libraries that a user cannot act on."""
+    for text in (
         "torch.meshgrid",
         "does not have many workers",
         "Trying to infer the `batch_size`",
@@ -209,11 +212,11 @@ def quiet() -> None:
         "torch.cuda.amp.autocast",
         "LeafSpec",
         "have overridden `transfer_batch_to_device`",
-        "exists and is not empty",  # a run's folder, which is meant to be gone on with
+        "exists and is not empty",  # a run's folder: expected when resuming
         "smaller than the logging interval",
-        "out of bounds, the drawn",  # of boxes in a picture
-        "sync_dist=True",  # the metrics join the tables of all processes themselves
+        "out of bounds, the drawn",  # bounding boxes in figures
+        "sync_dist=True",  # DetectionMetrics gathers the tables of all ranks itself
     ):
-        warnings.filterwarnings("ignore", message=f".*{re.escape(told)}")
+        warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
     for name in ("faster_coco_eval", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)

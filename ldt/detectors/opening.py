@@ -1,31 +1,32 @@
-"""A detector from whatever a user has: a model, an mmdet config with weights, a checkpoint."""
+"""Open a detector from a model, an mmdet config with weights, or a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ldt.detectors.checkpoints import RECORD, load_pruned
-from ldt.detectors.models import build, drop_pretrained, model_config
+from ldt.detectors.models import PlainConfig, build, drop_pretrained, model_config
 from ldt.detectors.weights import load_weights
 
 
 @dataclass
 class OpenedDetector:
-    """A detector and what is known of it.
+    """A detector with its metadata.
 
     Attributes:
         model: the detector.
-        config: the config that the unpruned detector is built from; None where it is not known.
-        classes: names in label order.
-        record: what its checkpoint says of it (neck, predictors, input size, resize steps).
+        config: the config that the unpruned detector is built from; None if unknown.
+        classes: class names in label order.
+        record: metadata of its checkpoint (neck, predictors, input size, resize transforms).
     """
 
-    model: nn.Module
-    config: dict[str, Any] | None
+    model: BaseDetector
+    config: PlainConfig | None
     classes: tuple[str, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,25 +43,25 @@ def open_detector(
         detector: an mmdet detector that is built already; an mmdet config (a file, a packaged one
             such as ``mmdet::gfl/gfl_r50_fpn_1x_coco.py``, or an mmengine ``Config``); or a
             checkpoint of ldt (``.ckpt``).
-        weights: of a config's detector, mmdet's or mmengine's files.
-        classes: names in label order; what the detector or its file says by default.
-        config: that a detector which is built already is built from.
+        weights: for a detector given by its config: a checkpoint file of mmdet or mmengine.
+        classes: class names in label order; by default those of the detector or its file.
+        config: the config of a detector that is built already.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of these, or the weights are another detector's.
+        ValueError: it is none of these, or the weights belong to another detector.
     """
     if isinstance(detector, nn.Module):
         if weights is not None:
-            raise ValueError("weights go with a config; this detector is built already")
-        about = getattr(detector, RECORD, {})
+            raise ValueError("weights are for a config; this detector is built already")
+        record = getattr(detector, RECORD, {})
         if config is not None:
-            about = {**about, "model": _config(config)}
-        return _described(detector, about, classes)
+            record = {**record, "model": _read_config(config)}
+        return _opened(cast(BaseDetector, detector), record, classes)
     if isinstance(detector, (str, Path)) and str(detector).endswith(".ckpt"):
         loaded = load_pruned(detector)
-        return _described(loaded, getattr(loaded, RECORD), classes)
-    plain = _config(detector)
+        return _opened(loaded, getattr(loaded, RECORD), classes)
+    plain = _read_config(detector)
     model = build(plain, initialise=weights is None)
     if weights is not None:
         load_weights(model, weights, ())
@@ -68,17 +69,17 @@ def open_detector(
     return OpenedDetector(model, plain, _classes(model, plain, classes))
 
 
-def _described(
-    model: nn.Module, record: Mapping[str, Any], classes: Sequence[str] | None
+def _opened(
+    model: BaseDetector, record: Mapping[str, Any], classes: Sequence[str] | None
 ) -> OpenedDetector:
     config = record.get("model")
-    own: Any = getattr(model, "cfg", None)  # mmdet's init_detector leaves its config there
+    own = getattr(model, "cfg", None)  # set by mmdet's init_detector
     if config is None and own is not None:
         config = _plain_model(own)
     return OpenedDetector(model, config, _classes(model, config or {}, classes), record)
 
 
-def _config(detector: Any) -> dict[str, Any]:
+def _read_config(detector: object) -> PlainConfig:
     if isinstance(detector, (str, Path)):
         return model_config(str(detector), {}, None, pretrained=False)
     if isinstance(detector, (Config, Mapping)):
@@ -89,18 +90,18 @@ def _config(detector: Any) -> dict[str, Any]:
     )
 
 
-def _plain_model(config: Any) -> dict[str, Any]:
-    """The model part of a config; a config of the model alone is taken as it is."""
-    model: Any = config.get("model", config)
+def _plain_model(config: Config | Mapping[str, Any]) -> PlainConfig:
+    """Return the model part of a config, or the config itself if it is one of a model."""
+    model = config.get("model", config)
     if "type" not in model:
         raise ValueError("the config defines no `model`; is it an mmdet config?")
-    plain: Any = ConfigDict(model).to_dict()
+    plain = cast(PlainConfig, ConfigDict(model).to_dict())
     drop_pretrained(plain)
     return plain
 
 
 def _classes(
-    model: Any, config: Mapping[str, Any], classes: Sequence[str] | None
+    model: nn.Module, config: Mapping[str, Any], classes: Sequence[str] | None
 ) -> tuple[str, ...]:
     known = classes or (getattr(model, "dataset_meta", None) or {}).get("classes")
     if known:
