@@ -106,7 +106,7 @@ def test_a_full_disk_stops_a_run_and_loses_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"cannot write .*No space left.*make room"):
+        with pytest.raises(OSError, match=r"cannot write .*No space left.*free disk space"):
             experiment.run(config, folder)
     assert summary(folder)["status"] == "failed"
     assert "No space left" in summary(folder)["error"]

@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"cannot write .*last.ckpt.*make room.*intact"):
+        with pytest.raises(OSError, match=r"cannot write .*last.ckpt.*free disk space.*intact"):
             saved(tmp_path, 2)
     assert number(resumable(tmp_path)) == 1
     assert [file.name for file in tmp_path.iterdir()] == [LAST]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, and found again."""
+"""Atomic writing of a run's checkpoints, and finding the newest intact one."""
 
 import logging
 import os
@@ -15,16 +15,19 @@ log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, on the disk for good, and then moves it there.
+    """Write a checkpoint to a temporary file, flush it to disk, and then rename it.
 
-    The ``last.ckpt`` that it replaces stays as ``last.ckpt.previous``. OSError if it cannot be
-    written; what was there is intact then.
+    The previous ``last.ckpt`` is kept as ``last.ckpt.previous``.
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
-        """Write ``checkpoint`` to ``path``."""
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: the file cannot be written; the previous one is intact.
+        """
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -39,18 +42,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
             draft.unlink(missing_ok=True)
             raise OSError(
-                f"cannot write {path} ({error}); make room or choose another folder, and the same "
-                "command goes on from the checkpoint before, which is intact"
+                f"cannot write {path} ({error}); free disk space or choose another folder; the "
+                "same command then resumes from the previous checkpoint, which is intact"
             ) from error
 
 
 def resumable(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's directory that is whole; damaged ones are named."""
+    """Return the newest intact checkpoint in a run's directory; log the damaged ones."""
     for file in (folder / LAST, folder / PREVIOUS):
         if file.is_file():
             try:
                 read(file)
                 return file
             except ValueError as error:
-                log.warning("%s; it is skipped for the one before", error)
+                log.warning("%s; trying the previous one", error)
     return None

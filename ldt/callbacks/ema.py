@@ -1,4 +1,4 @@
-"""YOLOX's exponential moving average of the weights, by Lightning's WeightAveraging."""
+"""YOLOX's exponential moving average of the weights, based on Lightning's WeightAveraging."""
 
 import math
 from typing import Any
@@ -11,14 +11,14 @@ from ldt.callbacks.lightning_internals import copy_average
 
 
 class ExponentialMovingAverage(WeightAveraging):
-    """mmdet's ExpMomentumEMA: the average follows fast at first and slowly later.
+    """mmdet's ExpMomentumEMA, whose momentum decreases during training.
 
-    At update t the average moves by (1 - momentum) exp(-(1 + t) / gamma) + momentum towards the
-    weights. Validation and checkpoints use the average.
+    At update t the average moves towards the weights by the factor
+    (1 - momentum) exp(-(1 + t) / gamma) + momentum. Validation and checkpoints use the average.
 
     Args:
-        momentum: the step in the long run.
-        gamma: number of updates over which the first phase fades.
+        momentum: the factor after many updates.
+        gamma: number of updates over which the initial factor decays.
     """
 
     def __init__(self, momentum: float = 1e-4, gamma: int = 2000) -> None:
@@ -31,16 +31,16 @@ class ExponentialMovingAverage(WeightAveraging):
         super().__init__(avg_fn=move)
 
     def finish(self, pl_module: L.LightningModule) -> None:
-        """Copy the average into the module, as at the end of a phase."""
+        """Copy the average into the module, at the end of a phase."""
         copy_average(self, pl_module)
 
     def restart(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the average and start from the module as it is, with its present structure."""
+        """Restart the average from the module's current weights, after its structure changed."""
         self.setup(trainer, pl_module, "fit")
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the module's present structure, which may be a pruned one, before loading."""
+        """Adopt the module's current structure, which may be pruned, before loading."""
         self.restart(trainer, pl_module)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)

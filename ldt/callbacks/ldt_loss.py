@@ -1,4 +1,4 @@
-"""The two LDT losses as named terms of a detector's training loss."""
+"""The two LDT losses as additional terms of a detector's training loss."""
 
 import math
 from collections import deque
@@ -24,24 +24,25 @@ from ldt.objects import Objects
 
 
 class LDTLoss(L.Callback):
-    """Adds alpha L_LD + beta L_cov (eq. 12) to the loss of a :class:`DetectorModule`.
+    """Add alpha L_LD + beta L_cov (eq. 12) to the loss of a :class:`DetectorModule`.
 
-    Logged beside the losses: per scale the number of discriminants ``discriminants_<s>`` and the
-    largest eigenvalue ``eigenvalue_<s>``, and each term's share of the detection loss.
+    Beside the losses, it logs the number of discriminants ``discriminants_<s>`` and the largest
+    eigenvalue ``eigenvalue_<s>`` of each scale, and each term's ratio to the detection loss.
 
     Args:
-        phi: eigenvalues above phi * max count.
-        alpha: weight of the discriminating term.
+        phi: eigenvalues above phi times the largest one count.
+        alpha: weight of the discriminant term.
         beta: weight of the covariance term.
-        ridge: ridge of S_w, in tr(S_w)/C.
-        ridge_absolute: added to it.
-        covariance: ``mean`` or ``sum`` of the off-diagonal entries of eq. 11.
-        warmup_epochs: alpha and beta rise linearly from 0 over these first epochs of a run.
-        memory: earlier batches whose detached object vectors join the scatter matrices.
-        gather: take the object vectors of all processes, with gradient.
+        ridge: ridge of S_w, relative to tr(S_w)/C.
+        ridge_absolute: constant added to the ridge.
+        covariance: ``mean`` or ``sum`` of the off-diagonal entries in eq. 11.
+        warmup_epochs: alpha and beta increase linearly from 0 over these first epochs of a run.
+        memory: number of earlier batches whose detached object vectors are included in the scatter
+            matrices.
+        gather: gather the object vectors of all ranks, with gradients.
 
     Raises:
-        ValueError: a value outside of what is allowed, naming its key.
+        ValueError: a value is not allowed; the message names its key.
     """
 
     NAME = "ldt"
@@ -68,33 +69,33 @@ class LDTLoss(L.Callback):
             "covariance": covariance,
         }
         self._memory: deque[tuple[list[Tensor], Tensor]] = deque(maxlen=memory)
-        self._module: Any = None
+        self._module: DetectorModule | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Register the terms with the module."""
+        """Register the loss terms with the module."""
         assert isinstance(pl_module, DetectorModule)
         self._module = pl_module
         pl_module.loss_terms[self.NAME] = self
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the terms away again."""
+        """Remove the loss terms from the module."""
         assert isinstance(pl_module, DetectorModule)
         pl_module.loss_terms.pop(self.NAME, None)
         self._module = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The remembered object vectors, so that a resumed run goes on as it would have."""
+        """Return the memory bank of object vectors."""
         return {"memory": [(vectors, labels) for vectors, labels in self._memory]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the saved memory up again."""
+        """Restore the memory bank."""
         self._memory.extend(state_dict["memory"])
 
     def __call__(self, features: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
-        """The weighted terms and what is logged beside them.
+        """Return the weighted loss terms and further values to log.
 
         Args:
-            features: the neck's maps [N, C, h, w].
+            features: the neck's feature maps [N, C, h, w].
             objects: the objects of the batch.
         """
         vectors = [object_vectors(feature, objects) for feature in features]
@@ -102,15 +103,15 @@ class LDTLoss(L.Callback):
         if self.gather and dist.is_available() and dist.is_initialized():
             vectors, labels = gather_vectors(vectors, labels)
         memory = self._recall([v.shape[1] for v in vectors])
-        found = discriminants_of(vectors, labels, memory=memory, **self.options)
+        result = discriminants_of(vectors, labels, memory=memory, **self.options)
         if self._memory.maxlen:
             self._memory.append(([v.detach() for v in vectors], labels))
-        rise = self._rise()
+        warmup = self._warmup_factor()
         logs = {
-            "loss_ld": self.alpha * rise * found.loss_ld,
-            "loss_cov": self.beta * rise * found.loss_cov,
+            "loss_ld": self.alpha * warmup * result.loss_ld,
+            "loss_cov": self.beta * warmup * result.loss_cov,
         }
-        for scale, (count, largest) in enumerate(zip(found.counts, found.largest, strict=True)):
+        for scale, (count, largest) in enumerate(zip(result.counts, result.largest, strict=True)):
             logs[f"discriminants_{scale}"] = count.float()
             logs[f"eigenvalue_{scale}"] = largest.float()
         return logs
@@ -123,7 +124,8 @@ class LDTLoss(L.Callback):
         vectors = [torch.cat(scale) for scale in zip(*(v for v, _ in self._memory), strict=True)]
         return vectors, torch.cat([labels for _, labels in self._memory])
 
-    def _rise(self) -> float:
+    def _warmup_factor(self) -> float:
+        assert self._module is not None
         trainer = self._module.trainer
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         steps = self.warmup_epochs * per_epoch
@@ -131,13 +133,13 @@ class LDTLoss(L.Callback):
 
 
 def gather_vectors(vectors: Sequence[Tensor], labels: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Object vectors and labels of all processes, the former with gradient.
+    """Gather object vectors, with gradients, and labels of all ranks.
 
-    The backward sums the gradients of all processes; DDP's averaging of parameter gradients then
-    gives what one process with the whole batch would have.
+    The backward pass sums the gradients of all ranks, so that DDP's averaged parameter gradients
+    are those of a single process with the whole batch.
 
     Args:
-        vectors: [K, C_s] per scale; K may differ between processes.
+        vectors: [K, C_s] per scale; K may differ between ranks.
         labels: [K].
     """
     world = dist.get_world_size()
@@ -146,7 +148,7 @@ def gather_vectors(vectors: Sequence[Tensor], labels: Tensor) -> tuple[list[Tens
     dist.all_gather(counts, count)
     sizes = [int(c) for c in counts]
     widths = [v.shape[1] for v in vectors]
-    rows = torch.cat(list(vectors), dim=1)  # one exchange for all scales
+    rows = torch.cat(list(vectors), dim=1)  # one communication for all scales
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), rows.shape[1])])
     gathered = torch.cat(
         [part[:size] for part, size in zip(all_gather(padded), sizes, strict=True)]

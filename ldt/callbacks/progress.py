@@ -1,8 +1,7 @@
-"""Progress where there is no terminal."""
+"""Progress reports for output that is not a terminal."""
 
 import logging
 import time
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
@@ -11,14 +10,14 @@ log = logging.getLogger(__name__)
 
 
 class LogProgress(ProgressBar):
-    """One line per epoch, for logs and pipes."""
+    """Log one line per epoch, for log files and pipes."""
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Start the clock."""
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: object) -> None:
+        """Start the timer."""
         self._started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Say the epoch, its loss and time; one process speaks for all."""
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Log the epoch with its loss and time, on rank 0 only."""
         if not trainer.is_global_zero:
             return
         loss = float(trainer.callback_metrics.get("loss", float("nan")))
@@ -31,4 +30,4 @@ class LogProgress(ProgressBar):
         )
 
     def disable(self) -> None:
-        """Required by the base class; there is nothing to switch off."""
+        """Do nothing; the base class requires this method."""

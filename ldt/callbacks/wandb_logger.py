@@ -1,4 +1,4 @@
-"""Weights & Biases: every job is a run there, beside its CSV files."""
+"""Weights & Biases: log every job as a run, in addition to its CSV files."""
 
 import hashlib
 import re
@@ -19,25 +19,25 @@ AXES = {"train/*": "trainer/global_step", "val/*": "trainer/global_step", "round
 
 
 class WandbRun(WandbLogger):
-    """One job as a W&B run, which ends as the ``with`` block around the job does.
+    """Log a job as a W&B run, within a ``with`` block around the job.
 
-    It is finished, with the rounds as a table, the pictures and the checkpoint; or failed, where
-    the block raises. Its id stands for study and name, so that the same job goes on in the same
-    run. Training is shown against ``trainer/global_step``, ``round/*`` against ``round/round``. Of
-    several processes the first one speaks.
+    The run finishes with the rounds as a table, the pictures and the checkpoint, or is marked as
+    failed if the block raises. Its id is derived from study and name, so that a resumed job
+    continues the same W&B run. The x axis is ``trainer/global_step`` for training, and
+    ``round/round`` for ``round/*``. Only rank 0 logs.
 
     Args:
-        save_dir: the job's directory; what W&B writes goes to ``wandb`` in it.
+        save_dir: the job's directory; W&B writes to ``wandb`` in it.
         study: W&B's group.
-        name: the job's identity.
-        project: on the server.
+        name: the job's name.
+        project: W&B's project.
         entity: a user or team; None is the account's default.
         tags: labels to filter by.
-        mode: ``offline`` waits for ``wandb sync``, ``online`` uploads at once.
+        mode: ``offline`` stores the run for ``wandb sync``, ``online`` uploads it while it runs.
         checkpoint: log the last round's checkpoint as an artifact.
 
     Raises:
-        ValueError: another mode, or ``online`` without an account.
+        ValueError: unknown mode, or ``online`` without an account.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WandbRun(WandbLogger):
         super().__init__(experiment=run, project=project, id=about["id"], save_dir=save_dir)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log all but what has no value (the AP of sizes that the images lack)."""
+        """Log all metrics that are not nan (as the AP of object sizes without ground truth)."""
         super().log_metrics({k: v for k, v in metrics.items() if not isnan(v)}, step)
 
     def __enter__(self) -> "WandbRun":
@@ -96,14 +96,16 @@ class WandbRun(WandbLogger):
 
     def _log_checkpoint(self, file: Path, summary: dict[str, Any]) -> None:
         about = {key: summary[key] for key in ("study", "detector", "dataset", "method", "seed")}
-        name = re.sub(r"[^\w.-]", "-", summary["run"])  # all that W&B allows in it
+        name = re.sub(r"[^\w.-]", "-", summary["run"])  # W&B allows no other characters
         artifact = wandb.Artifact(name, type="model", metadata=about | summary["rounds"][-1])
-        artifact.add_file(str(file), policy="immutable")  # no copy: it stays in the job's directory
+        artifact.add_file(
+            str(file), policy="immutable"
+        )  # not copied: the file is kept in the job's directory
         self.experiment.log_artifact(artifact)
 
 
 def _begin(save_dir: str, about: dict[str, Any]) -> wandb.Run:
-    """A run of its own, also where the run of the job that needs a shared base is open."""
+    """Start a separate run, even while the run of the job that needs a shared base is open."""
     try:
         run = wandb.init(dir=save_dir, resume="allow", reinit="create_new", **about)
     except wandb.Error as error:
@@ -115,15 +117,15 @@ def _begin(save_dir: str, about: dict[str, Any]) -> wandb.Run:
 
 
 def run_id(study: str, name: str) -> str:
-    """The W&B id of a job: 16 hex digits, the same wherever and whenever it is started."""
+    """Return the W&B id of a job: 16 hex digits that depend on study and name only."""
     return hashlib.sha256(f"{study}/{name}".encode()).hexdigest()[:16]
 
 
 def account() -> wandb.Api:
-    """What reads from the W&B server that is set up here.
+    """Return a client of the configured W&B server.
 
     Raises:
-        ValueError: there is no API key, the server does not know it, or does not answer.
+        ValueError: there is no API key, the server rejects it, or does not answer.
     """
     try:
         return wandb.Api()
@@ -133,6 +135,6 @@ def account() -> wandb.Api:
 
 def _no_account(error: wandb.Error) -> ValueError:
     return ValueError(
-        f"no W&B account can be used here: {error} Type `wandb login`, or set WANDB_API_KEY (and "
-        "WANDB_BASE_URL for a server of your own); logger.mode=offline needs none"
+        f"no W&B account is available: {error} Run `wandb login`, or set WANDB_API_KEY (and "
+        "WANDB_BASE_URL for your own server); logger.mode=offline needs no account"
     )

@@ -1,4 +1,4 @@
-"""What a pruning criterion is given and what it gives back."""
+"""Interface of pruning criteria: their input, and scores per channel."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,49 +11,56 @@ from torch_pruning.pruner.importance import Importance
 from ldt.objects import Objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import ACTIVATIONS
-from ldt.pruning.torch_pruning_internals import prunes_outputs
+from ldt.pruning.torch_pruning_internals import Group, group_items, prunes_outputs
 
 
 class Batch(Protocol):
-    """Images ready for the network, with their labelled objects."""
+    """A batch ready for the network."""
 
-    images: Tensor  # [N, 3, H, W]
-    objects: Objects
+    @property
+    def images(self) -> Tensor:
+        """Normalised images [N, 3, H, W]."""
+        ...
+
+    @property
+    def objects(self) -> Objects:
+        """Ground-truth objects, in pixels of the images."""
+        ...
 
 
 class Target(Protocol):
-    """What a criterion may ask of the detector; three lines make a small network one."""
+    """The detector's interface for criteria, easily implemented for a small network in tests."""
 
     @property
     def model(self) -> nn.Module:
-        """The network that is pruned."""
+        """The network to prune."""
         ...
 
     def features(self, batch: Any) -> Sequence[Tensor]:
-        """The neck's output maps [N, C, h, w], one per scale."""
+        """Return the neck's feature maps [N, C, h, w], one per scale."""
         ...
 
     def detection_loss(self, batch: Any) -> Tensor:
-        """The detector's own training loss, a scalar."""
+        """Return the detector's training loss, a scalar."""
         ...
 
 
 class Criterion(Importance):
-    """Scores the channels of a coupled group: a Torch-Pruning importance with statistics.
+    """Score the channels of coupled groups: a Torch-Pruning importance with data statistics.
 
-    :meth:`collect` looks at calibration batches once a round; :meth:`channel_scores` then gives
-    one score per output channel of a layer. A coupled group's score is the sum over its layers.
+    :meth:`collect` processes calibration batches once per round; then :meth:`channel_scores`
+    returns one score per output channel of a layer. A group's scores are summed over its layers.
 
     Attributes:
-        layers: the convolutions that are scored, by name; set before :meth:`collect`.
-        notes: numbers about the scores, set by :meth:`collect`, that belong in a round's record.
+        layers: the convolutions to score, by name; set before :meth:`collect`.
+        notes: numbers about the scores for the round's record; set by :meth:`collect`.
     """
 
     layers: Mapping[str, nn.Module] = {}
     notes: Mapping[str, float] = {}
 
-    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
-        """Gather statistics; called in eval mode with gradients on for all parameters.
+    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Batch]) -> None:
+        """Collect statistics; called in eval mode with gradients for all parameters.
 
         Args:
             target: the detector.
@@ -63,60 +70,62 @@ class Criterion(Importance):
         raise NotImplementedError
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
-        """One score per output channel of a convolution, the least useful lowest, 1-D."""
+        """Return one score per output channel of a convolution, low for the least useful, 1-D."""
         raise NotImplementedError
 
-    def __call__(self, group: Any) -> Tensor:
-        """The summed scores of a Torch-Pruning group's layers, [channels of its root]."""
-        scored = set(self.layers.values())
-        total = torch.zeros(len(set(group[0].root_idxs)), dtype=torch.float64)
-        for item in group.items:
+    def __call__(self, group: Group) -> Tensor:
+        """Return the scores of a Torch-Pruning group, summed over its layers: [root channels]."""
+        scored, items = set(self.layers.values()), group_items(group)
+        total = torch.zeros(len(set(items[0].root_idxs)), dtype=torch.float64)
+        for item in items:
             layer = item.dep.target.module
-            makes = prunes_outputs(group, item.dep)
-            if makes and layer in scored:
+            if layer in scored and prunes_outputs(group, item.dep):
                 scores = self.channel_scores(layer).detach().double().cpu()
                 total.index_add_(0, torch.as_tensor(item.root_idxs), scores[list(item.idxs)])
         return total
 
 
 def score_groups(
-    criterion: Importance, target: Target, graph: PruningGraph, batches: Iterable[Any]
+    criterion: Importance, target: Target, graph: PruningGraph, batches: Iterable[Batch]
 ) -> dict[str, Tensor]:
-    """Scores of every group, with a criterion of ours or any importance of Torch-Pruning."""
+    """Return the scores of every group, by a criterion of ours or one of Torch-Pruning."""
     if isinstance(criterion, Criterion):
         criterion.layers = graph.scored
         criterion.collect(target, graph, batches)
     scores = {}
     for name, group in graph.groups.items():
-        found = criterion(group.raw)
-        if found is None:
-            raise ValueError(f"{type(criterion).__name__} gives no scores for the group {name!r}")
-        scores[name] = found[: group.size].detach().double().cpu()  # of tied channels the first
+        own = criterion(group.raw)
+        if own is None:
+            raise ValueError(f"{type(criterion).__name__} returns no scores for the group {name!r}")
+        scores[name] = own[: group.size].detach().double().cpu()  # the first of tied channels
     return scores
 
 
-Receive = Callable[[nn.Module, Tensor, Tensor], None]
-ReceiveMap = Callable[[nn.Module, Tensor], None]
+ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+GradientCallback = Callable[[nn.Module, Tensor, Tensor], None]
+MapCallback = Callable[[nn.Module, Tensor], None]
 
 
 @contextmanager
-def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> Iterator[None]:
-    """Within it, every backward calls ``receive(layer, F, dz/dF)``, once per call of the layer.
+def feature_gradients(
+    feature_modules: dict[nn.Module, nn.Module], callback: GradientCallback
+) -> Iterator[None]:
+    """Call ``callback(layer, F, dz/dF)`` in every backward pass, once per call of the layer.
 
     Args:
-        points: :attr:`ldt.pruning.graph.PruningGraph.feature_modules`, or some of them.
-        receive: gets the convolution, its feature map and the gradient, both [N, C, h, w].
+        feature_modules: :attr:`ldt.pruning.graph.PruningGraph.feature_modules`, or some of them.
+        callback: gets the convolution, its feature map and the gradient, both [N, C, h, w].
     """
 
-    def tap(layer: nn.Module) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def hook_of(layer: nn.Module) -> ForwardHook:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             value = output.detach()
-            output.register_hook(lambda gradient: receive(layer, value, gradient))
-            return output.clone()  # what follows may work in place (ReLU, residual sums)
+            output.register_hook(lambda gradient: callback(layer, value, gradient))
+            return output.clone()  # later layers may work in place (ReLU, residual sums)
 
         return hook
 
-    hooks = [point.register_forward_hook(tap(layer)) for layer, point in points.items()]
+    hooks = [m.register_forward_hook(hook_of(layer)) for layer, m in feature_modules.items()]
     try:
         yield
     finally:
@@ -125,32 +134,33 @@ def feature_gradients(points: dict[nn.Module, nn.Module], receive: Receive) -> I
 
 
 @torch.no_grad()
-def visit_maps(graph: PruningGraph, batches: Iterable[Any], receive: ReceiveMap) -> int:
-    """Call ``receive(layer, X)`` once per batch and call of each scored layer.
+def visit_maps(graph: PruningGraph, batches: Iterable[Batch], callback: MapCallback) -> int:
+    """Call ``callback(layer, X)`` once per batch and call of each scored layer.
 
-    X, [N, C, h, w], is the map behind the activation module that directly follows the layer and its
-    normalisation; where none does (the last convolution of a residual branch), before any. Returns
-    the number of images.
+    X, [N, C, h, w], is the output of the activation module that directly follows the layer and its
+    normalisation; if there is none (the last convolution of a residual branch), it is the map
+    before any activation.
+
+    Returns:
+        The number of images.
     """
-    in_two_steps = graph.activated
-    waiting: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the maps, so that ids stay theirs
+    has_activation = graph.activated
+    pending: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors: ids stay unique
 
-    def tap(layer: nn.Module) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if layer in in_two_steps:
-                waiting[id(output)] = (layer, output)
+    def hook_of(layer: nn.Module) -> ForwardHook:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if layer in has_activation:
+                pending[id(output)] = (layer, output)
             else:
-                receive(layer, output)
+                callback(layer, output)
 
         return hook
 
     def activated(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if id(inputs[0]) in waiting:
-            receive(waiting.pop(id(inputs[0]))[0], output)
+        if id(inputs[0]) in pending:
+            callback(pending.pop(id(inputs[0]))[0], output)
 
-    hooks = [
-        point.register_forward_hook(tap(layer)) for layer, point in graph.feature_modules.items()
-    ]
+    hooks = [m.register_forward_hook(hook_of(layer)) for layer, m in graph.feature_modules.items()]
     hooks += [
         module.register_forward_hook(activated)
         for module in graph.model.modules()

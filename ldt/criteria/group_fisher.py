@@ -2,36 +2,37 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldt.config.values import checked
-from ldt.criteria.base import Criterion, Target
+from ldt.criteria.base import Batch, Criterion, Target
 from ldt.pruning.costs import CostModel
 from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS, width_of
+from ldt.pruning.torch_pruning_internals import Group, group_items
 
 Cost = Literal["memory", "flops", "none"]
 
 
 class GroupFisherCriterion(Criterion):
-    """A coupled channel is worth the Fisher information of its mask, per memory that it takes.
+    """Channel importance = Fisher information of the channel's mask, divided by its cost.
 
-    g_nc = sum of A dL/dA over the positions, calls and layers at whose *input* the group's channel
-    c stands; its score is sum_n g_nc^2 over images, so that a group is summed first and squared
-    after. L is the detection loss.
+    g_nc is the sum of A dL/dA over positions, calls and all layers that have the group's channel c
+    as an *input*; the score is sum_n g_nc^2 over images n, so gradients are summed over the group
+    before they are squared. L is the detection loss.
 
-    The paper removes one channel every 10 training steps. This criterion scores a network as it
-    is, and ``method.inner_rounds`` re-scores it while it shrinks, without training in between;
-    ``method=group_fisher_gradual`` is the paper's schedule.
+    The paper removes one channel every 10 training steps (``method=group_fisher_gradual``). This
+    criterion scores a network without training; with ``method.inner_rounds`` it is scored again
+    while channels are removed.
 
     Args:
-        cost: what a channel's score is divided by: the activations that it takes (``memory``), the
-            multiply-adds that go with it (``flops``), or nothing (``none``).
+        cost: what a channel's score is divided by: the size of its activations (``memory``), its
+            MACs (``flops``), or nothing (``none``).
 
     Raises:
         ValueError: unknown cost.
@@ -42,18 +43,18 @@ class GroupFisherCriterion(Criterion):
         self.cost: Cost = cost
         self._scores: dict[nn.Module, Tensor] = {}
 
-    def __call__(self, group: Any) -> Tensor:
-        """The scores of a Torch-Pruning group, [channels of its root]."""
-        return self.channel_scores(group[0].dep.target.module)
+    def __call__(self, group: Group) -> Tensor:
+        """Return the scores of a Torch-Pruning group: [root channels]."""
+        return self.channel_scores(group_items(group)[0].dep.target.module)
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
-        """The scores of the group that has this layer as its root."""
+        """Return the scores of the group that has this layer as its root."""
         return self._scores[layer]
 
-    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
-        """Sum up squared mask gradients over all images."""
+    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Batch]) -> None:
+        """Sum the squared mask gradients over all images."""
         fisher = Fisher(graph)
-        with fisher.watched():
+        with fisher.record_gradients():
             for batch in batches:
                 target.detection_loss(batch).backward()
                 fisher.add()
@@ -66,44 +67,44 @@ class GroupFisherCriterion(Criterion):
 
 
 class Fisher:
-    """Accumulates sum_n g_nc^2 of every group from backward passes.
+    """Accumulate sum_n g_nc^2 of every group over backward passes.
 
     Attributes:
         sums: per group, [channels], float64.
-        masks: per group, [channels]: what the layers that read a channel see it multiplied with.
+        masks: per consumer layer, [input channels]: factor on its input channels.
     """
 
     def __init__(self, graph: PruningGraph) -> None:
         self.graph = graph
-        self._readers = _readers(graph)
+        self._consumers = _find_consumers(graph)
         self._gradients: dict[nn.Module, dict[int, Tensor]] = {}  # by number of samples
         self.sums: dict[str, Tensor] = {}
         self.masks: dict[nn.Module, Tensor] = {}
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset the sums to zero."""
         self.sums = {
             name: torch.zeros(group.size, dtype=torch.float64)
             for name, group in self.graph.groups.items()
         }
 
     def mask(self, removed: Mapping[str, np.ndarray]) -> None:
-        """Let the layers that read these channels of each group see zeros."""
+        """Mask these channels of each group with zeros at the input of all their consumers."""
         self.masks = {}
         for name, channels in removed.items():
-            gone = np.zeros(self.graph.groups[name].size, dtype=bool)
-            gone[channels] = True
-            for layer, idxs, roots in self._readers[name]:
+            masked = np.zeros(self.graph.groups[name].size, dtype=bool)
+            masked[channels] = True
+            for layer, idxs, roots in self._consumers[name]:
                 if layer not in self.masks:
                     self.masks[layer] = torch.ones(width_of(layer, "in"))
-                self.masks[layer][idxs[gone[roots]]] = 0
+                self.masks[layer][idxs[masked[roots]]] = 0
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within it, backward passes leave g behind for :meth:`add`, and masks are applied."""
-        layers = {layer for readers in self._readers.values() for layer, _, _ in readers}
-        hooks = [layer.register_forward_pre_hook(self._tap) for layer in layers]
+    def record_gradients(self) -> Iterator[None]:
+        """Apply the masks, and record g of backward passes for :meth:`add`, within the context."""
+        layers = {layer for consumers in self._consumers.values() for layer, _, _ in consumers}
+        hooks = [layer.register_forward_pre_hook(self._mask_inputs) for layer in layers]
         try:
             yield
         finally:
@@ -111,18 +112,18 @@ class Fisher:
             for hook in hooks:
                 hook.remove()
 
-    def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    def _mask_inputs(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
         shape = (-1,) if isinstance(layer, nn.Linear) else (-1, 1, 1)
         if layer in self.masks:
             x = x * self.masks[layer].to(x).view(shape)
         elif x.requires_grad:
-            x = x.view_as(x)  # other readers of the same map have gradients of their own
+            x = x.view_as(x)  # separates the gradient from those of the map's other consumers
         if x.requires_grad:
-            x.register_hook(self._received(layer, x.detach()))
+            x.register_hook(self._gradient_hook(layer, x.detach()))
         return (x, *inputs[1:])
 
-    def _received(self, layer: nn.Module, value: Tensor) -> Callable[[Tensor], None]:
+    def _gradient_hook(self, layer: nn.Module, value: Tensor) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
             g = value.double() * gradient.double()
             linear = isinstance(layer, nn.Linear)
@@ -133,14 +134,13 @@ class Fisher:
         return hook
 
     def add(self) -> None:
-        """Take the last backward's g into the sums.
+        """Accumulate squared mask gradients of the last backward pass.
 
-        A layer that sees regions of images instead (the second stage of a detector) has each region
-        for a sample of its own.
+        For layers that process regions (the second stage of a detector), each region is a sample.
         """
-        for name, readers in self._readers.items():
+        for name, consumers in self._consumers.items():
             totals: dict[int, Tensor] = {}  # by number of samples
-            for layer, idxs, roots in readers:
+            for layer, idxs, roots in consumers:
                 for samples, own in self._gradients.get(layer, {}).items():  # reached by the loss
                     part = torch.zeros(samples, len(self.sums[name]), dtype=torch.float64)
                     part.index_add_(1, torch.as_tensor(roots), own.cpu()[:, idxs])
@@ -150,11 +150,11 @@ class Fisher:
         self._gradients = {}
 
 
-Reader = tuple[nn.Module, np.ndarray, np.ndarray]
+Consumer = tuple[nn.Module, np.ndarray, np.ndarray]
 
 
-def _readers(graph: PruningGraph) -> dict[str, list[Reader]]:
-    """Per group: the layers that read it, which of their inputs, and whose channel each is."""
+def _find_consumers(graph: PruningGraph) -> dict[str, list[Consumer]]:
+    """Return each group's consumer layers, their input channels, and the group channel of each."""
     return {
         name: [
             (member.layer, member.channels, member.roots)
@@ -168,26 +168,26 @@ def _readers(graph: PruningGraph) -> dict[str, list[Reader]]:
 def channel_costs(
     graph: PruningGraph, cost: Cost, removed: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, float]:
-    """What one more channel of each group takes, in activations or multiply-adds of one image.
+    """Return the cost of one channel of each group, in activations or MACs of one image.
 
     Args:
         graph: the coupled groups.
         cost: as for :class:`GroupFisherCriterion`.
-        removed: per group, channels that are masked already.
+        removed: per group, the channels that are masked already.
     """
     if cost == "none":
         return dict.fromkeys(graph.groups, 1.0)
     if cost == "memory":
         return {name: _activations(group, graph) for name, group in graph.groups.items()}
     model, removed = CostModel(graph, "macs"), removed or {}
-    already = model.saved(removed)
-    found = {}
+    saved = model.saved(removed)
+    costs = {}
     for name, group in graph.groups.items():
-        gone = removed.get(name, np.array([], int))
-        left = np.setdiff1d(np.arange(group.size), gone)[:1]
-        more = model.saved({**removed, name: np.append(gone, left)})
-        found[name] = max(more - already, 1.0)
-    return found
+        masked = removed.get(name, np.array([], int))
+        next_channel = np.setdiff1d(np.arange(group.size), masked)[:1]
+        saved_then = model.saved({**removed, name: np.append(masked, next_channel)})
+        costs[name] = max(saved_then - saved, 1.0)
+    return costs
 
 
 def _activations(group: CoupledGroup, graph: PruningGraph) -> float:

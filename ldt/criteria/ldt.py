@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ldt.config.values import NotNegative, Positive, Share, checked
-from ldt.criteria.base import Criterion, Target, feature_gradients
+from ldt.criteria.base import Batch, Criterion, Target, feature_gradients
 from ldt.discriminant import (
     ATTENTION_A,
     ATTENTION_B,
@@ -32,41 +32,42 @@ Reduce = Literal["position", "position_absolute", "absolute", "signed", "sum_abs
 
 
 class LDTCriterion(Criterion):
-    """Traces the neck's discriminating power back to every channel by first derivatives.
+    """Trace the neck's discriminating power back to every channel by first derivatives.
 
-    ``u`` (eq. 13) is the gradient of a scalar z, the chosen ``source``, by a feature map F; the
-    score (eqs. 14-16) sums ``M u_c F_c`` over positions, with the attention M of eq. 15, and
-    averages over images. Eq. 13 averages u over the positions of a map, which loses what gradients
-    of opposite sign carry: kept per position, it leaves 0.02-0.04 AP more of a detector cut by
-    85 % (``experiments/roadscenes/README.md``), so that is the default.
+    ``u`` (eq. 13) is the gradient of a scalar z, given by ``source``, with respect to a feature map
+    F. The score (eqs. 14-16) sums ``M u_c F_c`` over positions, with the attention M of eq. 15, and
+    averages over images. Eq. 13 averages u over the positions of a map, where gradients of opposite
+    sign cancel. Keeping u per position, the default, retains 0.02-0.04 more AP of a detector pruned
+    by 85 % (``experiments/roadscenes/README.md``).
 
     Args:
-        source: what z is.
+        source: the scalar z.
             ``neck``: sum of the discriminative channels of the neck's output, those whose ratio
             (S_b)_cc/(S_w)_cc over the calibration images is above ``phi`` of the largest;
             ``neck_all``: sum of all its channels; ``neck_energy``: half its squared norm;
             ``power``: the sum of the top eigenvalues (eq. 10);
             ``discriminant``: half the squared norm of its projection on the top eigenvectors;
             ``detection``: the detection loss (LDT_det of Table 3).
-        location: weight positions by the attention map; False counts all alike.
+        location: weight positions by the attention map; False weights all positions equally.
         reduce: how the positions and images of eq. 16 are summed.
-            ``position``: per image |sum M u F|, with u kept per position;
-            ``position_absolute``: sum |M u F|, likewise;
+            ``position``: per image |sum M u F|, with u per position;
+            ``position_absolute``: sum |M u F|, with u per position;
             ``absolute``: |sum M u F|, with u averaged over positions as in eq. 13;
-            ``signed``: its literal signed sum; ``sum_absolute``: sum |M u F|, likewise.
-        a: attention next to a box, eq. 15.
-        b: its decay with the squared distance in cells.
+            ``signed``: the signed sum of eq. 16, with u as in eq. 13;
+            ``sum_absolute``: sum |M u F|, with u as in eq. 13.
+        a: scale of the attention outside of boxes, eq. 15.
+        b: decay of the attention with the squared distance in cells, eq. 15.
         phi: share of the largest ratio above which a channel is discriminative.
         ridge: ridge of S_w for ``power`` and ``discriminant``, in tr(S_w)/C.
 
-    Layers outside of the neck's reach (a head in ``prune.scope``) are scored with ``detection``,
-    because the neck's output does not depend on them.
+    Layers that the neck's output does not depend on (a head in ``prune.scope``) are scored with
+    ``detection``.
 
     ``notes["rank_correlation"]`` is Spearman's correlation of a layer's scores between two batches,
-    averaged over layers and pairs of batches (the paper's Fig. 6: batches agree).
+    averaged over layers and pairs of batches (the paper's Fig. 6).
 
     Raises:
-        ValueError: a value outside of what is allowed, naming its key.
+        ValueError: a value is not allowed; the message names its key.
     """
 
     @checked("method.criterion")
@@ -83,14 +84,14 @@ class LDTCriterion(Criterion):
         self.source, self.location, self.reduce = source, location, reduce
         self.a, self.b, self.phi, self.ridge = a, b, phi, ridge
         self._scores: dict[nn.Module, Tensor] = {}
-        self.batch_scores: dict[nn.Module, list[Tensor]] = {}  # of each batch, summed over images
-        self.batch_images: list[int] = []  # of each batch, those that were summed over
+        self.batch_scores: dict[nn.Module, list[Tensor]] = {}  # per batch, summed over its images
+        self.batch_images: list[int] = []  # per batch, the number of images in the sum
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
-        """I_c of eq. 16 for every output channel of a layer."""
+        """Return I_c of eq. 16 for every output channel of a layer."""
         return self._scores[layer]
 
-    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Any]) -> None:
+    def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Batch]) -> None:
         """Score every layer of the graph's groups (eq. 16)."""
         points = graph.feature_modules
         self._scores = {
@@ -108,83 +109,87 @@ class LDTCriterion(Criterion):
 
     def _trace(
         self,
-        points: dict[nn.Module, nn.Module],
+        feature_modules: dict[nn.Module, nn.Module],
         target: Target,
-        batches: Iterable[Any],
+        batches: Iterable[Batch],
         weights: list[Tensor] | None,
     ) -> None:
-        """One pass of eqs. 13-16; ``weights`` as of :meth:`_channel_weights`."""
+        """Compute eqs. 13-16; ``weights`` are the result of :meth:`_channel_weights`."""
         self._reached: set[nn.Module] = set()
         self.batch_images = []
         for batch in batches:
-            maps: dict[tuple[int, int], Tensor] = {}
-            images = len(batch.images)
-            sums: dict[nn.Module, Tensor] = {}
-
-            def receive(
-                layer: nn.Module,
-                value: Tensor,
-                gradient: Tensor,
-                maps: dict[tuple[int, int], Tensor] = maps,
-                sums: dict[nn.Module, Tensor] = sums,
-                batch: Any = batch,
-            ) -> None:
-                size = (value.shape[2], value.shape[3])
-                if size not in maps:
-                    maps[size] = self._attention(batch.objects, size, len(batch.images))
-                summed = self._sum_positions(value, gradient, maps[size])
-                sums[layer] = sums[layer] + summed if layer in sums else summed
-
-            with feature_gradients(points, receive):
-                self._scalar(target, batch, weights).backward()
-            target.model.zero_grad(set_to_none=True)
+            sums = self._trace_batch(feature_modules, target, batch, weights)
             self._reached |= set(sums)
-            seen = torch.ones(images, dtype=torch.bool)
-            if self.location:  # images without objects have no attention: they are skipped
-                seen = torch.bincount(batch.objects.image.cpu(), minlength=images) > 0
-            self.batch_images.append(int(seen.sum()))
+            images = len(batch.images)
+            used = torch.ones(images, dtype=torch.bool)
+            if self.location:  # images without objects have no attention and are skipped
+                used = torch.bincount(batch.objects.image.cpu(), minlength=images) > 0
+            self.batch_images.append(int(used.sum()))
             for layer, per_image in sums.items():
-                kept = per_image.double().cpu()[seen]
-                summed = (kept if self.reduce == "signed" else kept.abs()).sum(0)
+                own = per_image.double().cpu()[used]
+                summed = (own if self.reduce == "signed" else own.abs()).sum(0)
                 self.batch_scores[layer].append(summed)
                 self._scores[layer] += summed
-        used = sum(self.batch_images)
-        if not used:
+        total = sum(self.batch_images)
+        if not total:
             raise ValueError(
-                "none of the calibration images holds an object, so nothing can be traced; "
+                "none of the calibration images contains an object, so nothing can be traced; "
                 "raise prune.images or check the labels of the training set"
             )
         for layer in self._reached:
-            self._scores[layer] /= used
+            self._scores[layer] /= total
+
+    def _trace_batch(
+        self,
+        feature_modules: dict[nn.Module, nn.Module],
+        target: Target,
+        batch: Batch,
+        weights: list[Tensor] | None,
+    ) -> dict[nn.Module, Tensor]:
+        """Return the sums over positions of eq. 16 by layer, [N, C], for one batch."""
+        attention_maps: dict[tuple[int, int], Tensor] = {}
+        sums: dict[nn.Module, Tensor] = {}
+
+        def add(layer: nn.Module, value: Tensor, gradient: Tensor) -> None:
+            size = (value.shape[2], value.shape[3])
+            if size not in attention_maps:
+                attention_maps[size] = self._attention(batch.objects, size, len(batch.images))
+            summed = self._sum_positions(value, gradient, attention_maps[size])
+            sums[layer] = sums[layer] + summed if layer in sums else summed
+
+        with feature_gradients(feature_modules, add):
+            self._scalar(target, batch, weights).backward()
+        target.model.zero_grad(set_to_none=True)
+        return sums
 
     def _attention(self, objects: Objects, size: tuple[int, int], images: int) -> Tensor:
-        """M of eq. 15 for maps of this size (h, w), [images, 1, h, w]."""
+        """Return M of eq. 15 for feature maps of this size (h, w): [images, 1, h, w]."""
         if not self.location:
             return torch.ones(images, 1, *size, device=objects.boxes.device)
         return attention(objects, size, images, self.a, self.b)[:, None]
 
-    def _sum_positions(self, value: Tensor, gradient: Tensor, attended: Tensor) -> Tensor:
-        """Sums over positions, eq. 16, [N, C], of maps [N, C, h, w]; ``attended`` [N, 1, h, w]."""
+    def _sum_positions(self, value: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Sum maps [N, C, h, w] over positions (eq. 16): [N, C]; ``weight`` is [N, 1, h, w]."""
         value, gradient = _precise(value), _precise(gradient)
         if self.reduce == "position":
-            return (attended * gradient * value).sum((2, 3))
+            return (weight * gradient * value).sum((2, 3))
         if self.reduce == "position_absolute":
-            return (attended * (gradient * value).abs()).sum((2, 3))
+            return (weight * (gradient * value).abs()).sum((2, 3))
         u = gradient.mean((2, 3))
         if self.reduce == "sum_absolute":
-            return (attended * value.abs()).sum((2, 3)) * u.abs()
-        return (attended * value).sum((2, 3)) * u
+            return (weight * value.abs()).sum((2, 3)) * u.abs()
+        return (weight * value).sum((2, 3)) * u
 
-    def _scalar(self, target: Target, batch: Any, weights: list[Tensor] | None) -> Tensor:
-        """The z that is differentiated, summed over scales and images."""
+    def _scalar(self, target: Target, batch: Batch, weights: list[Tensor] | None) -> Tensor:
+        """Return the scalar z to differentiate, summed over scales and images."""
         if weights is None:
             return target.detection_loss(batch)
         features = [_precise(f) for f in target.features(batch)]
         if self.source == "power":
-            found = location_aware_discriminants(
+            discriminants = location_aware_discriminants(
                 features, batch.objects, phi=self.phi, ridge=self.ridge
             )
-            return -found.loss_ld
+            return -discriminants.loss_ld
         if self.source == "neck_energy":
             return torch.stack([f.square().sum() / 2 for f in features]).sum()
         if self.source == "discriminant":
@@ -197,8 +202,8 @@ class LDTCriterion(Criterion):
             [(f.sum((0, 2, 3)) * w.to(f)).sum() for f, w in zip(features, weights, strict=True)]
         ).sum()
 
-    def _channel_weights(self, target: Target, batches: Iterable[Any]) -> list[Tensor] | None:
-        """Per scale: 1 for the channels D_s ([C]), or the top eigenvectors ([C, K])."""
+    def _channel_weights(self, target: Target, batches: Iterable[Batch]) -> list[Tensor] | None:
+        """Return per scale a mask [C] of the channels D_s, or the top eigenvectors [C, K]."""
         if self.source == "detection":
             return None
         if self.source in ("power", "neck_energy"):
@@ -217,15 +222,15 @@ class LDTCriterion(Criterion):
 
 
 def rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:
-    """Spearman's correlation between batches, averaged; nan where there is only one batch."""
-    found = []
+    """Return Spearman's correlation between batches, averaged; nan if there is only one batch."""
+    correlations = []
     for scores in layers:
         ranks = [rankdata(s.numpy()) for s in scores if s.unique().numel() > 1]
         if len(ranks) > 1:
-            found.append(np.corrcoef(ranks)[np.triu_indices(len(ranks), 1)].mean())
-    return float(np.mean(found)) if found else float("nan")
+            correlations.append(np.corrcoef(ranks)[np.triu_indices(len(ranks), 1)].mean())
+    return float(np.mean(correlations)) if correlations else float("nan")
 
 
 def _precise(x: Tensor) -> Tensor:
-    """At least float32: sums over thousands of positions lose half precision's few digits."""
+    """Convert half precision to float32, for sums over thousands of positions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

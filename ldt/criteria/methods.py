@@ -1,4 +1,4 @@
-"""Pruning methods by name: a criterion of ``conf/method`` and how its scores are ranked."""
+"""Pruning methods by name: a criterion of ``conf/method`` and the ranking of its scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ CONF = Path(__file__).parents[2] / "conf" / "method"
 
 @dataclass(frozen=True)
 class Method:
-    """What a method's yaml file holds.
+    """The content of a method's yaml file.
 
     Attributes:
-        criterion: scores the channels.
+        criterion: the criterion that scores channels.
         ranking: how scores of different layers are compared.
-        inner_rounds: times that a round scores anew and removes channels.
+        inner_rounds: how often a round scores and prunes.
     """
 
     criterion: Importance
@@ -37,12 +37,12 @@ def find_method(criterion: str | Importance, ranking: str | None = None) -> Meth
     """Return a method by the name of its yaml file, or wrap a criterion.
 
     Args:
-        criterion: a name of ``conf/method``, or an instance: one of ours or any importance of
+        criterion: a name in ``conf/method``, or an instance: one of ours or any importance of
             Torch-Pruning.
-        ranking: overrides the method's own.
+        ranking: overrides the method's ranking.
 
     Raises:
-        ValueError: there is no such method, or it does not prune at once.
+        ValueError: there is no such method, or its criterion works only while training.
     """
     if not isinstance(criterion, str):
         return Method(criterion, ranking or Method.ranking)
@@ -63,7 +63,7 @@ def _read(name: str) -> dict[str, Any]:
             usable[stem] = content
     if name in usable:
         return usable[name]
-    reason = "prunes nothing at once" if name in known else "is not known"
+    reason = "has no criterion that works without training" if name in known else "is not known"
     raise ValueError(
         f"criterion={name!r} {reason}; choose one of {', '.join(sorted(usable))}, or give an "
         "instance, e.g. ldt.criteria.ldt.LDTCriterion()"
@@ -71,11 +71,11 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _instantiate(content: Mapping[str, Any]) -> Importance:
-    """The criterion of a yaml; what refers to a training's configuration keeps its default."""
+    """Create the criterion of a yaml file; values that refer to other keys keep their default."""
     module, _, name = content["_target_"].rpartition(".")
-    given = {
+    arguments = {
         key: value
         for key, value in content.items()
         if key != "_target_" and not str(value).startswith("${")
     }
-    return getattr(import_module(module), name)(**given)
+    return getattr(import_module(module), name)(**arguments)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import cast
 
 import lightning as L
 import torch
@@ -10,14 +10,14 @@ import torch
 from ldt.loop.round_record import RoundRecord
 
 
-def check_same_channels(trainer: L.Trainer, removed: RoundRecord) -> None:
-    """RuntimeError unless every process has removed the same channels."""
-    text = json.dumps({name: left.tolist() for name, left in sorted(removed.left.items())})
+def check_same_channels(trainer: L.Trainer, record: RoundRecord) -> None:
+    """Raise RuntimeError unless all ranks have removed the same channels."""
+    text = json.dumps({name: kept.tolist() for name, kept in sorted(record.kept.items())})
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
-    device = trainer.strategy.root_device
-    found: Any = trainer.strategy.all_gather(torch.tensor(digest, device=device))
-    if bool((found != digest).any()):
+    own = torch.tensor(digest, device=trainer.strategy.root_device)
+    digests = cast(torch.Tensor, trainer.strategy.all_gather(own))
+    if bool((digests != digest).any()):
         raise RuntimeError(
-            f"process {trainer.global_rank} removed other channels than the others: the processes' "
-            "detectors had drifted apart, and training on would be meaningless"
+            f"rank {trainer.global_rank} removed other channels than the other ranks: their "
+            "detectors differ, so training cannot continue"
         )

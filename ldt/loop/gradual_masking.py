@@ -1,8 +1,8 @@
-"""GroupFisher's own schedule: channels are masked one by one while the detector trains."""
+"""GroupFisher's schedule: mask channels one by one while the detector trains."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,26 +15,34 @@ from ldt.pruning.costs import CostModel
 from ldt.pruning.graph import PruningGraph
 
 
-class GradualPruning:
-    """Masks the channels of least Fisher information every few training steps (ICML 2021).
+class RankingArguments(TypedDict):
+    """Arguments that ``select_channels`` and ``lowest_scoring`` have in common."""
 
-    Fisher information is summed over the training steps since the last event, and divided by what a
-    channel costs in the network as it is then. Layers read masked channels as zeros, until the
-    round's budget is saved and :class:`PruneRetrain` cuts them.
+    ranking: str
+    limits: Limits
+    original: Mapping[str, int]
+
+
+class GradualPruning:
+    """Mask the channels of least Fisher information every few training steps (ICML 2021).
+
+    Fisher information is summed over the training steps since the last masking event and divided by
+    a channel's cost in the current network. Masked channels are zeros for their consumers, until
+    the round's budget is saved and :class:`PruneRetrain` removes them.
 
     Args:
-        interval: training steps between two events.
-        channels: channels masked in an event (1 in the paper; a larger number takes less time).
+        interval: training steps between two masking events.
+        channels: channels masked per event (1 in the paper; larger numbers take less time).
         lr: factor on the learning rate while masking.
         cost: as in :class:`ldt.criteria.group_fisher.GroupFisherCriterion`.
 
     Attributes:
-        removed: per group, the channels that are masked.
-        events: how many events there have been.
+        removed: per group, the masked channels.
+        events: number of masking events so far.
         done: whether the budget is saved.
 
     Raises:
-        ValueError: a value outside of what is allowed, naming its key.
+        ValueError: a value is not allowed; the message names its key.
     """
 
     @checked("method.gradual")
@@ -48,16 +56,16 @@ class GradualPruning:
         self.events = self._steps = 0
         self.done = True
         self._fisher: Fisher | None = None
-        self._watching = ExitStack()
+        self._recording = ExitStack()
 
     @property
     def active(self) -> bool:
-        """Whether channels are being masked and are not yet cut."""
+        """Whether channels are being masked and are not removed yet."""
         return self._fisher is not None
 
     @property
     def graph(self) -> PruningGraph:
-        """What :meth:`begin` was given."""
+        """The graph that was passed to :meth:`begin`."""
         assert self._fisher is not None
         return self._fisher.graph
 
@@ -71,19 +79,21 @@ class GradualPruning:
         limits: Limits,
         original: Mapping[str, int],
     ) -> None:
-        """Watch the training from now on; arguments as for :func:`ldt.pruning.budget.choose`."""
+        """Start masking; the arguments are those of ``ldt.pruning.budget.select_channels``."""
         self.removed, self.scores, self.events, self._steps, self.done = {}, {}, 0, 0, False
         self._costs, self._save, self._tolerance = costs, save, tolerance
-        self._rule: dict[str, Any] = {"ranking": ranking, "limits": limits, "original": original}
+        self._ranking: RankingArguments = {
+            "ranking": ranking, "limits": limits, "original": original
+        }  # fmt: skip
         self._fisher = Fisher(graph)
-        self._device = next(graph.model.parameters()).device  # where processes talk to each other
-        self._watching.enter_context(self._fisher.watched())
+        self._device = next(graph.model.parameters()).device  # for communication between ranks
+        self._recording.enter_context(self._fisher.record_gradients())
 
     def after_batch(self, stepped: bool = True) -> None:
-        """Take in the gradients of a batch; at every ``interval``-th training step, mask.
+        """Accumulate the gradients of a batch; mask after every ``interval``-th training step.
 
         Args:
-            stepped: whether the batch ended a training step; False for one that is accumulated.
+            stepped: whether the optimizer has stepped; False within gradient accumulation.
         """
         if self._fisher is None or self.done:
             return
@@ -94,7 +104,7 @@ class GradualPruning:
 
     def _mask(self, fisher: Fisher) -> None:
         graph = fisher.graph
-        if dist.is_initialized():  # every process has seen other images
+        if dist.is_initialized():  # every rank has other images
             for sums in fisher.sums.values():
                 reduced = sums.to(self._device)
                 dist.all_reduce(reduced)
@@ -103,10 +113,10 @@ class GradualPruning:
         scores = {name: values / costs[name] for name, values in fisher.sums.items()}
         self.scores = self.scores or scores
         for name, channels in self.removed.items():
-            scores[name][channels] = -1.0  # Fisher information is not negative: they stay first
+            scores[name][channels] = -1.0  # Fisher information is not negative: these stay lowest
         self.events += 1
         steps = self.events * self.channels
-        self.removed = lowest_scoring(graph, scores, self._costs, steps=steps, **self._rule)
+        self.removed = lowest_scoring(graph, scores, self._costs, steps=steps, **self._ranking)
         if self._costs.saved(self.removed) >= self._save or steps > sum(
             group.size for group in graph.groups.values()
         ):
@@ -116,7 +126,7 @@ class GradualPruning:
                 self._costs,
                 save=self._save,
                 tolerance=self._tolerance,
-                **self._rule,
+                **self._ranking,
             )
             self.removed = {name: np.array(channels, int) for name, channels in exact.items()}
             self.done = True
@@ -124,13 +134,13 @@ class GradualPruning:
         fisher.clear()
 
     def end(self) -> dict[str, list[int]]:
-        """Stop watching and masking; the channels to cut."""
-        self._watching.close()
+        """Stop masking and return the channels to remove."""
+        self._recording.close()
         self._fisher = None
         return {name: sorted(map(int, channels)) for name, channels in self.removed.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain data."""
+        """Return what a resumed run needs, as plain data."""
         if self._fisher is None:
             return {}
         return {
@@ -143,9 +153,10 @@ class GradualPruning:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; after :meth:`begin`."""
+        """Restore a state; call after :meth:`begin`."""
         assert self._fisher is not None
-        self.removed = {name: np.array(gone, int) for name, gone in state["removed"].items()}
+        removed = state["removed"].items()
+        self.removed = {name: np.array(channels, int) for name, channels in removed}
         self.scores, self._fisher.sums = dict(state["scores"]), dict(state["sums"])
         self.events, self._steps, self.done = state["events"], state["steps"], state["done"]
         self._fisher.mask(self.removed)

@@ -1,4 +1,4 @@
-"""The loop of the paper: train, then score, cut and retrain, round after round."""
+"""The prune-retrain loop of the paper: train, then score, prune and retrain, round by round."""
 
 import logging
 import time
@@ -10,6 +10,7 @@ from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.lightning_internals import (
+    callbacks_of,
     datamodule_of,
     rebuild_optimizers,
     rewrap_ddp,
@@ -28,7 +29,7 @@ from ldt.loop.pruning_round import (
     check_rate,
     check_schedule,
     prune_round,
-    selection,
+    selection_arguments,
 )
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
@@ -40,28 +41,28 @@ log = logging.getLogger(__name__)
 
 
 class PruneRetrain(L.Callback):
-    """Runs a :class:`PruningSchedule` inside one ``trainer.fit``.
+    """Execute a :class:`PruningSchedule` within one ``trainer.fit``.
 
-    At the last epoch of a phase it records the round (metrics, size, latency) and saves
-    ``round-<t>.ckpt``; then it scores and cuts the detector and rebuilds what belongs to its
-    parameters: optimizer, schedule, moving average. Every row goes to ``rounds.csv`` at once.
+    At the last epoch of a phase this callback records the round (metrics, size, latency), saves
+    ``round-<t>.ckpt`` and writes ``rounds.csv``. Then it scores and prunes the detector and
+    rebuilds optimizer, LR scheduler, EMA and DDP wrapper.
 
     Args:
-        plan: what is removed and when.
+        schedule: how much is pruned, from which layers, and when.
         criterion: a criterion of ours or any importance of Torch-Pruning; None trains only.
         folder: the run's directory.
-        latency_runs: forward passes that are timed, at least 30; 0 does not measure.
+        latency_runs: timed forward passes, at least 30; 0 does not measure the latency.
         validate_every: epochs between validations within a phase; 0 validates at its end only.
-        gradual: masks channels while training, in epochs of its own before each round's retraining,
-            instead of cutting at once; the criterion is not asked then.
+        gradual: mask channels while training, in additional epochs before each round's retraining,
+            instead of pruning at once; the criterion is not used then.
 
     Attributes:
-        rows: one dict per finished round, the base first.
+        rows: one dict per finished round, that of the base training first.
     """
 
     def __init__(
         self,
-        plan: PruningSchedule,
+        schedule: PruningSchedule,
         criterion: Importance | None,
         folder: Path,
         latency_runs: int = 30,
@@ -70,14 +71,14 @@ class PruneRetrain(L.Callback):
     ) -> None:
         if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
             raise ValueError(
-                f"report.latency_runs={latency_runs}; at least {profiling.MINIMUM_RUNS} are timed, "
-                "or none: report.latency_runs=0"
+                f"report.latency_runs={latency_runs} must be at least {profiling.MINIMUM_RUNS}, "
+                "or 0 for no measurement: report.latency_runs=0"
             )
-        self.plan, self.criterion, self.folder = plan, criterion, folder
+        self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
         self.gradual = gradual
-        self._masking_epochs = 0  # of all rounds; they come on top of the plan's
-        self._masks: dict[str, Any] = {}  # a loaded state, until there is a graph for it
+        self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
+        self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
         self.round = 0
         self.rows: list[dict[str, Any]] = []
         self.excluded: dict[str, str] = {}
@@ -87,7 +88,7 @@ class PruneRetrain(L.Callback):
         self._notes: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as plain data."""
+        """Return everything that a resumed run needs, as plain data."""
         return {
             "round": self.round,
             "rows": self.rows,
@@ -101,7 +102,7 @@ class PruneRetrain(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the saved round."""
+        """Restore the saved round."""
         self.round, self.rows = state_dict["round"], state_dict["rows"]
         self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
@@ -110,20 +111,20 @@ class PruneRetrain(L.Callback):
         self._unpruned = Unpruned(costs, state_dict["channels"])
         self._started = time.perf_counter() - state_dict["seconds"]
 
-    # When ---------------------------------------------------------------------------------
+    # Hooks: when to validate, record and prune --------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check scope and rate before any training, and count the unpruned model once."""
+        """Check scope and rate before any training, and measure the unpruned model's size."""
         assert isinstance(pl_module, DetectorModule)
         if self._unpruned.costs:
             return
         self._unpruned = Unpruned.of(pl_module.adapter)
         if self.criterion is not None:
-            self.excluded = check_schedule(pl_module.adapter, self.plan, self._unpruned)
+            self.excluded = check_schedule(pl_module.adapter, self.schedule, self._unpruned)
 
     def is_last_epoch(self, epoch: int) -> bool:
-        """Whether a phase ends with this epoch (counted from 0)."""
-        return not self._masking and self.plan.is_last_epoch(epoch - self._masking_epochs)
+        """Return whether a phase ends with this epoch (counted from 0)."""
+        return not self._masking and self.schedule.is_last_epoch(epoch - self._masking_epochs)
 
     @property
     def _masking(self) -> bool:
@@ -132,25 +133,25 @@ class PruneRetrain(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the state before anything asks where phases and the run end."""
+        """Load the state early: other callbacks need the ends of phases and of the run."""
         self.load_state_dict(checkpoint["callbacks"][self.state_key])
         self._set_end(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Without base training, the first cut comes before the first step."""
+        """Prune before the first step if there is no base training."""
         assert isinstance(pl_module, DetectorModule)
         if self._masks:
             state, self._masks = self._masks, {}
             self._begin_masking(pl_module).restore(state)
-        if self.plan.base_epochs == 0 and self.round == 0:
+        if self.schedule.base_epochs == 0 and self.round == 0:
             self._finish_round(trainer, pl_module)
             self._begin_round(trainer, pl_module)
 
     def _set_end(self, trainer: L.Trainer) -> None:
-        set_max_epochs(trainer, self.plan.total_epochs + self._masking_epochs)
+        set_max_epochs(trainer, self.schedule.total_epochs + self._masking_epochs)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate at the end of each phase, and as often as was asked in between."""
+        """Schedule validations: at the end of each phase and every ``validate_every`` epochs."""
         if self._masking:
             self._masking_epochs += 1
             self._set_end(trainer)
@@ -161,7 +162,7 @@ class PruneRetrain(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Mask channels where that is done while training."""
+        """Update the gradual masking, if there is one."""
         if self.gradual is not None:
             whole = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
             self.gradual.after_batch(stepped=whole or trainer.is_last_batch)
@@ -175,35 +176,35 @@ class PruneRetrain(L.Callback):
         }
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """At the end of a phase: record the round, and begin the next one."""
+        """Record the round and begin the next one, at the end of a phase."""
         assert isinstance(pl_module, DetectorModule)
         if self._masking:
-            self._cut_masked(trainer, pl_module)
+            self._remove_masked(trainer, pl_module)
         elif self.is_last_epoch(trainer.current_epoch):
             for callback in _averages(trainer):
                 callback.finish(pl_module)
             self._finish_round(trainer, pl_module)
-            if self.round < self.plan.rounds:
+            if self.round < self.schedule.rounds:
                 self._begin_round(trainer, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """After Ctrl-C keep the detector as it is; the run goes on from its last epoch."""
+        """Save the detector after Ctrl-C; the run itself resumes from its last epoch."""
         if isinstance(exception, KeyboardInterrupt):
             trainer.save_checkpoint(self.folder / files.INTERRUPTED, weights_only=True)
 
-    # What ---------------------------------------------------------------------------------
+    # Recording and pruning ----------------------------------------------------------------
 
     def _finish_round(self, trainer: L.Trainer, module: DetectorModule) -> None:
-        counts, whole = count_params_and_macs(module.adapter), self._unpruned.costs
+        counts, unpruned = count_params_and_macs(module.adapter), self._unpruned.costs
         path = self.folder / files.round_checkpoint(self.round)
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
         row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
-        row["rate"] = 1 - counts[self.plan.budget] / whole[self.plan.budget]
-        row["params_rate"] = 1 - counts["params"] / whole["params"]
-        row["multiply_adds_rate"] = 1 - counts["macs"] / whole["macs"]
+        row["rate"] = 1 - counts[self.schedule.budget] / unpruned[self.schedule.budget]
+        row["params_rate"] = 1 - counts["params"] / unpruned["params"]
+        row["multiply_adds_rate"] = 1 - counts["macs"] / unpruned["macs"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
             row.update(measure_latency(module.adapter, self.latency_runs))
@@ -225,65 +226,69 @@ class PruneRetrain(L.Callback):
         self.round += 1
         self._started = time.perf_counter()
         if self.gradual is None:
-            self._cut(trainer, module)
+            self._prune(trainer, module)
             return
         self._begin_masking(module)
         module.phase_epochs, module.lr_scale, module.schedule = 1, self.gradual.lr, "constant"
         self._rebuild(trainer, module)
 
-    def _cut(self, trainer: L.Trainer, module: DetectorModule) -> None:
-        """Score, select and remove channels, as often as the schedule says."""
+    def _prune(self, trainer: L.Trainer, module: DetectorModule) -> None:
+        """Score, select and remove channels, then prepare the retraining."""
         assert self.criterion is not None
-        loader = _data(trainer).calibration_dataloader(self.plan.images, self.plan.batch_size)
+        schedule = self.schedule
+        loader = _data(trainer).calibration_dataloader(schedule.images, schedule.batch_size)
         record = prune_round(
             module.adapter,
             self.criterion,
             Calibration(module.adapter, loader),
-            self.plan,
+            schedule,
             self.round,
             self._unpruned,
-            # batch statistics differ between ranks, what is removed must not
+            # batch statistics differ between ranks, but the removed channels must not
             synchronize=trainer.strategy.broadcast,
         )
         self.excluded = record.excluded
         self._notes = dict(getattr(self.criterion, "notes", {}))
-        self._retrain(trainer, module, record)
+        self._begin_retraining(trainer, module, record)
 
     def _begin_masking(self, module: DetectorModule) -> GradualPruning:
         assert self.gradual is not None
-        detector, plan = module.adapter, self.plan
+        detector, schedule = module.adapter, self.schedule
         with eval_with_gradients(detector.model):
-            graph = detector.trace(plan.scope)
-        check_prunable(graph, plan)
+            graph = detector.trace(schedule.scope)
+        check_prunable(graph, schedule)
         self.excluded = dict(graph.excluded)
-        rule = selection(detector, graph, plan, self._unpruned, self.round)
-        self.gradual.begin(graph, **rule)
+        arguments = selection_arguments(detector, graph, schedule, self._unpruned, self.round)
+        self.gradual.begin(graph, **arguments)
         return self.gradual
 
-    def _cut_masked(self, trainer: L.Trainer, module: DetectorModule) -> None:
-        """Remove the channels that were masked while training, once their budget is met."""
+    def _remove_masked(self, trainer: L.Trainer, module: DetectorModule) -> None:
+        """Remove the masked channels, once the round's budget is saved."""
         gradual = self.gradual
         if gradual is None or not gradual.done:
             return
-        graph, removed = gradual.graph, RoundRecord()
+        graph, record = gradual.graph, RoundRecord()
         channels = gradual.end()
         with eval_with_gradients(module.detector):
             graph.remove(channels)
-        removed.add(gradual.scores, channels)
+        record.add(gradual.scores, channels)
         self._notes = {"events": gradual.events, "channels_per_event": gradual.channels}
-        self._retrain(trainer, module, removed)
+        self._begin_retraining(trainer, module, record)
 
-    def _retrain(self, trainer: L.Trainer, module: DetectorModule, removed: RoundRecord) -> None:
-        check_same_channels(trainer, removed)
+    def _begin_retraining(
+        self, trainer: L.Trainer, module: DetectorModule, record: RoundRecord
+    ) -> None:
+        check_same_channels(trainer, record)
         if trainer.is_global_zero:
-            removed.save(self.folder / files.scores(self.round))
-        check_rate(module.adapter, self.plan, self.round, self._unpruned)
-        module.phase_epochs, module.lr_scale = self.plan.retrain_epochs, self.plan.retrain_lr
+            record.save(self.folder / files.scores(self.round))
+        check_rate(module.adapter, self.schedule, self.round, self._unpruned)
+        module.phase_epochs = self.schedule.retrain_epochs
+        module.lr_scale = self.schedule.retrain_lr
         module.schedule = module.recipe["schedule"]
         self._rebuild(trainer, module)
 
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
-        """Make everything anew that holds on to parameters."""
+        """Rebuild optimizer, LR scheduler, EMA and DDP wrapper after pruning."""
         rewrap_ddp(trainer)
         rebuild_optimizers(trainer)
         for callback in _averages(trainer):
@@ -291,8 +296,7 @@ class PruneRetrain(L.Callback):
 
 
 def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if isinstance(c, ExponentialMovingAverage)]
+    return [c for c in callbacks_of(trainer) if isinstance(c, ExponentialMovingAverage)]
 
 
 def _data(trainer: L.Trainer) -> DetectionDataModule:

@@ -1,9 +1,9 @@
-"""One round of pruning: score the channels, select the lowest ones, remove them."""
+"""One round of pruning: score the channels, select the lowest-scoring ones, remove them."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor
 from torch_pruning.pruner.importance import Importance
@@ -16,6 +16,7 @@ from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import (
     TOLERANCE,
+    Limits,
     UnreachableRateError,
     check_reachable,
     select_channels,
@@ -30,11 +31,11 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Unpruned:
-    """The unpruned detector's size, which rates and limits are counted from.
+    """The size of the unpruned detector, to which rates and limits refer.
 
     Attributes:
-        costs: its parameters and MACs, by budget.
-        channels: output channels of its convolutions.
+        costs: parameters and MACs, by budget.
+        channels: output channels of each convolution.
     """
 
     costs: dict[str, int]
@@ -42,7 +43,7 @@ class Unpruned:
 
     @classmethod
     def of(cls, detector: Detector) -> "Unpruned":
-        """Measure a detector."""
+        """Measure the size of a detector."""
         widths = {
             name: getattr(layer, "out_channels", None)
             for name, layer in detector.model.named_modules()
@@ -60,19 +61,19 @@ def prune_round(
     unpruned: Unpruned,
     synchronize: Callable[[Scores], Scores] = lambda scores: scores,
 ) -> RoundRecord:
-    """Score, select and remove channels in place, as often as the schedule's inner rounds say.
+    """Score, select and remove channels in place, once per inner round of the schedule.
 
     Args:
-        detector: is pruned.
+        detector: the detector to prune.
         criterion: one of ours or any importance of Torch-Pruning.
         batches: calibration images; may be iterated more than once.
-        schedule: how much goes, from which layers.
+        schedule: how much is pruned, from which layers.
         round_: number of the round, from 1.
-        unpruned: what the schedule's rate is counted from.
-        synchronize: makes scores equal on all ranks.
+        unpruned: size of the unpruned detector.
+        synchronize: makes the scores equal on all ranks.
 
     Returns:
-        The scores and channels of the round.
+        The scores and the removed channels of the round.
 
     Raises:
         UnreachableRateError: the rate is not reachable within the scope and per-layer limits.
@@ -84,11 +85,12 @@ def prune_round(
             if inner == 1:
                 check_prunable(graph, schedule)
             scores = synchronize(score_groups(criterion, detector, graph, batches))
-            rule = selection(detector, graph, schedule, unpruned, round_ - 1 + inner / rounds)
-            if inner < rounds:  # only what the round ends with must be exact
-                rule["tolerance"] = unpruned.costs[schedule.budget]
+            after = round_ - 1 + inner / rounds
+            arguments = selection_arguments(detector, graph, schedule, unpruned, after)
+            if inner < rounds:  # only the last inner round must be exact
+                arguments["tolerance"] = unpruned.costs[schedule.budget]
             try:
-                channels = select_channels(graph, scores, **rule)
+                channels = select_channels(graph, scores, **arguments)
             except UnreachableRateError as error:
                 raise _with_rate(error, schedule, round_) from error
             graph.remove(channels)
@@ -98,21 +100,32 @@ def prune_round(
     return record
 
 
-def selection(
+class SelectionArguments(TypedDict):
+    """Keyword arguments of :func:`ldt.pruning.budget.select_channels`."""
+
+    costs: CostModel
+    save: float
+    tolerance: float
+    ranking: str
+    limits: Limits
+    original: Mapping[str, int]
+
+
+def selection_arguments(
     detector: Detector,
     graph: PruningGraph,
     schedule: PruningSchedule,
     unpruned: Unpruned,
     after: float,
-) -> dict[str, Any]:
-    """Return the arguments of :func:`select_channels` for a round, which may be a partial one."""
+) -> SelectionArguments:
+    """Return the arguments of ``select_channels`` that end round ``after``, possibly a fraction."""
     budget = schedule.budget
-    whole = unpruned.costs[budget]
-    removed = whole - count_params_and_macs(detector)[budget]
+    total = unpruned.costs[budget]
+    removed = total - count_params_and_macs(detector)[budget]
     return {
         "costs": CostModel(graph, budget),
-        "save": schedule.removed_share(after) * whole - removed,
-        "tolerance": TOLERANCE * whole,
+        "save": schedule.removed_share(after) * total - removed,
+        "tolerance": TOLERANCE * total,
         "ranking": schedule.ranking,
         "limits": schedule.limits,
         "original": unpruned.channels,
@@ -125,7 +138,7 @@ def check_schedule(
     """Check before any training that a schedule's rate is reachable; return excluded layers.
 
     Raises:
-        ValueError: the scope names no part of the detector.
+        ValueError: the detector has no part of a name in the scope.
         UnreachableRateError: the rate is not reachable.
     """
     with eval_with_gradients(detector.model):

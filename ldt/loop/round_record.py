@@ -1,4 +1,4 @@
-"""What a round scored and removed."""
+"""Record of the scores and the removed channels of a round."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,25 +9,31 @@ from torch import Tensor
 
 
 class RoundRecord:
-    """The scores of a round and the channels that it removed, for inspection."""
+    """The scores of a round and the channels that it removed, for inspection.
+
+    Attributes:
+        scores: per group, at the start of the round.
+        kept: per group, the channels that are kept, numbered as at the start of the round.
+        excluded: layers that cannot be pruned, with the reason.
+    """
 
     def __init__(self) -> None:
-        self.scores: dict[str, np.ndarray] = {}  # as the round began
-        self.excluded: dict[str, str] = {}  # layers that cannot be pruned, with the reason
-        self.left: dict[str, np.ndarray] = {}  # channels, numbered as the round began
+        self.scores: dict[str, np.ndarray] = {}
+        self.kept: dict[str, np.ndarray] = {}
+        self.excluded: dict[str, str] = {}
 
     def add(self, scores: Mapping[str, Tensor], channels: Mapping[str, Sequence[int]]) -> None:
-        """Note what an inner round scored and removed, in its own numbering."""
+        """Add the scores and removed channels of an inner round, in its own numbering."""
         if not self.scores:
             self.scores = {name: values.numpy() for name, values in scores.items()}
-            self.left = {name: np.arange(len(values)) for name, values in scores.items()}
-        for name, gone in channels.items():
-            self.left[name] = np.delete(self.left[name], gone)
+            self.kept = {name: np.arange(len(values)) for name, values in scores.items()}
+        for name, removed in channels.items():
+            self.kept[name] = np.delete(self.kept[name], removed)
 
     def save(self, file: Path) -> None:
-        """Write ``score/<group>`` and ``removed/<group>`` arrays."""
+        """Write the arrays ``score/<group>`` and ``removed/<group>`` to an ``.npz`` file."""
         arrays: dict[str, Any] = {f"score/{name}": values for name, values in self.scores.items()}
-        for name, left in self.left.items():
-            whole = np.arange(len(self.scores[name]))
-            arrays[f"removed/{name}"] = np.setdiff1d(whole, left, assume_unique=True)
+        for name, kept in self.kept.items():
+            channels = np.arange(len(self.scores[name]))
+            arrays[f"removed/{name}"] = np.setdiff1d(channels, kept, assume_unique=True)
         np.savez_compressed(file, **arrays)

@@ -30,24 +30,24 @@ KEYS = {  # what the user types for each field
 
 @dataclass(frozen=True)
 class PruningSchedule:
-    """What is removed and when.
+    """How much is pruned, from which layers, and when.
 
     Attributes:
-        rate: share of the unpruned model's budget that is gone at the end, in (0, 1).
-        rounds: cuts; 0 trains only.
-        budget: ``params`` or ``macs`` (multiply-adds).
-        base_epochs: epochs before the first cut; 0 cuts at once.
-        retrain_epochs: epochs after each cut.
+        rate: share of the unpruned model's budget to remove in total, in (0, 1).
+        rounds: number of pruning rounds; 0 trains only.
+        budget: ``params`` or ``macs``.
+        base_epochs: epochs before the first round; 0 prunes before any training.
+        retrain_epochs: epochs after each round's pruning.
         ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
-        inner_rounds: times that a round scores anew and cuts, without training in between.
-        scope: module name prefixes that lose filters.
-        limits: how far a layer may shrink.
-        images: training images that the criterion sees.
-        batch_size: of those per forward pass.
-        retrain_lr: factor on the learning rate after a cut.
+        inner_rounds: how often a round scores and prunes, without training in between.
+        scope: name prefixes of the modules to prune.
+        limits: per-layer limits.
+        images: number of calibration images.
+        batch_size: calibration images per forward pass.
+        retrain_lr: factor on the learning rate after pruning.
 
     Raises:
-        ValueError: a value outside of what is allowed, naming its key.
+        ValueError: a value is not allowed; the message names its key.
     """
 
     rate: Share
@@ -84,17 +84,17 @@ class PruningSchedule:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run."""
+        """Number of epochs of the whole run."""
         return self.base_epochs + self.rounds * self.retrain_epochs
 
     def is_last_epoch(self, epoch: int) -> bool:
-        """Whether a phase ends with this epoch (counted from 0)."""
+        """Return whether a phase ends with this epoch (counted from 0)."""
         after = epoch + 1 - self.base_epochs
         return after == 0 or (after > 0 and after % self.retrain_epochs == 0)
 
     def removed_share(self, round_: float) -> float:
-        """Share of the unpruned budget that is gone after a round: 1 - (1 - rate)^(t/T).
+        """Return the share of the unpruned budget removed after a round: 1 - (1 - rate)^(t/T).
 
-        Inner rounds divide a round evenly, which gives them an exponential schedule of their own.
+        Inner rounds are fractions of a round, so they follow an exponential schedule too.
         """
         return 1 - (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 0.0

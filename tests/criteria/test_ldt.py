@@ -120,7 +120,7 @@ def test_without_any_object_nothing_can_be_traced() -> None:
         for one in tracing_reference.single_images(subject.batches)
         if not len(one.objects.boxes)
     ]
-    with pytest.raises(ValueError, match=r"none of the calibration images holds an object"):
+    with pytest.raises(ValueError, match=r"none of the calibration images contains an object"):
         layer_scores(subject, empty, source="neck_all")
     with pytest.raises(ValueError, match="use more images"):
         layer_scores(subject, empty, source="neck")

@@ -240,7 +240,7 @@ def test_masked_channels_are_as_good_as_cut(name: str):
     fisher = Fisher(graph)
     fisher.mask(gone)
     images = subject.batches[0].images
-    with fisher.watched():
+    with fisher.record_gradients():
         expected = subject.outputs(images)
     graph.remove({key: sorted(channels.tolist()) for key, channels in gone.items()})
     for one, other in zip(expected, subject.outputs(images), strict=True):
