@@ -1,4 +1,4 @@
-"""Location-aware discriminant analysis: the mathematics of eqs. 1-12 and 15, on plain tensors.
+"""Location-aware discriminant analysis: eqs. 1-12 and 15 on plain tensors.
 
 Symbols, as in "Visual Detector Compression via Location-Aware Discriminant Analysis":
 
@@ -10,7 +10,7 @@ Symbols, as in "Visual Detector Compression via Location-Aware Discriminant Anal
 Shape suffixes, one letter per dimension: s scales, n objects (in `nchw` and `nhw`: images),
 c channels, g classes, k boxes, h rows, w columns.
 
-Scatter matrices and eigenvalues are float64 with autocast off, whatever the detector computes in.
+Scatter matrices and eigenvalues are float64 without autocast, for any precision of the detector.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,10 +33,13 @@ OBJECTS_AT_ONCE = 64  # attention: 64 distance maps of 208 x 336 cells are 18 MB
 
 
 class Discriminants(NamedTuple):
-    """The two losses of a batch (eqs. 10 and 11, before alpha and beta) and what they came from.
+    """The two losses of a batch (eqs. 10 and 11, without alpha and beta) and their eigenvalues.
 
-    `loss_ld` and `loss_cov` are scalars in the vectors' precision. `counts` [S] int64 is K of each
-    scale, `largest` [S] float64 its largest eigenvalue; both without gradient.
+    Attributes:
+        loss_ld: L_LD, a scalar in the vectors' precision.
+        loss_cov: L_cov, likewise.
+        counts: [S] int64, K of each scale; no gradient.
+        largest: [S] float64, the largest eigenvalue of each scale; no gradient.
     """
 
     loss_ld: Tensor
@@ -46,15 +49,15 @@ class Discriminants(NamedTuple):
 
 
 def cell_boxes(boxes: Tensor, shape: tuple[int, int], map_hw: tuple[int, int]) -> Tensor:
-    """Cells that boxes touch (eq. 1): [K, 4] int64, (x1, y1, x2, y2), first and last inclusive.
+    """Return the cells that boxes touch (eq. 1): [K, 4] int64, (x1, y1, x2, y2), both inclusive.
 
     `boxes` [K, 4] are in pixels of the padded input of size `shape`; the stride, shape / map_hw, is
-    fractional where a map was rounded up. First cell floor(x1 / stride), last
-    ceil(x2 / stride) - 1, clamped to the map; never less than one cell.
+    fractional if the size of the map was rounded up. The first cell is floor(x1 / stride), the last
+    ceil(x2 / stride) - 1, clamped to the map; every box has at least one cell.
     """
     (height, width), (h, w) = shape, map_hw
     edges = boxes.double()
-    # Multiply, then divide, in float64: a box edge on a cell border then lands on it exactly.
+    # Multiply before dividing, in float64, so that a box edge on a cell border is exactly on it.
     edges = edges * edges.new_tensor([w, h, w, h]) / edges.new_tensor([width, height] * 2)
     limit = torch.tensor([w - 1, h - 1], device=boxes.device)
     first = edges[:, :2].floor().long().clamp(min=0).minimum(limit)
@@ -63,14 +66,17 @@ def cell_boxes(boxes: Tensor, shape: tuple[int, int], map_hw: tuple[int, int]) -
 
 
 def object_vectors(feat_nchw: Tensor, objects: Objects) -> Tensor:
-    """Largest value of every channel inside each object's box (eqs. 1-3): [K, C], with gradient.
+    """Return each channel's maximum inside each object's box (eqs. 1-3): [K, C], with gradient.
 
-    Only cells inside the box compete: neck outputs have no ReLU, so the zeros of a literal mask
-    would clip negative channels. float64 features stay float64, all others become float32. K = 0
-    gives an empty tensor that is part of the graph. ValueError for an image outside the batch.
+    Only cells inside the box are considered: neck outputs have no ReLU, so the zeros of a mask
+    would clip negative values. float64 features stay float64, all others become float32. For K = 0
+    the result is an empty tensor that is part of the autograd graph.
+
+    Raises:
+        ValueError: an object's image is outside the batch.
     """
     n, _, h, w = feat_nchw.shape
-    # The pooling operator does not check indices: a wrong one would read foreign memory.
+    # The pooling operator does not check indices: a wrong one would read out of bounds.
     if objects.image.numel() and not 0 <= int(objects.image.min()) <= int(objects.image.max()) < n:
         raise ValueError(
             f"objects.image goes from {int(objects.image.min())} to {int(objects.image.max())}, "
@@ -83,9 +89,9 @@ def object_vectors(feat_nchw: Tensor, objects: Objects) -> Tensor:
 
 
 def drop_singletons(labels: Tensor) -> Tensor:
-    """Bool mask [N], True for the objects to keep: those whose class has at least two of them.
+    """Return a bool mask [N] of the objects whose class has at least two objects.
 
-    One object has no covariance, so its class leaves S_w, S_t and G altogether.
+    A single object has no covariance, so its class is excluded from S_w, S_t and G.
     """
     _, which, counts = labels.unique(return_inverse=True, return_counts=True)
     return counts[which] >= 2
@@ -94,9 +100,10 @@ def drop_singletons(labels: Tensor) -> Tensor:
 def stacked_vectors(
     batches: Iterable[tuple[Sequence[Tensor], Objects]],
 ) -> tuple[list[Tensor], Tensor]:
-    """Object vectors of several batches of (maps NCHW per scale, objects), on the CPU.
+    """Return the object vectors of batches of (maps NCHW per scale, objects), on the CPU.
 
-    Returns [N, C_s] per scale, and the labels [N].
+    Returns:
+        [N, C_s] per scale, and the labels [N].
     """
     rows: list[list[Tensor]] = []
     labels: list[Tensor] = []
@@ -107,12 +114,15 @@ def stacked_vectors(
 
 
 def scatter(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scatter matrices S_w, S_b, S_t (eqs. 5-8), each [.., C, C] in float64.
+    """Return the scatter matrices S_w, S_b, S_t (eqs. 5-8), each [.., C, C] in float64.
 
-    `x` [.., N, C] holds object vectors (any leading dimensions, such as scales), `labels` [N].
-    S_w is the mean over classes of X_g^T X_g / (N_g - 1). Eq. 5 as printed lacks the division that
-    Dorfer et al. (2016), whom the paper follows, have: no eigenvalue would be positive once N > C.
-    ValueError when a class has a single object.
+    `x` [.., N, C] are object vectors (with any leading dimensions, such as scales), `labels` [N].
+    S_w is the mean over classes of X_g^T X_g / (N_g - 1). Eq. 5 as printed lacks this division of
+    Dorfer et al. (2016), on which the paper is based; without it, no eigenvalue would be positive
+    for N > C.
+
+    Raises:
+        ValueError: a class has a single object.
     """
     classes, which, counts = labels.unique(return_inverse=True, return_counts=True)
     if labels.numel() == 0 or int(counts.min()) < 2:
@@ -135,17 +145,21 @@ def scatter(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def eigenvalues(
     S_w: Tensor, S_b: Tensor, ridge: float = RIDGE, absolute: float = RIDGE_ABSOLUTE
 ) -> Tensor:
-    """Eigenvalues of S_b v = lambda (S_w + r I) v (eq. 9), [.., C] ascending, float64.
+    """Return the eigenvalues of S_b v = lambda (S_w + r I) v (eq. 9): [.., C] ascending, float64.
 
-    r = ridge * tr(S_w) / C + absolute; the relative part follows the features' scale. Solved as the
-    symmetric L^-1 S_b L^-T, L being the Cholesky factor, and without eigenvectors: gradients stay
-    finite under equal eigenvalues. Where no factor exists (features not finite, or S_w singular and
-    r = 0) the result is NaN, which training names and stops at. ValueError for a negative ridge.
+    r = ridge * tr(S_w) / C + absolute, whose relative part follows the features' scale. The problem
+    is solved in the symmetric form L^-1 S_b L^-T with the Cholesky factor L, and without
+    eigenvectors, so that gradients are finite for equal eigenvalues. If there is no factor
+    (features are not finite, or S_w is singular and r = 0), the result is NaN, and training stops
+    with an error that names the loss.
+
+    Raises:
+        ValueError: the ridge is negative.
     """
     with torch.autocast(S_w.device.type, enabled=False):
         _, whitened, failed = _whiten(S_w.double(), S_b.double(), ridge, absolute)
         sound = whitened.isfinite().all(-1).all(-1) & (failed == 0)
-        # eigvalsh raises on NaN, so unsound matrices are taken out before and marked after.
+        # eigvalsh raises on NaN, so unsound matrices are replaced before and marked afterwards.
         eigs = torch.linalg.eigvalsh(whitened.where(sound[..., None, None], 0.0))
         return eigs.where(sound[..., None], torch.nan)
 
@@ -153,7 +167,7 @@ def eigenvalues(
 def _whiten(
     S_w: Tensor, S_b: Tensor, ridge: float, absolute: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L, L^-1 S_b L^-T and an error flag, with L L^T = S_w + (ridge * tr(S_w) / C + absolute) I."""
+    """Return L, L^-1 S_b L^-T and an error flag; L L^T = S_w + (ridge tr(S_w) / C + absolute) I."""
     if ridge < 0 or absolute < 0:
         raise ValueError(
             f"ridge={ridge}, absolute={absolute}: neither may be negative; try {RIDGE}"
@@ -173,10 +187,13 @@ def discriminant_directions(
     ridge: float = RIDGE,
     absolute: float = RIDGE_ABSOLUTE,
 ) -> Tensor:
-    """Eigenvectors of the top K eigenvalues of eq. 9, as columns: [C, K] float64, no gradient.
+    """Return the eigenvectors of the top K eigenvalues of eq. 9: [C, K] float64, no gradient.
 
-    `x_nc` [N, C] are the vectors of all calibration objects on one scale, `labels` [N]. Columns are
-    scaled so that v^T (S_w + r I) v = 1. ValueError as `channel_ratio`.
+    `x_nc` [N, C] are the vectors of all calibration objects on one scale, `labels` [N]. Columns v
+    are scaled so that v^T (S_w + r I) v = 1.
+
+    Raises:
+        ValueError: there are fewer than two classes with two objects, or S_w is singular.
     """
     x_nc, labels = _two_of_two(x_nc.detach(), labels)
     S_w, S_b, _ = scatter(x_nc, labels)
@@ -189,34 +206,40 @@ def discriminant_directions(
 
 
 def top_k(eigs: Tensor, n_classes: int, phi: float = PHI) -> Tensor:
-    """Bool mask [.., C] of the K eigenvalues that count; `mask.sum(-1)` is K.
+    """Return a bool mask [.., C] of the top K eigenvalues; `mask.sum(-1)` is K.
 
-    `eigs` [.., C] ascending. K = min(#{lambda > phi * max}, n_classes - 1), and an eigenvalue of
-    zero or less never counts: sec. 3.1 has at most G - 1 discriminants, and phi alone keeps many
-    more when classes are unbalanced. ValueError unless 0 <= phi < 1.
+    `eigs` [.., C] are ascending. K = min(#{lambda > phi * max}, n_classes - 1), and only positive
+    eigenvalues count. Sec. 3.1 has at most G - 1 discriminants; phi alone would keep many more for
+    unbalanced classes.
+
+    Raises:
+        ValueError: phi is not in [0, 1).
     """
     _check_phi(phi)
-    # This drops every lambda <= 0 too: where the maximum is negative, phi * max lies above it.
+    # This excludes every lambda <= 0 too: if the maximum is negative, phi * max is above it.
     K = (eigs > phi * eigs[..., -1:]).sum(-1, keepdim=True)
     C = eigs.shape[-1]
     return torch.arange(C, device=eigs.device) >= C - K.clamp(max=n_classes - 1)
 
 
 def ld_loss(eigs: Tensor, n_classes: int, phi: float = PHI) -> Tensor:
-    """L_LD (eq. 10), a scalar: minus the sum over scales of the mean of the top K eigenvalues.
+    """Return L_LD (eq. 10): minus the sum over scales of the mean of the top K eigenvalues.
 
-    `eigs` [S, C] ascending. K is a constant to the gradient; a scale without a positive eigenvalue
-    adds a zero that is still part of the graph.
+    `eigs` [S, C] are ascending. K is a constant for the gradient; a scale without positive
+    eigenvalues adds a zero that is part of the autograd graph.
     """
     mask = top_k(eigs, n_classes, phi)
     return -((eigs * mask).sum(-1) / mask.sum(-1).clamp(min=1)).sum()
 
 
 def covariance_penalty(S_t: Tensor, reduction: str = "mean") -> Tensor:
-    """L_cov (eq. 11), a scalar: size of the off-diagonal entries of S_t [S, C, C], over scales.
+    """Return L_cov (eq. 11): absolute off-diagonal entries of S_t [S, C, C], summed over scales.
 
-    "sum" is eq. 11 as printed; "mean" divides it by C (C - 1), for with hundreds of channels the
-    sum drowns the detection loss and drives the features to zero. ValueError for other names.
+    "sum" is eq. 11 as printed. "mean" divides it by C (C - 1), because with hundreds of channels
+    the sum dominates the detection loss and drives the features to zero.
+
+    Raises:
+        ValueError: unknown reduction.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'covariance reduction {reduction!r} is unknown; use "mean" or "sum"')
@@ -235,7 +258,7 @@ def location_aware_discriminants(
     covariance: str = "mean",
     memory: Memory | None = None,
 ) -> Discriminants:
-    """`discriminants_of` the neck's outputs, one NCHW tensor per scale; each sees every object."""
+    """Apply `discriminants_of` to feature maps, NCHW per scale; every scale uses all objects."""
     return discriminants_of(
         [object_vectors(feat_nchw, objects) for feat_nchw in features],
         objects.labels,
@@ -257,12 +280,15 @@ def discriminants_of(
     covariance: str = "mean",
     memory: Memory | None = None,
 ) -> Discriminants:
-    """Both losses from object vectors, [N, C_s] per scale or one tensor [S, N, C] (eqs. 4-11).
+    """Compute both losses from object vectors, [N, C_s] per scale or [S, N, C] (eqs. 4-11).
 
-    `memory`, the vectors of earlier batches, is appended without gradient before classes with one
-    object are dropped. Scales of equal width are solved in one call. With fewer than two classes
-    both losses are zeros that are still part of the graph, so that every process of a distributed
-    run has the same backward pass. ValueError for a memory of other widths, or a wrong option.
+    `memory`, the vectors of earlier batches, is appended without gradient before classes with a
+    single object are excluded. Scales of equal width are solved in one call. With fewer than two
+    classes both losses are zeros that are part of the autograd graph, so that all ranks of a
+    distributed run have the same backward pass.
+
+    Raises:
+        ValueError: the memory has other widths, or an option is not allowed.
     """
     if memory is not None:
         vectors, labels = _append(vectors, labels, memory)
@@ -287,11 +313,14 @@ def discriminants_of(
 
 
 def channel_ratio(x_nc: Tensor, labels: Tensor) -> Tensor:
-    """Discriminating power of each channel alone, (S_b)_cc / (S_w)_cc: [C] float64, at least 0.
+    """Return the discriminating power of each channel, (S_b)_cc / (S_w)_cc: [C] float64, >= 0.
 
-    `x_nc` [N, C] are the vectors of all calibration objects on one scale, `labels` [N]. Where the
-    covariance penalty has made S_w and S_b diagonal, these are the eigenvalues of eq. 9. Dormant
-    channels get 0. ValueError with fewer than two classes of at least two objects.
+    `x_nc` [N, C] are the vectors of all calibration objects on one scale, `labels` [N]. If S_w and
+    S_b are diagonal due to the covariance penalty, these are the eigenvalues of eq. 9. Dead
+    channels have 0.
+
+    Raises:
+        ValueError: there are fewer than two classes with two objects.
     """
     S_w, S_b, _ = scatter(*_two_of_two(x_nc, labels))
     within, between = S_w.diagonal(), S_b.diagonal()
@@ -300,20 +329,23 @@ def channel_ratio(x_nc: Tensor, labels: Tensor) -> Tensor:
 
 
 def _two_of_two(x_nc: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Objects of the classes that have two or more; ValueError with fewer than two such classes."""
+    """Select the objects of classes with two or more; ValueError for fewer than two classes."""
     keep = drop_singletons(labels)
     if labels[keep].unique().numel() < 2:
         raise ValueError(
-            f"classes {labels.unique().tolist()} do not make two of two objects: use more images"
+            f"the objects have the classes {labels.unique().tolist()}, but two classes with two "
+            "objects each are needed: use more images"
         )
     return x_nc[keep], labels[keep]
 
 
 def discriminative_channels(ratio: Tensor, phi: float, at_least: int) -> Tensor:
-    """Bool mask [C] of the channels whose `channel_ratio` [C] exceeds phi times the largest.
+    """Return a bool mask [C] of channels whose `channel_ratio` [C] exceeds phi times the largest.
 
-    At least the `at_least` best are chosen (G - 1, the number of discriminants of sec. 3.1).
-    ValueError unless 0 <= phi < 1.
+    At least `at_least` channels are selected (G - 1, the number of discriminants in sec. 3.1).
+
+    Raises:
+        ValueError: phi is not in [0, 1).
     """
     _check_phi(phi)
     mask = ratio > phi * ratio.max()
@@ -322,19 +354,19 @@ def discriminative_channels(ratio: Tensor, phi: float, at_least: int) -> Tensor:
 
 
 def discriminant_share(eigs: Tensor, k: int) -> Tensor:
-    """Share of the discriminating power held by the `k` largest of `eigs` [.., C]: [..], in [0, 1].
+    """Return the share of the `k` largest of `eigs` [.., C] in the discriminating power: [..].
 
-    The power is the sum of the positive eigenvalues; the share is 0 where there is none.
+    The power is the sum of the positive eigenvalues; the share, in [0, 1], is 0 if there is none.
     """
     power = eigs.clamp(min=0).sort(descending=True).values
     return power[..., :k].sum(-1) / power.sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
 
 
 def mean_abs_correlation(x_nc: Tensor) -> Tensor:
-    """Mean |correlation| of distinct channels of the vectors `x_nc` [N, C]: a float64 scalar.
+    """Return the mean |correlation| between channels of the vectors `x_nc` [N, C], in float64.
 
-    Dormant channels, whose spread is below a millionth of their size (float32 rounding), are left
-    out; with fewer than two others the result is 0.
+    Dead channels, whose standard deviation is below a millionth of their size (float32 rounding),
+    are excluded; with fewer than two other channels the result is 0.
     """
     x_nc = x_nc.double()
     live = x_nc[:, x_nc.var(0, correction=0) > 1e-12 * x_nc.square().mean(0)]
@@ -350,18 +382,21 @@ def attention(
     a: float = ATTENTION_A,
     b: float = ATTENTION_B,
 ) -> Tensor:
-    """Attention of each cell of a map (eq. 15): [n_images, h, w] float32, in [0, 1].
+    """Return the attention of each cell of a map (eq. 15): [n_images, h, w] float32, in [0, 1].
 
-    1 in the cells of an object's box; outside min(1, a * d2^-b), with d2 the squared distance, in
-    cells of this map, from the cell's centre (column + 0.5, row + 0.5) to the box centre divided by
-    the stride. A cell takes the largest value over the objects of its image; an image without
-    objects gets zeros. ValueError unless a > 0 and b > 0, for only then does attention decay.
+    It is 1 in the cells of an object's box, and min(1, a * d2^-b) outside, where d2 is the squared
+    distance, in cells of this map, from the cell's centre (column + 0.5, row + 0.5) to the box
+    centre divided by the stride. A cell has the maximum over the objects of its image; images
+    without objects have zeros.
+
+    Raises:
+        ValueError: a or b is not positive, so attention would not decay.
     """
     if a <= 0 or b <= 0:
         raise ValueError(
             f"a={a} and b={b} must be positive; the paper has a={ATTENTION_A}, b={ATTENTION_B}"
         )
-    # Attention falls with distance, so the largest one is that of the smallest distance.
+    # Attention decreases with distance, so its maximum is at the smallest distance.
     d2_nhw = torch.full((n_images, *map_hw), torch.inf, device=objects.boxes.device)
     for image, d2_hw in enumerate(d2_nhw):
         for boxes in objects.boxes[objects.image == image].split(OBJECTS_AT_ONCE):
@@ -371,7 +406,7 @@ def attention(
 
 
 def _squared_distances(boxes: Tensor, shape: tuple[int, int], map_hw: tuple[int, int]) -> Tensor:
-    """Squared distances of cells to box centres, in cells, 0 inside the boxes: [K, h, w]."""
+    """Return squared distances of cells to box centres, in cells, 0 inside boxes: [K, h, w]."""
     cells = cell_boxes(boxes, shape, map_hw)
     squared, inside = [], []
     for axis, (pixels, n_cells) in ((1, (shape[0], map_hw[0])), (0, (shape[1], map_hw[1]))):
@@ -384,13 +419,13 @@ def _squared_distances(boxes: Tensor, shape: tuple[int, int], map_hw: tuple[int,
 
 
 def _append(vectors: Vectors, labels: Tensor, memory: Memory) -> tuple[Vectors, Tensor]:
-    """Vectors and labels followed by the detached ones of earlier batches."""
+    """Append the detached vectors and labels of earlier batches."""
     old_vectors, old_labels = memory
     widths, old = [v.shape[1] for v in vectors], [v.shape[1] for v in old_vectors]
     if widths != old:
         raise ValueError(
-            f"the memory holds vectors of widths {old}, the neck now gives {widths}: clear the "
-            "memory when the neck changes"
+            f"the memory has vectors of widths {old}, the neck now has {widths}: clear the memory "
+            "when the neck changes"
         )
     both = [torch.cat([v, m.detach().to(v)]) for v, m in zip(vectors, old_vectors, strict=True)]
     return both, torch.cat([labels, old_labels.to(labels)])

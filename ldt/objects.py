@@ -1,17 +1,20 @@
-"""The labelled objects of a batch: what LDT measures and where it looks."""
+"""The ground-truth objects of a batch."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Objects(NamedTuple):
-    """The ground-truth objects of a batch, ignored regions left out.
+    """The ground-truth objects of a batch, without ignored regions.
 
-    `boxes` [K, 4] are (x1, y1, x2, y2) in pixels of the padded network input, `labels` [K] int64,
-    `image` [K] int64 is the index in the batch, `shape` the (height, width) of the padded input.
+    Attributes:
+        boxes: [K, 4], (x1, y1, x2, y2) in pixels of the padded network input.
+        labels: [K] int64.
+        image: [K] int64, index of the object's image in the batch.
+        shape: (height, width) of the padded input.
     """
 
     boxes: Tensor
@@ -20,8 +23,26 @@ class Objects(NamedTuple):
     shape: tuple[int, int]
 
 
-def labelled_objects(samples: Sequence[Any], shape: tuple[int, int]) -> Objects:
-    """Collect the ground truth of mmdet's data samples; ignored regions are left out.
+class Instances(Protocol):
+    """What is used of mmengine's ``InstanceData``, whose fields are set at run time."""
+
+    bboxes: Tensor  # or mmdet's BaseBoxes
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+
+class Sample(Protocol):
+    """What is used of mmdet's ``DetDataSample``."""
+
+    @property
+    def gt_instances(self) -> Instances:
+        """The ground truth, in pixels of the network input."""
+        ...
+
+
+def labelled_objects(samples: Sequence[Sample], shape: tuple[int, int]) -> Objects:
+    """Collect the ground truth of mmdet's data samples, without ignored regions.
 
     Args:
         samples: ``DetDataSample`` with ``gt_instances`` in pixels of the network input.
@@ -30,13 +51,13 @@ def labelled_objects(samples: Sequence[Any], shape: tuple[int, int]) -> Objects:
     boxes = [corners(sample.gt_instances) for sample in samples]
     labels = [sample.gt_instances.labels for sample in samples]
     image = [
-        torch.full((len(found),), index, dtype=torch.long, device=found.device)
-        for index, found in enumerate(boxes)
+        torch.full((len(own),), index, dtype=torch.long, device=own.device)
+        for index, own in enumerate(boxes)
     ]
     return Objects(torch.cat(boxes).float(), torch.cat(labels).long(), torch.cat(image), shape)
 
 
-def corners(instances: Any) -> Tensor:
-    """Return the boxes of mmdet's instances as [K, 4] (x1, y1, x2, y2), whatever their type."""
+def corners(instances: Instances) -> Tensor:
+    """Return the boxes of mmdet's instances as a tensor [K, 4] of (x1, y1, x2, y2)."""
     boxes = instances.bboxes
     return getattr(boxes, "tensor", boxes)
