@@ -45,7 +45,7 @@ def test_a_space_is_that_of_all_object_vectors_with_two_in_their_class():
         eigs = reference.eigenvalues(S_w, S_b, 0.2, 1e-6)
         assert np.allclose(space.eigenvalues, eigs[::-1], atol=1e-4 * eigs.max())
         assert np.allclose(space.activity, X[kept].std(0, ddof=1), rtol=1e-4)
-        assert space.most == 1
+        assert space.max_discriminants == 1
         assert space.power == pytest.approx(eigs.max(), rel=1e-4)
         assert space.projections.shape == (kept.sum(), 1)
         assert np.allclose(space.projections.mean(0), 0, atol=1e-6)

@@ -284,4 +284,4 @@ def test_views_and_scenes_show_the_same_images(run):
     for view, scene in zip(views, scenes, strict=True):
         assert np.array_equal(view.pixels, scene.pixels)
         assert np.array_equal(view.truth, scene.truth.corners)
-        assert [looked.heat.shape for looked in view.looked] == [(64, 128)] * 2
+        assert [looked.heat.shape for looked in view.attention] == [(64, 128)] * 2

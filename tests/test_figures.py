@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldt.evaluation.neck_statistics import NeckSpace
 from ldt.evaluation.score_stability import StageScores
-from ldt.figures.attention import Looked, View, draw_attention
+from ldt.figures.attention import Attention, View, draw_attention
 from ldt.figures.channels import draw_channels, stages
 from ldt.figures.comparison import Panel, Point, draw_comparisons
 from ldt.figures.curves import draw_curve
@@ -469,7 +469,7 @@ def test_a_single_batch_cannot_be_compared():
 
 def view(detectors, size=SIZE):
     rng = np.random.default_rng(0)
-    looked = [Looked(rng.uniform(0, 1, (8, 16)), boxes(2, i).corners) for i in range(detectors)]
+    looked = [Attention(rng.uniform(0, 1, (8, 16)), boxes(2, i).corners) for i in range(detectors)]
     return View(np.zeros((64, 128, 3), np.uint8), size, boxes(3, 9).corners, looked)
 
 
@@ -479,7 +479,7 @@ def test_heat_lies_over_the_image_and_the_explained_boxes_are_framed():
     image, *heats = figure.axes[:3]
     assert len(image.images) == 1
     assert len(image.patches) == 3
-    for axes, looked in zip(heats, given.looked, strict=True):
+    for axes, looked in zip(heats, given.attention, strict=True):
         under, over = axes.images
         assert under.get_extent() == over.get_extent() == [0, SIZE[1], SIZE[0], 0]
         assert np.allclose(over.get_array(), looked.heat)

@@ -1,11 +1,13 @@
-"""Methods against each other, the paper's Fig. 3: accuracy against what is left."""
+"""Compare methods: accuracy against remaining parameters (Fig. 3 of the paper)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ldt.figures.curves import LABELS
 from ldt.figures.style import (
@@ -16,22 +18,23 @@ from ldt.figures.style import (
     MARKERS,
     PAGE_CM,
     SMALL,
+    add_top_axis,
     new_figure,
     tidy,
 )
 
 OURS = "ldt"
-ON_WHITE = ("#56B4E9", "#D55E00", "#00B07A", "#E69F00", "#CC79A7", "#6E6E6E")  # no yellow lines
+ON_WHITE = ("#56B4E9", "#D55E00", "#00B07A", "#E69F00", "#CC79A7", "#6E6E6E")  # without yellow
 DASHES = ("--", ":", "-.")
-ACROSS = 3  # panels in a row
+COLUMNS = 3  # panels in a row
 
 
 @dataclass(frozen=True)
 class Point:
-    """Results of equal runs with different seeds.
+    """Results of runs that differ only in their seed.
 
     Attributes:
-        left: parameters left, in millions.
+        left: remaining parameters, in millions.
         values: the metric of each seed.
     """
 
@@ -40,12 +43,12 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean over seeds."""
         return float(np.mean(self.values))
 
     @property
     def deviation(self) -> float:
-        """The sample's standard deviation; 0 for a single seed."""
+        """The sample standard deviation; 0 for a single seed."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
 
@@ -54,8 +57,8 @@ class Panel:
     """The methods on one detector and data set.
 
     Attributes:
-        title: of the panel.
-        methods: points of each method.
+        title: title of the panel.
+        methods: the points of each method.
         unpruned: unpruned detectors by name.
         metric: name of the metric.
     """
@@ -67,45 +70,45 @@ class Panel:
 
 
 def draw_comparisons(panels: Sequence[Panel]) -> Figure:
-    """A line with its band (one standard deviation) per method, unpruned detectors dashed.
+    """Plot a line with a band of one standard deviation per method, unpruned detectors dashed.
 
     Args:
-        panels: one for each detector and data set.
+        panels: one per detector and data set.
 
     Returns:
-        A figure as wide as a column, or as a page where there are several panels; a method looks
-        the same in all of them.
+        A figure of column width, or of page width for several panels; a method has the same style
+        in all of them.
 
     Raises:
         ValueError: there is no panel, or one without methods.
     """
     if not panels or not all(panel.methods for panel in panels):
         raise ValueError("no methods to compare; give at least one with its points")
-    columns = min(len(panels), ACROSS)
+    columns = min(len(panels), COLUMNS)
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel.methods))
-    names.sort(key=lambda name: (_is_ours(name), name))  # ours last: on top
-    looks = {name: _look(name, names) for name in names}
+    names.sort(key=lambda name: (_is_ours(name), name))  # the last is drawn on top
+    styles = {name: _style(name, names) for name in names}
     width = COLUMN_CM if columns == 1 else PAGE_CM
     entries = [*names, *(name for panel in panels for name in panel.unpruned)]
-    across = _entries_across(entries, width)
-    lines = -(-len(set(entries)) // across)
+    legend_columns = _legend_columns(entries, width)
+    lines = -(-len(set(entries)) // legend_columns)
     figure = new_figure(width, 6.2 * rows + 0.4 * lines)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    known: dict[str, Any] = {}
+    handles: dict[str, Line2D] = {}
     for axes, panel in zip(grid, panels, strict=False):
-        known |= _draw(axes, panel, looks)
+        handles |= _draw(axes, panel, styles)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.legend(
-        list(known.values()), list(known), loc="outside upper center", ncols=across,
+        list(handles.values()), list(handles), loc="outside upper center", ncols=legend_columns,
         fontsize=SMALL, frameon=False, columnspacing=1.0, handlelength=1.5,
     )  # fmt: skip
     return figure
 
 
-def _entries_across(entries: Sequence[str], width_cm: float) -> int:
-    """How many columns of a legend fit; a letter is about 0.6 em wide, a line and its gaps 4.5."""
+def _legend_columns(entries: Sequence[str], width_cm: float) -> int:
+    """Return how many columns fit, with 0.6 em per letter and 4.5 em for a line and its gaps."""
     widest = (0.6 * max(len(entry) for entry in entries) + 4.5) * SMALL
     return max(1, min(len(entries), int(width_cm / 2.54 * 72 / widest)))
 
@@ -114,46 +117,43 @@ def _is_ours(name: str) -> bool:
     return name.split(" ")[0] == OURS
 
 
-def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
+def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
     order = names.index(name)
     colour = DARK if name == OURS else ON_WHITE[order % len(ON_WHITE)]
     width = 1.8 if name == OURS else 1.0
     return {"color": colour, "marker": MARKERS[order % len(MARKERS)], "linewidth": width}
 
 
-def _draw(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The lines of a panel, by their name."""
-    known = {}
-    for name, look in looks.items():
+def _draw(axes: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> dict[str, Line2D]:
+    """Draw a panel and return its lines by name."""
+    lines = {}
+    for name, style in styles.items():
         points = sorted(panel.methods.get(name, ()), key=lambda point: point.left)
         if not points:
             continue
         left = [point.left for point in points]
         mean = np.array([point.mean for point in points])
         band = np.array([point.deviation for point in points])
-        colour = look["color"]
+        colour = style["color"]
         axes.fill_between(left, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
         if len(points) == 1 and band.any():  # a band of one point has no width
             axes.errorbar(left, mean, band, fmt="none", ecolor=colour, elinewidth=0.7, capsize=2)
-        known[name] = axes.plot(left, mean, markersize=3.5, label=name, **look)[0]
-    for (name, point), style in zip(panel.unpruned.items(), DASHES, strict=False):
-        known[name] = axes.axhline(
-            point.mean, color=GREY, linestyle=style, linewidth=0.9, zorder=0, label=name
+        lines[name] = axes.plot(left, mean, markersize=3.5, label=name, **style)[0]
+    for (name, point), dashes in zip(panel.unpruned.items(), DASHES, strict=False):
+        lines[name] = axes.axhline(
+            point.mean, color=GREY, linestyle=dashes, linewidth=0.9, zorder=0, label=name
         )
     axes.set_title(panel.title, fontsize=FONT)
     axes.set_xlabel("parameters left (M)", fontsize=FONT)
     axes.set_ylabel(LABELS.get(panel.metric, panel.metric), fontsize=FONT)
     tidy(axes)
     if panel.unpruned:
-        whole = max(point.left for point in panel.unpruned.values())
+        total = max(point.left for point in panel.unpruned.values())
         axes.set_xlim(0, None)
-        top = axes.secondary_xaxis("top", functions=_pruned_of(whole))
-        top.set_xlabel("parameters pruned (%)", fontsize=FONT)
-        tidy(top)
-        top.spines["top"].set_visible(True)
-    return known
-
-
-def _pruned_of(whole: float) -> Any:
-    """Parameters left to per cent that are gone, and back."""
-    return (lambda x: 100 * (1 - x / whole), lambda gone: (1 - gone / 100) * whole)
+        add_top_axis(
+            axes,
+            "parameters pruned (%)",
+            lambda left: 100 * (1 - left / total),
+            lambda percent: (1 - percent / 100) * total,
+        )
+    return lines

@@ -1,29 +1,39 @@
-"""Accuracy against size, the paper's Fig. 3 for one run."""
+"""Plot accuracy against size for one run (Fig. 3 of the paper)."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
-from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, SMALL, new_figure, tidy
+from ldt.figures.style import (
+    COLUMN_CM,
+    DARK,
+    FONT,
+    GREY,
+    SMALL,
+    add_top_axis,
+    new_figure,
+    tidy,
+)
 
 LABELS = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50 (IoU 0.5)", "mAP": "mAP (IoU 0.5)"}
-MOST_NAMES = 6  # markers with a name; of more, only the first and the last
-LEAST_SPAN = 0.04  # of the accuracy axis: differences of a thousandth must not look like cliffs
+MOST_NAMES = 6  # with more markers, only the first and the last have a label
+LEAST_SPAN = 0.04  # of the accuracy axis, so that tiny differences do not look large
 
 
 def draw_curve(rounds: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """One metric against the parameters left, a marker for each round.
+    """Plot a metric against the remaining parameters, with a marker for each round.
 
     Args:
-        rounds: rows of a run, the base first: ``round``, ``params`` and the metric, in [0, 1];
-            rounds without it (missing or nan) are left out.
+        rounds: rows of a run, the unpruned detector first: ``round``, ``params`` and the metric, in
+            [0, 1]; rounds without the metric (missing or nan) are omitted.
         metric: name of the metric.
 
     Returns:
-        A figure as wide as a column; the line's data are (parameters in millions, metric).
+        A figure of column width; the line's data are (parameters in millions, metric).
 
     Raises:
         ValueError: there is no round.
@@ -39,22 +49,21 @@ def draw_curve(rounds: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     for index, (row, x, y) in enumerate(zip(known, sizes, values, strict=True)):
         if len(known) <= MOST_NAMES or index in (0, len(known) - 1):
             name = "base" if row["round"] == base["round"] else f"round {row['round']}"
-            _name(axes, name, x, y, rises=values[min(index + 1, len(known) - 1)] > y)
+            _label(axes, name, x, y, rises=values[min(index + 1, len(known) - 1)] > y)
     if base in known:
         axes.axhline(base[metric], color=GREY, linestyle="--", linewidth=0.8, zorder=0)
-    _limit(axes, values, base["params"] / 1e6)
+    total = base["params"] / 1e6
+    _set_limits(axes, values, total)
     axes.set_xlabel("parameters left (M)", fontsize=FONT)
     axes.set_ylabel(LABELS.get(metric, metric), fontsize=FONT)
-    share = axes.secondary_xaxis("top", functions=_percent_of(base["params"] / 1e6))
-    share.set_xlabel("parameters left (% of the base)", fontsize=FONT)
+    label = "parameters left (% of the base)"
+    add_top_axis(axes, label, lambda x: 100 * x / total, lambda percent: percent * total / 100)
     tidy(axes)
-    tidy(share)
-    share.spines["top"].set_visible(True)
     return figure
 
 
-def _name(axes: Any, text: str, x: float, y: float, rises: bool) -> None:
-    """A name above a marker, on the right if the line rises to the next round on the left."""
+def _label(axes: Axes, text: str, x: float, y: float, rises: bool) -> None:
+    """Label a marker above it: on the right if the line rises towards the next round, else left."""
     axes.annotate(
         text,
         (x, y),
@@ -66,13 +75,9 @@ def _name(axes: Any, text: str, x: float, y: float, rises: bool) -> None:
     )
 
 
-def _percent_of(whole: float) -> Any:
-    return (lambda x: 100 * x / whole, lambda percent: percent * whole / 100)
-
-
-def _limit(axes: Any, values: Sequence[float], whole: float) -> None:
-    """The x axis begins at 0, so that distances are shares; y holds all values with room."""
-    axes.set_xlim(0, 1.08 * whole)
+def _set_limits(axes: Axes, values: Sequence[float], total: float) -> None:
+    """Start the x axis at 0, so that distances are shares; leave room around the y values."""
+    axes.set_xlim(0, 1.08 * total)
     if values:
         low, high = min(values), max(values)
         span = max(high - low, LEAST_SPAN)

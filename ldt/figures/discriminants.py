@@ -1,9 +1,10 @@
-"""What training has done to the neck's output, the paper's Fig. 1: classes and channels."""
+"""Plot classes and channels in the neck's output (Fig. 1 of the paper)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,9 +21,9 @@ from ldt.figures.style import (
     tidy,
 )
 
-LEAST = 1e-4  # of the largest eigenvalue or ratio: what is below is not shown
+LEAST = 1e-4  # smaller shares of the largest eigenvalue or ratio are not shown
 SCATTER_CM, LINES_CM = 6.0, 5.0
-LOOKS = (  # of the first and the second detector
+STYLES = (  # of the first and the second detector
     {"color": GREY, "marker": "o", "linestyle": "--"},
     {"color": DARK, "marker": "^", "linestyle": "-"},
 )
@@ -31,16 +32,16 @@ LOOKS = (  # of the first and the second detector
 def draw_discriminants(
     spaces: Sequence[NeckSpace], titles: Sequence[str], classes: Sequence[str]
 ) -> Figure:
-    """Objects in the first two discriminants, eigenvalues, and the channels' power and activity.
+    """Plot objects in the first two discriminants, eigenvalues, and channel ratio and activity.
 
     Args:
-        spaces: of one or two detectors, on the same scale.
-        titles: their names.
-        classes: names in label order. The most frequent six have a colour, the others are grey.
+        spaces: those of one or two detectors, on the same scale.
+        titles: names of the detectors.
+        classes: class names in label order. The most frequent six have a colour, others are grey.
 
     Returns:
-        A figure as wide as a page: a scatter plot for each detector with common axes, then the
-        eigenvalues, and ratio and activity of the channels, both in falling order of the ratio.
+        A figure of page width: a scatter plot per detector with shared axes, then the eigenvalues,
+        and ratio and activity of the channels, both by descending ratio.
 
     Raises:
         ValueError: there are not one or two spaces with a title each.
@@ -52,15 +53,15 @@ def draw_discriminants(
     figure = new_figure(PAGE_CM, LINES_CM + 1 if len(spaces) == 1 else SCATTER_CM + LINES_CM + 1)
     mosaic = "0era" if len(spaces) == 1 else "000111\neerraa"
     panels = figure.subplot_mosaic(mosaic)
-    shown = _frequent(spaces)
+    shown = _most_frequent(spaces)
     for index, (space, title) in enumerate(zip(spaces, titles, strict=True)):
         _scatter(panels[str(index)], space, title, shown, classes)
     if len(spaces) == 2:
         _share_limits(panels["0"], panels["1"])
-    for space, title, look in zip(spaces, titles, LOOKS[-len(spaces) :], strict=True):
-        look = look | {"markersize": 2.0, "linewidth": 1.0, "label": title.split("\n")[0]}
-        _lines(panels["e"], panels["r"], panels["a"], space, look)
-    _explain(panels, spaces)
+    for space, title, style in zip(spaces, titles, STYLES[-len(spaces) :], strict=True):
+        style = style | {"markersize": 2.0, "linewidth": 1.0, "label": title.split("\n")[0]}
+        _lines(panels["e"], panels["r"], panels["a"], space, style)
+    _label_axes(panels, spaces)
     handles, names = panels["0"].get_legend_handles_labels()
     if len(spaces) == 2:
         lines, labels = panels["e"].get_legend_handles_labels()
@@ -72,18 +73,19 @@ def draw_discriminants(
     return figure
 
 
-def _frequent(spaces: Sequence[NeckSpace]) -> list[int]:
+def _most_frequent(spaces: Sequence[NeckSpace]) -> list[int]:
     labels, counts = np.unique(np.concatenate([s.labels for s in spaces]), return_counts=True)
     return sorted(labels[np.argsort(-counts, kind="stable")][: len(PALETTE)].tolist())
 
 
 def _scatter(
-    axes: Any, space: NeckSpace, title: str, shown: Sequence[int], classes: Sequence[str]
+    axes: Axes, space: NeckSpace, title: str, shown: Sequence[int], classes: Sequence[str]
 ) -> None:
-    """Two discriminants; of a single one, the other axis parts the classes."""
+    """Plot two discriminants; if there is only one, the y axis separates the classes."""
     x = space.projections[:, 0]
-    alone = space.projections.shape[1] == 1
-    y = np.searchsorted(np.unique(space.labels), space.labels) if alone else space.projections[:, 1]
+    single = space.projections.shape[1] == 1
+    classes_y = np.searchsorted(np.unique(space.labels), space.labels)
+    y = classes_y if single else space.projections[:, 1]
     rest = ~np.isin(space.labels, shown)
     axes.scatter(x[rest], y[rest], s=4, c="#D0D0D0", linewidths=0)
     for order, label in enumerate(shown):
@@ -97,44 +99,47 @@ def _scatter(
     )
     axes.set_title(f"{title}\nscale {space.scale}, $\\lambda$ = {values}", fontsize=FONT)
     axes.set_xlabel("first discriminant\n(std. within classes)", fontsize=FONT)
-    axes.set_ylabel("class" if alone else "second discriminant", fontsize=FONT)
-    if alone:
+    axes.set_ylabel("class" if single else "second discriminant", fontsize=FONT)
+    if single:
         axes.set_yticks([])
     tidy(axes)
 
 
-def _share_limits(one: Any, other: Any) -> None:
-    for low_high, change in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
-        both = [getattr(axes, low_high)() for axes in (one, other)]
+def _share_limits(one: Axes, other: Axes) -> None:
+    for get, set_ in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        both = [getattr(axes, get)() for axes in (one, other)]
         for axes in (one, other):
-            getattr(axes, change)(min(low for low, _ in both), max(high for _, high in both))
+            getattr(axes, set_)(min(low for low, _ in both), max(high for _, high in both))
 
 
-def _lines(eigenvalues: Any, ratio: Any, activity: Any, space: NeckSpace, look: Any) -> None:
+def _lines(
+    eigenvalues: Axes, ratio: Axes, activity: Axes, space: NeckSpace, style: dict[str, Any]
+) -> None:
     order = np.argsort(-space.ratio, kind="stable")
     index = np.arange(1, len(order) + 1)
     for axes, values in ((eigenvalues, space.eigenvalues), (ratio, space.ratio[order])):
-        axes.plot(index, np.where(values > LEAST * values.max(), values, np.nan), **look)
+        axes.plot(index, np.where(values > LEAST * values.max(), values, np.nan), **style)
         axes.set_yscale("log")
-    activity.plot(index, space.activity[order], **look | {"linestyle": "none"})
+    dots: dict[str, Any] = {**style, "linestyle": "none"}
+    activity.plot(index, space.activity[order], **dots)
 
 
-def _explain(panels: Any, spaces: Sequence[NeckSpace]) -> None:
-    names = {
+def _label_axes(panels: dict[str, Axes], spaces: Sequence[NeckSpace]) -> None:
+    labels = {
         "e": ("discriminant", "eigenvalue"),
         "r": ("channel, by ratio", "ratio $S_b/S_w$ of channel"),
         "a": ("channel, by ratio", "activity (std.)"),
     }
-    for key, (x, y) in names.items():
+    for key, (x, y) in labels.items():
         panels[key].set_xlabel(x, fontsize=FONT)
         panels[key].set_ylabel(y, fontsize=FONT)
         panels[key].xaxis.set_major_locator(MaxNLocator(5, integer=True))
         tidy(panels[key])
     panels["a"].set_ylim(0, None)
-    most, channels = spaces[0].most, min(len(space.eigenvalues) for space in spaces)
-    if most < channels:
-        panels["e"].axvline(most + 0.5, color="black", linewidth=0.6, linestyle=":")
+    count, channels = spaces[0].max_discriminants, min(len(s.eigenvalues) for s in spaces)
+    if count < channels:
+        panels["e"].axvline(count + 0.5, color="black", linewidth=0.6, linestyle=":")
         panels["e"].annotate(
-            "#classes $-$ 1", (most + 0.5, 1), (3, -2), xycoords=("data", "axes fraction"),
+            "#classes $-$ 1", (count + 0.5, 1), (3, -2), xycoords=("data", "axes fraction"),
             textcoords="offset points", va="top", fontsize=SMALL,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import detector_of, read
 from ldt.evaluation.gradcam import heat
 from ldt.evaluation.neck_statistics import NeckSpace, neck_spaces
-from ldt.figures.attention import Looked, View
+from ldt.figures.attention import Attention, View
 from ldt.figures.channels import draw_channels
 from ldt.figures.curves import draw_curve
 from ldt.figures.detections import Scene, ShownBoxes, draw_detections
@@ -130,7 +130,7 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
         detector, neck = _load(file)
         maps = [heat(detector, item, neck) for item in items]
         looked.append([
-            Looked(_content(item, found), corners)
+            Attention(_content(item, found), corners)
             for item, (found, corners) in zip(items, maps, strict=True)
         ])  # fmt: skip
     shown = [_scene(item, []) for item in items]

@@ -1,4 +1,4 @@
-"""Which annotated objects were found."""
+"""Match detections with ground-truth objects."""
 
 import numpy as np
 import torch
@@ -10,23 +10,23 @@ IOU = 0.5
 def hits(
     truth: np.ndarray, truth_labels: np.ndarray, found: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """Bool [n], True for the objects that a detection of their class covers.
+    """Return a bool array [n] of the objects that are matched by a detection of their class.
 
-    Detections are served in order, so give the surest first; each takes the object of its class
-    that it overlaps most, if their intersection over union is 0.5 or more and nobody took it.
+    Detections are matched in the given order, so pass those with high scores first. Each is matched
+    with the unmatched object of its class that has the largest IoU, if this is at least 0.5.
 
     Args:
         truth: [n, 4] corners of the objects.
         truth_labels: [n].
         found: [k, 4] corners of the detections.
-        labels: [k].
+        labels: [k] labels of the detections.
     """
-    taken = np.zeros(len(truth), dtype=bool)
-    one, other = torch.as_tensor(found).double(), torch.as_tensor(truth).double()
-    overlaps = box_iou(one, other).nan_to_num().numpy()  # nan: both are empty
+    matched = np.zeros(len(truth), dtype=bool)
+    detections, objects = torch.as_tensor(found).double(), torch.as_tensor(truth).double()
+    overlaps = box_iou(detections, objects).nan_to_num().numpy()  # nan: both boxes are empty
     overlaps[labels[:, None] != truth_labels[None]] = 0
     for row in overlaps:
-        row = np.where(taken, 0, row)
+        row = np.where(matched, 0, row)
         if len(row) and row.max() >= IOU:
-            taken[row.argmax()] = True
-    return taken
+            matched[row.argmax()] = True
+    return matched

@@ -1,40 +1,43 @@
-"""A network losing channels from round to round: as a strip of pictures, and moving."""
+"""Plot and animate the number of channels per layer over the rounds of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from ldt.figures.channels import stages
 from ldt.figures.style import COLUMN_CM, DARK, FONT, LIGHT, SMALL, new_figure, tidy
 
 Network = Mapping[str, int]  # output channels by layer, in network order
-MOST = 6  # panels of a strip; of more rounds some are left out, the first and the last never
+MAX_PANELS = 6  # with more rounds, some between the first and the last are omitted
 PANEL_CM, NAMES_CM = 1.6, 2.2
 STEPS = 12  # frames from one round to the next
-REST = 10  # frames that a round stays
+PAUSE = 10  # frames that show the same round
 FRAMES_PER_SECOND = 12
 SCREEN_DPI = 150  # of an animation, which is not printed
 
 
 def draw_shrinking(networks: Sequence[Network], names: Sequence[str]) -> Figure:
-    """The width of every layer, a panel per round, the first network in light behind each.
+    """Plot the channels of every layer, with a panel per round and the unpruned network behind it.
 
     Args:
         networks: the unpruned network, then that of each round.
-        names: of each of them; written beside its panel.
+        names: label of each network, next to its panel.
 
     Returns:
-        A figure as wide as a column, with at most six panels, evenly chosen.
+        A figure of column width with at most six panels, evenly selected.
 
     Raises:
-        ValueError: there is no network, not one name for each, or their layers differ.
+        ValueError: there is no network, the number of names differs, or the layers differ.
     """
     _check(networks, names)
-    count = min(len(networks), MOST)
+    count = min(len(networks), MAX_PANELS)
     shown = [round(i * (len(networks) - 1) / max(count - 1, 1)) for i in range(count)]
     figure = new_figure(COLUMN_CM, count * PANEL_CM + NAMES_CM)
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
@@ -46,12 +49,12 @@ def draw_shrinking(networks: Sequence[Network], names: Sequence[str]) -> Figure:
 
 
 def animate_shrinking(networks: Sequence[Network], names: Sequence[str], path: Path) -> None:
-    """Write the panels of :func:`draw_shrinking` as a GIF that rests at every round.
+    """Save the panels of :func:`draw_shrinking` as a GIF that pauses at every round.
 
-    Between two rounds the widths move in straight lines.
+    The channels are interpolated linearly between two rounds.
 
     Raises:
-        ValueError: as :func:`draw_shrinking`.
+        ValueError: as in :func:`draw_shrinking`.
     """
     _check(networks, names)
     figure = new_figure(COLUMN_CM, 2 * PANEL_CM + NAMES_CM)
@@ -61,39 +64,41 @@ def animate_shrinking(networks: Sequence[Network], names: Sequence[str], path: P
     axes.set_ylabel("output channels", fontsize=FONT)
     frames = _frames(networks)
 
-    def show(frame: tuple[int, np.ndarray]) -> Sequence[Any]:
+    def show(frame: tuple[int, np.ndarray]) -> list[Artist]:
         for bar, height in zip(bars, frame[1], strict=True):
             bar.set_height(height)
         text.set_text(names[frame[0]])
         return [*bars, text]
 
-    moving = FuncAnimation(figure, show, frames, cache_frame_data=False)
+    animation = FuncAnimation(figure, show, frames, cache_frame_data=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    moving.save(path, PillowWriter(fps=FRAMES_PER_SECOND), dpi=SCREEN_DPI)
+    animation.save(path, PillowWriter(fps=FRAMES_PER_SECOND), dpi=SCREEN_DPI)
 
 
 def _frames(networks: Sequence[Network]) -> list[tuple[int, np.ndarray]]:
-    """(index of the round that is named, width of every layer) of each frame."""
+    """Return (index of the labelled round, width of every layer) for each frame."""
     widths = [np.array(list(network.values()), dtype=float) for network in networks]
-    frames = [(0, widths[0])] * REST
+    frames = [(0, widths[0])] * PAUSE
     for index in range(1, len(widths)):
         old, new = widths[index - 1], widths[index]
         frames += [(index - 1, old + (new - old) * step / STEPS) for step in range(1, STEPS)]
-        frames += [(index, new)] * REST
-    return frames + [frames[-1]] * REST  # before it begins again
+        frames += [(index, new)] * PAUSE
+    return frames + [frames[-1]] * PAUSE  # before the animation repeats
 
 
 def _check(networks: Sequence[Network], names: Sequence[str]) -> None:
     if not networks or len(names) != len(networks):
         raise ValueError(
-            f"{len(networks)} networks with {len(names)} names; give at least one, with a name each"
+            f"{len(networks)} networks with {len(names)} names; give at least one, each with a name"
         )
     if not networks[0] or any(list(n) != list(networks[0]) for n in networks):
         raise ValueError("the networks' layers differ; give the rounds of one run")
 
 
-def _panel(axes: Any, original: Network, kept: Network, name: str) -> tuple[Any, Any]:
-    """Two bars a layer, the name on the right; the dark bars and the text."""
+def _panel(
+    axes: Axes, original: Network, kept: Network, name: str
+) -> tuple[BarContainer, Annotation]:
+    """Draw two bars per layer and the name on the right; return the dark bars and the text."""
     places = [place for stage in stages(list(original)) for place in stage.places]
     axes.bar(places, list(original.values()), width=0.9, color=LIGHT)
     bars = axes.bar(places, list(kept.values()), width=0.9, color=DARK)
@@ -108,7 +113,7 @@ def _panel(axes: Any, original: Network, kept: Network, name: str) -> tuple[Any,
     return bars, text
 
 
-def _name_stages(axes: Any, network: Network) -> None:
+def _name_stages(axes: Axes, network: Network) -> None:
     groups = stages(list(network))
     centres = [(group.places[0] + group.places[-1]) / 2 for group in groups]
     axes.set_xticks(centres, [group.name.split()[-1] for group in groups], rotation=90)

@@ -1,43 +1,64 @@
-"""What all figures share: sizes for print, colours, and how a file is written."""
+"""Shared style of all figures: sizes for print, colours, file output."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.axes._secondary_axes import SecondaryAxis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-COLUMN_CM, PAGE_CM = 8.4, 17.8  # widths of a printed column and of a page of two
+COLUMN_CM, PAGE_CM = 8.4, 17.8  # widths of a printed column and of a two-column page
 FONT, SMALL = 8.0, 7.0  # points, at these widths
 DARK, LIGHT, GREY = "#0B4F79", "#C5D9E6", "#6E6E6E"
 DPI = 300
 
-# Okabe and Ito's colours, told apart by colour-blind readers; those that stand out best on
-# photographs come first, black and dark blue are left out.
+# Okabe and Ito's palette, which colour-blind readers can distinguish, without black and dark blue;
+# the colours with the best contrast on photographs come first.
 PALETTE = ("#E69F00", "#56B4E9", "#E67FB8", "#F0E442", "#00B07A", "#D55E00")
-MARKERS = "os^Dv<>Ph"  # shapes, so that colour is never all that tells two things apart
+MARKERS = "os^Dv<>Ph"  # so that lines differ not only in their colour
 
 
 def new_figure(width_cm: float, height_cm: float) -> Figure:
-    """An empty figure of a printed size; it belongs to no window and to no global state."""
+    """Create an empty figure of a printed size, independent of pyplot's global state."""
     return Figure(figsize=(width_cm / 2.54, height_cm / 2.54), dpi=DPI, layout="constrained")
 
 
-def tidy(axes: Any, *hidden: str) -> None:
-    """Small thin ticks, and no frame on the top and the right nor on the sides that are named."""
+def tighten(figure: Figure) -> None:
+    """Reduce the padding between the panels of a figure."""
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+
+
+def tidy(axes: Axes | SecondaryAxis, *hidden: str) -> None:
+    """Set small thin ticks; hide the top and right spines and those in ``hidden``."""
     axes.tick_params(which="both", labelsize=SMALL, width=0.6, length=2.5)
     for side in ("top", "right", *hidden):
         axes.spines[side].set_visible(False)
 
 
+def add_top_axis(
+    axes: Axes, label: str, convert: Callable[..., Any], invert: Callable[..., Any]
+) -> None:
+    """Add an x axis at the top, in units of ``convert(x)``."""
+    top = axes.secondary_xaxis("top", functions=(convert, invert))
+    top.set_xlabel(label, fontsize=FONT)
+    tidy(top)
+    top.spines["top"].set_visible(True)
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as an image; the suffix chooses the format, the folder is made.
+    """Save a figure in the format of the path's suffix; create the folder if it is missing.
 
     Raises:
-        ValueError: matplotlib writes no such format.
+        ValueError: matplotlib does not support the format.
     """
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
+    supported = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in supported:
         raise ValueError(
-            f"{path}: no format {path.suffix!r}; choose from .{', .'.join(sorted(known))}"
+            f"{path}: no format {path.suffix!r}; choose from .{', .'.join(sorted(supported))}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)

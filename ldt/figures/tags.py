@@ -1,4 +1,4 @@
-"""Places for the labels of boxes, so that they hide each other as little as can be."""
+"""Place the labels of boxes so that they overlap as little as possible."""
 
 from collections.abc import Sequence
 
@@ -6,34 +6,34 @@ import numpy as np
 
 
 def place_tags(
-    corners: np.ndarray, widths: Sequence[float], height: float, size: tuple[int, int]
+    corners: np.ndarray, widths: Sequence[float], height: float, size: tuple[float, float]
 ) -> np.ndarray:
-    """Lay a tag at each box: above it, else below, else inside, wherever there is room.
+    """Place a tag at each box: above it, else below or inside, where there is space.
 
-    Boxes are served in order, so give the most important ones first. Where every place is taken,
-    the one with the least overlap is used.
+    Tags are placed in the order of the boxes, so pass the most important ones first. If there is no
+    free position, the one with the smallest overlap is used.
 
     Args:
         corners: [n, 4] boxes (x1, y1, x2, y2).
         widths: n widths of the tags, in the unit of the boxes.
-        height: of every tag.
-        size: (height, width) of the image; tags stay inside if they fit at all.
+        height: height of all tags.
+        size: (height, width) of the image; tags are inside if they fit.
 
     Returns:
         [n, 4] rectangles of the tags (x1, y1, x2, y2).
     """
     placed = np.zeros((0, 4))
     for box, width in zip(corners, widths, strict=True):
-        options = _options(box, width, height, size)
-        free = int(np.argmin([_overlap(option, placed) for option in options]))
-        placed = np.vstack([placed, options[free]])
+        positions = _positions(box, width, height, size)
+        best = int(np.argmin([_overlap(position, placed) for position in positions]))
+        placed = np.vstack([placed, positions[best]])
     return placed
 
 
-def _options(
-    box: np.ndarray, width: float, height: float, size: tuple[int, int]
+def _positions(
+    box: np.ndarray, width: float, height: float, size: tuple[float, float]
 ) -> list[np.ndarray]:
-    """Rectangles around a box, moved into the image, the preferred one first."""
+    """Return rectangles around a box, shifted into the image, in order of preference."""
     x1, y1, x2, y2 = (float(value) for value in box)
     left, right = x1, x2 - width
     starts = [(left, y1 - height), (right, y1 - height), (left, y2), (right, y2)]
@@ -46,6 +46,6 @@ def _options(
 
 
 def _overlap(tag: np.ndarray, others: np.ndarray) -> float:
-    """Area that a rectangle [4] shares with others [k, 4]."""
+    """Return the area of overlap of a rectangle [4] with others [k, 4]."""
     low, high = np.maximum(tag[:2], others[:, :2]), np.minimum(tag[2:], others[:, 2:])
     return float(np.clip(high - low, 0, None).prod(axis=1).sum())
