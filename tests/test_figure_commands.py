@@ -219,7 +219,7 @@ def test_heat_is_the_gradient_weighted_sum_of_the_necks_maps(run):
     detector = load_pruned(opened.checkpoint())
     torch.nn.init.constant_(detector.bbox_head.gfl_cls.bias, -1.0)  # sure enough to find something
     item = data_of(opened).val_dataloader().dataset[0]
-    found, corners = gradcam.heat(detector, item, score=0.0)
+    found, corners = gradcam.heatmap(detector, item, score=0.0)
     expected = _grad_cam(detector, item, len(corners))
     assert found.shape == expected.shape == (64, 128)
     assert found.min() >= 0
@@ -257,7 +257,7 @@ def test_without_detections_nothing_is_hot(run):
     opened = open_run(run).at(0)
     detector = load_pruned(opened.checkpoint())
     torch.nn.init.constant_(detector.bbox_head.gfl_cls.bias, -30.0)
-    found, corners = gradcam.heat(detector, data_of(opened).val_dataloader().dataset[0])
+    found, corners = gradcam.heatmap(detector, data_of(opened).val_dataloader().dataset[0])
     assert not found.any()
     assert corners.shape == (0, 4)
 
@@ -266,8 +266,8 @@ def test_a_detector_without_a_dense_head_is_refused(run):
     opened = open_run(run).at(0)
     detector = load_pruned(opened.checkpoint())
     del detector.bbox_head
-    with pytest.raises(ValueError, match="attention is drawn of single-stage detectors"):
-        gradcam.heat(detector, data_of(opened).val_dataloader().dataset[0])
+    with pytest.raises(ValueError, match="available for single-stage detectors only"):
+        gradcam.heatmap(detector, data_of(opened).val_dataloader().dataset[0])
 
 
 def test_without_the_package_the_extra_is_named(run, monkeypatch, capsys):

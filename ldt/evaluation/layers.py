@@ -1,6 +1,6 @@
-"""What every layer of a run's detectors has, round by round, and which layers are cut together.
+"""Sizes of all layers of a run's detectors in every round, and their coupled groups.
 
-The command `ldt layers runs/<study>/<run> ...` writes it for runs that lack it.
+The command `ldt layers runs/<study>/<run> ...` writes them for runs without them.
 """
 
 from functools import partial
@@ -16,37 +16,37 @@ from ldt.evaluation.profiling import macs_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.runs import files
 
-GAP = 0.9  # rows between two stages, where they are drawn
+GAP = 0.9  # rows between two stages in figures
 
 
 def write_inventory(folder: Path) -> None:
-    """Write ``structure.json`` into a run's folder, made from its checkpoints.
+    """Write ``structure.json`` to a run's folder, from its checkpoints.
 
     ``rounds`` has for each round a dict per layer with parameters: ``in`` and ``out`` channels (0
     for norms and scales), ``params``, and ``multiply_adds`` of one image of the run's input size;
     ``groups`` has the layers of each coupled group by its root layer's name.
 
     Args:
-        folder: of a run, with ``config.yaml`` and ``round-<t>.ckpt``.
+        folder: a run's folder, with ``config.yaml`` and ``round-<t>.ckpt``.
 
     Raises:
-        FileNotFoundError: there is no checkpoint of the base.
+        FileNotFoundError: there is no checkpoint of the unpruned detector.
         ValueError: a checkpoint is damaged.
     """
-    found = {0: folder / files.round_checkpoint(0)} | files.checkpoints(folder)
+    checkpoints = {0: folder / files.round_checkpoint(0)} | files.checkpoints(folder)
     rounds, groups = {}, {}
-    for round_, file in found.items():
+    for round_, file in checkpoints.items():
         content = read(file)
-        detector, about = detector_of(content), content["ldt"]
-        rounds[str(round_)] = layers(detector, tuple(about["input_size"]))
+        detector, record = detector_of(content), content["ldt"]
+        rounds[str(round_)] = layers(detector, tuple(record["input_size"]))
         if round_ == 0:
             scope = files.read_config(folder)["prune"]["scope"]
-            groups = _groups(about, detector, scope)
+            groups = _groups(record, detector, scope)
     files.write_json(folder / files.STRUCTURE, {"rounds": rounds, "groups": groups})
 
 
 class Stage(NamedTuple):
-    """Consecutive layers below one part of the network, and their places on the y axis."""
+    """Consecutive layers of one stage of the network, and their positions on the y axis."""
 
     name: str
     layers: list[str]
@@ -56,45 +56,45 @@ class Stage(NamedTuple):
 def stages(layers: list[str]) -> list[Stage]:
     """Group layer names by their first two parts, in order.
 
-    ``backbone.layer1.0.conv1`` is in the stage ``backbone layer1``. A stage that comes again later
-    is a second one. Places count rows from 0, with a gap between stages.
+    ``backbone.layer1.0.conv1`` is in the stage ``backbone layer1``. If the layers of a stage are
+    not consecutive, they form several. Positions are rows from 0, with a gap between stages.
     """
-    found: list[Stage] = []
+    grouped: list[Stage] = []
     place = 0.0
     for name, group in groupby(layers, key=lambda layer: " ".join(layer.split(".")[:2])):
         members = list(group)
-        found.append(Stage(name, members, [place + i for i in range(len(members))]))
+        grouped.append(Stage(name, members, [place + i for i in range(len(members))]))
         place += len(members) + GAP
-    return found
+    return grouped
 
 
 def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
-    """``in``, ``out``, ``params`` and ``multiply_adds`` of every layer that has parameters.
+    """Return ``in``, ``out``, ``params`` and ``multiply_adds`` of every layer with parameters.
 
     Args:
         detector: an mmdet detector.
         size: (H, W) of the input.
     """
     costs = macs_by_module(detector, partial(raw_forward, detector), (1, 3, *size))
-    found = {}
+    sizes = {}
     for name, layer in detector.named_modules():
         params = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
         if params:
             channels = {"in": _width(layer, "in"), "out": _width(layer, "out")}
-            found[name] = channels | {"params": params, "multiply_adds": costs.get(name, 0)}
-    return found
+            sizes[name] = channels | {"params": params, "multiply_adds": costs.get(name, 0)}
+    return sizes
 
 
-def _width(layer: Any, side: str) -> int:
+def _width(layer: nn.Module, side: str) -> int:
     return getattr(layer, f"{side}_channels", getattr(layer, f"{side}_features", 0))
 
 
-def _groups(about: dict[str, Any], detector: nn.Module, scope: list[str]) -> dict[str, list[str]]:
-    """The coupled groups of a round's detector below ``scope``."""
-    image = next(detector.parameters()).new_zeros(1, 3, *about["input_size"])
-    forward = forward_for_tracing(detector, about["neck"])
+def _groups(record: dict[str, Any], detector: nn.Module, scope: list[str]) -> dict[str, list[str]]:
+    """Return the layers of each coupled group below ``scope``."""
+    image = next(detector.parameters()).new_zeros(1, 3, *record["input_size"])
+    forward = forward_for_tracing(detector, record["neck"])
     with eval_with_gradients(detector):
-        graph = PruningGraph(detector, forward, image, scope, about["predictors"])
+        graph = PruningGraph(detector, forward, image, scope, record["predictors"])
     return {
         name: list(dict.fromkeys(member.name for member in group.members))
         for name, group in graph.groups.items()

@@ -1,8 +1,8 @@
-"""Detection accuracy: COCO AP and VOC-style mAP of the same detections, over all processes."""
+"""Detection accuracy: COCO AP and VOC-style mAP of the same detections, over all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
+
+from ldt.objects import Instances
 
 # One row of the state: kind, image id, label, score, x1, y1, x2, y2.
 COLUMNS = 8
@@ -31,26 +33,26 @@ COCO_AVERAGES = {
 class DetectionMetrics(Metric):
     """COCO AP and VOC-style mAP of a detector, in total and per class.
 
-    `compute` gives one float per key, in [0, 1], nan where nothing is annotated (no image at all,
-    no object of that size, a class without ground truth):
+    `compute` returns one float per key, in [0, 1], or nan if there is no ground truth (no image, no
+    object of that size or class):
 
     - `AP` (IoU 0.50:0.95), `AP50`, `AP75`, `AP_small`, `AP_medium`, `AP_large`, `AP/<class>`:
       COCO's averages, from the 100 best detections per image and class. Sizes are box areas, split
-      at 32^2 and 96^2 pixels (COCO's own annotations give mask areas instead).
-    - `mAP`, `mAP/<class>`: area under the precision-recall curve at IoU 0.5, by the rule of mmdet's
+      at 32^2 and 96^2 pixels (COCO's own annotations have mask areas instead).
+    - `mAP`, `mAP/<class>`: area under the precision-recall curve at IoU 0.5, as computed by mmdet's
       `eval_map` (Pascal VOC since 2010), from all detections.
 
-    An ignored box with a class label is a COCO crowd, respectively mmdet's `bboxes_ignore`, of that
-    class; with a negative label it is one for every class (KITTI's DontCare).
+    An ignored box with a class label is a COCO crowd or one of mmdet's `bboxes_ignore` of that
+    class; with a negative label it applies to all classes (KITTI's DontCare).
 
-    Several processes and padded samplers are right by construction: tables of all processes are
-    joined, each image id counts once, and images are evaluated in the order of their ids.
+    Results do not depend on the number of ranks or the sampler's padding: the tables of all ranks
+    are concatenated, each image id counts once, and images are evaluated in the order of their ids.
 
     Args:
         classes: class names; label i is `classes[i]`.
 
     Raises:
-        ValueError: without classes, or when a name comes twice.
+        ValueError: there is no class, or a name is repeated.
     """
 
     is_differentiable = False
@@ -63,7 +65,7 @@ class DetectionMetrics(Metric):
         super().__init__()
         if not classes or len(set(classes)) != len(classes):
             raise ValueError(
-                f"classes={list(classes)}: need at least one class, each name once, for example "
+                f"classes={list(classes)}: give at least one class, each name once, for example "
                 "DetectionMetrics(['Car', 'Pedestrian', 'Cyclist'])"
             )
         self.classes = tuple(classes)
@@ -71,28 +73,28 @@ class DetectionMetrics(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         super().reset()
         # An empty table, not an empty list: torchmetrics gathers an empty list as a 1-D float32
-        # tensor, which cannot be joined with the 2-D float64 tables of the other processes.
+        # tensor, which cannot be concatenated with the 2-D float64 tables of other ranks.
         self.table = [torch.zeros(0, COLUMNS, dtype=torch.float64, device=self.device)]
 
     def update(self, data_samples: Sequence[DetDataSample]) -> None:
-        """Add images with their detections and ground truths.
+        """Add images with their detections and ground truth.
 
         Args:
             data_samples: per image an integer `img_id`, `pred_instances` (bboxes [n, 4], scores
-                [n], labels [n]), `gt_instances` (bboxes [m, 4], labels [m]) and, if there are any,
-                `ignored_instances` (bboxes [k, 4], labels [k]). Boxes are (x1, y1, x2, y2) in
-                pixels of the original image, predictions and truths alike.
+                [n], labels [n]), `gt_instances` (bboxes [m, 4], labels [m]) and optionally
+                `ignored_instances` (bboxes [k, 4], labels [k]). All boxes are (x1, y1, x2, y2) in
+                pixels of the original image.
 
         Raises:
-            ValueError: when an image has no integer id, no annotation, or an unknown label.
+            ValueError: an image has no integer id, no annotation, or an unknown label.
         """
         self.table.extend(self._rows(sample) for sample in data_samples)
 
     def compute(self) -> dict[str, float]:
-        """Return the averages by name; see the class for the keys."""
+        """Return the metrics by name; see the class for the keys."""
         table = torch.cat(self.table) if isinstance(self.table, list) else self.table
         images = _split(table.cpu().numpy(), len(self.classes))
         averages, coco = coco_ap(images, len(self.classes))
@@ -102,25 +104,24 @@ class DetectionMetrics(Metric):
         return averages | {f"mAP/{name}": ap for name, ap in zip(self.classes, voc, strict=True)}
 
     def _rows(self, sample: DetDataSample) -> Tensor:
-        """Return the rows [1 + n + m + k, 8] of one image: the row that opens it, its boxes."""
+        """Return the rows [1 + n + m + k, 8] of one image: its first row, then its boxes."""
         image = sample.get("img_id")
         if isinstance(image, bool) or not isinstance(image, int | np.integer):
             raise ValueError(
-                f"img_id={image!r}: need an integer; let the dataset set `img_id` and list it in "
-                "PackDetInputs(meta_keys=('img_id', ...))"
+                f"img_id={image!r} must be an integer; the dataset must set `img_id` and list it "
+                "in PackDetInputs(meta_keys=('img_id', ...))"
             )
         if "bboxes" not in sample.get("gt_instances", ()):
             raise ValueError(
-                f"image {image} has no gt_instances.bboxes: put LoadAnnotations(with_bbox=True) "
-                "into the test pipeline (an image without objects has bboxes of shape [0, 4])"
+                f"image {image} has no gt_instances.bboxes: add LoadAnnotations(with_bbox=True) "
+                "to the test pipeline (an image without objects has bboxes of shape [0, 4])"
             )
-        # Any: the fields of an InstanceData are set at run time, unknown to the type checker
-        groups: list[tuple[int, Any]] = [
-            (DETECTION, sample.pred_instances),
-            (TRUTH, sample.gt_instances),
+        groups = [
+            (DETECTION, cast(Detections, sample.pred_instances)),
+            (TRUTH, cast(Detections, sample.gt_instances)),
         ]
         if "bboxes" in sample.get("ignored_instances", ()):
-            groups.append((IGNORED, sample.ignored_instances))
+            groups.append((IGNORED, cast(Detections, sample.ignored_instances)))
         rows = [torch.zeros(1, COLUMNS, dtype=torch.float64, device=self.device)]
         for kind, instances in groups:
             self._check_labels(kind, int(image), instances.labels)
@@ -130,15 +131,21 @@ class DetectionMetrics(Metric):
         return block
 
     def _check_labels(self, kind: int, image: int, labels: Tensor) -> None:
-        """Raise ValueError unless labels name classes; an ignored box may have a negative one."""
+        """Raise ValueError for labels without a class; ignored boxes may have negative ones."""
         lowest = labels.min().item() if kind != IGNORED and len(labels) else 0
         highest = labels.max().item() if len(labels) else 0
         if lowest < 0 or highest >= len(self.classes):
             raise ValueError(
                 f"image {image} has labels from {lowest} to {highest}: allowed are 0 to "
                 f"{len(self.classes) - 1} for {list(self.classes)} (and -1 for ignored boxes); "
-                "give the detector and the dataset the same classes"
+                "use the same classes for the detector and the dataset"
             )
+
+
+class Detections(Instances, Protocol):
+    """What is used of mmengine's ``InstanceData``; ground truth has no scores."""
+
+    scores: Tensor
 
 
 @dataclass(frozen=True)
@@ -150,13 +157,13 @@ class Boxes:
     scores: np.ndarray
 
     def of(self, label: int) -> np.ndarray:
-        """Return the boxes [k, 4] of one class as float32, as mmdet takes them."""
+        """Return the boxes [k, 4] of one class as float32, as mmdet needs them."""
         return self.boxes[self.labels == label].astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Image:
-    """Everything about one image; `ignored` has one copy of a class-agnostic region per class."""
+    """All boxes of one image; `ignored` has a copy of each class-agnostic region per class."""
 
     detections: Boxes
     truths: Boxes
@@ -164,27 +171,27 @@ class Image:
 
 
 def coco_ap(images: Sequence[Image], num_classes: int) -> tuple[dict[str, float], list[float]]:
-    """Return COCO's averages (the keys of `COCO_AVERAGES`) and AP per class; nan without truths."""
+    """Return COCO's averages (keys of `COCO_AVERAGES`) and AP per class; nan without truths."""
     if not any(len(image.truths.labels) for image in images):
         return dict.fromkeys(COCO_AVERAGES, float("nan")), [float("nan")] * num_classes
     metric = MeanAveragePrecision(
         iou_type="bbox",
-        # torchmetrics' own lists are float32: their 0.6 and 0.3 lie above 6/10 and 3/10, so a box
-        # or a recall that is exactly there would be missed
+        # torchmetrics' own lists are float32: their 0.6 and 0.3 are larger than 6/10 and 3/10, so
+        # boxes and recalls of exactly these values would be missed
         iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
         rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
         class_metrics=True,
         backend="faster_coco_eval",
-        sync_on_compute=False,  # every process has all images already
+        sync_on_compute=False,  # every rank has all images already
     )
     metric.warn_on_many_detections = False
     metric.update([_coco_detections(image) for image in images], [_coco_truths(i) for i in images])
     result = metric.compute()
     averages = {ours: _from_coco(result[theirs].item()) for ours, theirs in COCO_AVERAGES.items()}
     per_class = [float("nan")] * num_classes
-    # only classes that were seen come back, and a single one comes back without its dimension
-    seen = result["classes"].reshape(-1).tolist()
-    for label, ap in zip(seen, result["map_per_class"].reshape(-1).tolist(), strict=True):
+    # only classes that occur are returned, and a single one without its dimension
+    labels = result["classes"].reshape(-1).tolist()
+    for label, ap in zip(labels, result["map_per_class"].reshape(-1).tolist(), strict=True):
         per_class[label] = _from_coco(ap)
     return averages, per_class
 
@@ -192,8 +199,8 @@ def coco_ap(images: Sequence[Image], num_classes: int) -> tuple[dict[str, float]
 def voc_ap(images: Sequence[Image], num_classes: int) -> list[float]:
     """Return AP per class at IoU 0.5, area under the curve; nan for a class without truths.
 
-    The rule is mmdet's `eval_map`, which itself cannot be called here: it opens a pool of processes
-    by fork, and these do not get along with CUDA and DDP.
+    This is the computation of mmdet's `eval_map`, which cannot be called here because its pool of
+    forked processes does not work with CUDA and DDP.
     """
     return [_voc_ap_of_class(images, label) for label in range(num_classes)]
 
@@ -211,16 +218,14 @@ def _voc_ap_of_class(images: Sequence[Image], label: int) -> float:
             truths, ignored = image.truths.of(label), image.ignored.of(label)
             hits.append(np.vstack(tpfp_default(scored, truths, ignored, iou_thr=0.5)))
             scores.append(scored[:, 4])
-    order = np.argsort(
-        -np.concatenate(scores)
-    )  # eval_map's own sort, so ties fall as they do there
+    order = np.argsort(-np.concatenate(scores))  # as in eval_map, so ties have the same order
     true, false = np.cumsum(np.hstack(hits)[:, order], axis=1)
     precision = true / np.maximum(true + false, np.finfo(np.float32).eps)
     return float(average_precision(true / num_truths, precision, mode="area"))
 
 
-def _table(kind: int, instances: Any) -> Tensor:
-    """Return rows [n, 8] of the InstanceData `instances`, all of one kind, image id still 0."""
+def _table(kind: int, instances: Detections) -> Tensor:
+    """Return the rows [n, 8] of instances of one kind, with image id 0."""
     boxes = get_box_tensor(instances.bboxes).detach().double()
     rows = boxes.new_zeros(len(boxes), COLUMNS)
     rows[:, 0] = kind
@@ -232,7 +237,7 @@ def _table(kind: int, instances: Any) -> Tensor:
 
 
 def _split(table: np.ndarray, num_classes: int) -> list[Image]:
-    """Split a table [n, 8] into images in the order of their ids; of copies the first counts."""
+    """Split a table [n, 8] into images, ordered by id; of repeated images the first counts."""
     blocks: dict[int, np.ndarray] = {}
     for block in np.split(table, np.flatnonzero(table[:, 0] == IMAGE))[1:]:
         blocks.setdefault(int(block[0, 1]), block)
@@ -240,7 +245,7 @@ def _split(table: np.ndarray, num_classes: int) -> list[Image]:
 
 
 def _image(block: np.ndarray, num_classes: int) -> Image:
-    """Sort the rows [n, 8] of one image by kind."""
+    """Group the rows [n, 8] of one image by kind."""
     detections, truths, ignored = (block[block[:, 0] == kind] for kind in range(1, 4))
     agnostic = np.repeat(ignored[ignored[:, 2] < 0], num_classes, axis=0)
     agnostic[:, 2] = np.arange(len(agnostic)) % num_classes
@@ -250,11 +255,11 @@ def _image(block: np.ndarray, num_classes: int) -> Image:
 
 
 def _coco_detections(image: Image) -> dict[str, Tensor]:
-    found = image.detections
+    detections = image.detections
     return {
-        "boxes": torch.from_numpy(found.boxes),
-        "scores": torch.from_numpy(found.scores),
-        "labels": torch.from_numpy(found.labels),
+        "boxes": torch.from_numpy(detections.boxes),
+        "scores": torch.from_numpy(detections.scores),
+        "labels": torch.from_numpy(detections.labels),
     }
 
 
@@ -269,11 +274,11 @@ def _coco_truths(image: Image) -> dict[str, Tensor]:
 
 
 def _from_coco(value: float) -> float:
-    """COCO writes -1 where there is nothing to average."""
+    """Convert -1, COCO's value if there is nothing to average, to nan."""
     return float("nan") if value < 0 else value
 
 
 def _nan_mean(values: Sequence[float]) -> float:
-    """Return the mean of the values that are there; nan without any."""
+    """Return the mean of the values that are not nan; nan if there are none."""
     present = [value for value in values if not np.isnan(value)]
     return float(np.mean(present)) if present else float("nan")

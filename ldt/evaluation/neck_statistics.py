@@ -1,13 +1,15 @@
-"""What training has done to the neck: discriminants and correlations on a whole data split."""
+"""Discriminants and channel correlations of the neck's output on a data split."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
+from mmdet.models.detectors import BaseDetector
 from torch import Tensor, nn
 
+from ldt.detectors.adapter import RawBatch
 from ldt.detectors.forward import neck_maps
 from ldt.discriminant import (
     PHI,
@@ -30,11 +32,11 @@ class NeckSpace:
 
     Attributes:
         scale: index of the scale.
-        projections: [N, K] the centred object vectors in the top discriminants, the largest first;
-            in units of the (ridged) standard deviation within classes.
-        labels: [N] whole numbers.
-        eigenvalues: [C] of eq. 9, the largest first.
-        ratio: [C] discriminating power of each channel alone.
+        projections: [N, K] projections of the centred object vectors onto the top discriminants,
+            largest first, in units of the (ridged) within-class standard deviation.
+        labels: [N] integers.
+        eigenvalues: [C] of eq. 9, largest first.
+        ratio: [C] discriminating power of each channel.
         activity: [C] standard deviation of each channel over the objects.
     """
 
@@ -46,18 +48,18 @@ class NeckSpace:
     activity: np.ndarray
 
     @property
-    def most(self) -> int:
-        """#classes - 1, the number of discriminants that there can be."""
+    def max_discriminants(self) -> int:
+        """The largest possible number of discriminants, #classes - 1."""
         return len(np.unique(self.labels)) - 1
 
     @property
     def power(self) -> float:
         """The sum of the discriminants' eigenvalues."""
-        return float(self.eigenvalues[: self.most].clip(min=0).sum())
+        return float(self.eigenvalues[: self.max_discriminants].clip(min=0).sum())
 
 
 def _neck_outputs(
-    detector: Any, loader: Iterable[dict[str, Any]], neck: str
+    detector: BaseDetector, loader: Iterable[RawBatch], neck: str
 ) -> Iterator[tuple[list[Tensor], Objects]]:
     for batch in loader:
         data = detector.data_preprocessor(batch, False)
@@ -68,31 +70,34 @@ def _neck_outputs(
 
 
 def _object_vectors(
-    detector: nn.Module, loader: Iterable[dict[str, Any]], neck: str
+    detector: nn.Module, loader: Iterable[RawBatch], neck: str
 ) -> tuple[list[Tensor], Tensor]:
     detector.eval()
-    return stacked_vectors(_neck_outputs(detector, loader, neck))
+    return stacked_vectors(_neck_outputs(cast(BaseDetector, detector), loader, neck))
 
 
 @torch.no_grad()
 def neck_spaces(
     detector: nn.Module,
-    loader: Iterable[dict[str, Any]],
+    loader: Iterable[RawBatch],
     neck: str = "auto",
     ridge: float = RIDGE,
     phi: float = PHI,
 ) -> list[NeckSpace]:
-    """Objects, eigenvalues and channels on every scale, as the paper's Fig. 1 shows them.
+    """Compute objects, eigenvalues and channels on every scale, for Fig. 1 of the paper.
 
-    Objects of classes with a single one are left out. The discriminants are those of the very
-    objects that are projected on them.
+    Classes with a single object are excluded. The discriminants are computed from the same objects
+    that are projected onto them.
 
     Args:
-        detector, loader, neck, ridge: as of :func:`neck_statistics`.
+        detector: an mmdet detector.
+        loader: batches with boxes in pixels of the network input (``probe_dataloader``).
+        neck: name of the module whose output is used.
+        ridge: ridge of S_w, relative to tr(S_w)/C.
         phi: share of the largest eigenvalue above which a discriminant counts.
 
     Raises:
-        ValueError: there are not two classes of two objects.
+        ValueError: there are fewer than two classes with two objects.
     """
     vectors, labels = _object_vectors(detector, loader, neck)
     return [_space(scale, x_nc, labels, ridge, phi) for scale, x_nc in enumerate(vectors)]
@@ -100,7 +105,7 @@ def neck_spaces(
 
 def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -> NeckSpace:
     ratio = channel_ratio(x_nc, labels)
-    directions = discriminant_directions(x_nc, labels, phi, ridge).flip(1)  # the largest first
+    directions = discriminant_directions(x_nc, labels, phi, ridge).flip(1)  # largest first
     keep = drop_singletons(labels)
     x_nc, labels = x_nc[keep].double(), labels[keep]
     S_w, S_b, S_t = scatter(x_nc, labels)
@@ -117,30 +122,30 @@ def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -
 @torch.no_grad()
 def neck_statistics(
     detector: nn.Module,
-    loader: Iterable[dict[str, Any]],
+    loader: Iterable[RawBatch],
     neck: str = "auto",
     ridge: float = RIDGE,
 ) -> list[dict[str, float]]:
-    """Per scale, how far the discriminating power is condensed and the channels decorrelated.
+    """Measure the concentration of discriminating power and the correlation of channels.
 
     Args:
         detector: an mmdet detector.
-        loader: batches with boxes in the coordinates of the network input (``probe_dataloader``).
-        neck: name of the tapped module.
-        ridge: of S_w, in tr(S_w)/C.
+        loader: batches with boxes in pixels of the network input (``probe_dataloader``).
+        neck: name of the module whose output is used.
+        ridge: ridge of S_w, relative to tr(S_w)/C.
 
     Returns:
-        One dict per scale: ``share`` of the positive eigenvalues' sum held by the top #classes-1,
+        One dict per scale: ``share`` of the top #classes-1 in the sum of positive eigenvalues,
         ``correlation`` (mean absolute, between channels), ``eigenvalue`` (the largest).
     """
     vectors, labels = _object_vectors(detector, loader, neck)
     keep = drop_singletons(labels)
     top = labels[keep].unique().numel() - 1
-    found = []
+    statistics = []
     for scale, x_nc in enumerate(vectors):
         S_w, S_b, _ = scatter(x_nc[keep], labels[keep])
         eigs = eigenvalues(S_w, S_b, ridge)
-        found.append(
+        statistics.append(
             {
                 "scale": scale,
                 "share": float(discriminant_share(eigs, top)),
@@ -148,4 +153,4 @@ def neck_statistics(
                 "eigenvalue": float(eigs[-1]),
             }
         )
-    return found
+    return statistics

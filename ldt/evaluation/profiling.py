@@ -1,11 +1,12 @@
-"""What a network costs: parameters, multiply-adds, latency, bytes.
+"""Cost of a network: parameters, MACs and latency.
 
-One convention for multiply-adds in the whole project: those of convolutions and matrix products
-(one per weight and output position, biases free), plus two per element that passes an affine batch,
-group or layer normalisation (one if it has no weight). Activations, pooling, resizing and additions
-are free, and a head shared by five scales counts five times. By this rule the paper's Table 4 comes
-out (3 classes, 832x1344: ATSS 219.7 G, GFL 223.1 G; YOLOX-S at 640x640: 13.32 G, which the table
-doubles to 26.64 G). By fvcore's, five per element of a group normalisation, 219.8 and 223.2 G do.
+The whole project counts MACs (multiply-adds) by one convention: those of convolutions and matrix
+products (one per weight and output position, without biases), plus two per element of an affine
+batch, group or layer normalisation (one if it has no weight). Activations, pooling, resizing and
+additions are not counted, and a head shared by five scales counts five times. This convention
+reproduces the paper's Table 4 (3 classes, 832x1344: ATSS 219.7 G, GFL 223.1 G; YOLOX-S at 640x640:
+13.32 G, which the table doubles to 26.64 G). With fvcore's, which counts five per element of a
+group normalisation, they would be 219.8 and 223.2 G.
 """
 
 import statistics
@@ -27,7 +28,7 @@ MINIMUM_RUNS = 30
 
 @dataclass(frozen=True)
 class Latency:
-    """Median, first and last decile of the time of a call, and what they were measured on."""
+    """Median, first and last decile of the time of a call, and the hardware."""
 
     median_ms: float
     p10_ms: float
@@ -44,45 +45,47 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(
     model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
 ) -> int:
-    """Return the multiply-adds of one forward in eval mode, by the convention of this module.
+    """Return the MACs of one forward pass in eval mode, by the convention of this module.
 
-    A model on the device "meta" is counted without computing anything.
+    For a model on the device "meta", nothing is computed.
 
     Args:
-        model: put into eval mode meanwhile; names the device and type of the input.
+        model: is in eval mode meanwhile; determines device and dtype of the input.
         forward: called once with zeros, for example `detector._forward`.
         shape: (N, C, H, W) of the input.
 
     Raises:
-        ValueError: when `shape` does not have four positive sizes.
+        ValueError: `shape` does not have four positive sizes.
     """
-    return _counted(model, forward, shape).get_total_flops() // 2
+    return _count(model, forward, shape).get_total_flops() // 2
 
 
 def macs_by_module(
     model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
 ) -> dict[str, int]:
-    """Return the same by module name; a module's share holds its children's.
+    """Return the MACs by module name, including those of the module's children.
 
-    Modules that compute nothing are left out; "" is the whole model.
+    Modules without MACs are omitted; "" is the whole model.
     """
-    counts = _counted(model, forward, shape).get_flop_counts()
+    counts = _count(model, forward, shape).get_flop_counts()
     root = type(model).__name__
     return {
-        "" if name == "Global" else name.removeprefix(f"{root}."): sum(found.values()) // 2
-        for name, found in counts.items()
+        "" if name == "Global" else name.removeprefix(f"{root}."): sum(by_operator.values()) // 2
+        for name, by_operator in counts.items()
     }
 
 
-def _counted(
+def _count(
     model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
 ) -> FlopCounterMode:
     if len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"shape={shape}: need four positive sizes (N, C, H, W): (1, 3, 640, 640)")
+        raise ValueError(
+            f"shape={shape} must have four positive sizes (N, C, H, W), e.g. (1, 3, 640, 640)"
+        )
     tensors = chain(model.parameters(), model.buffers())
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    counter = FlopCounterMode(display=False, custom_mapping=_further_rules())
-    # module by module: a detector in training mode may well hold frozen layers in eval mode
+    counter = FlopCounterMode(display=False, custom_mapping=_additional_formulas())
+    # per module: a detector in training mode may have frozen layers in eval mode
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -104,18 +107,18 @@ def latency(
     """Time `forward` under `torch.inference_mode`.
 
     Args:
-        forward: one inference; put the model into eval mode before.
-        runs: how many calls are timed.
-        warmup: how many calls come before, untimed.
-        device: where `forward` computes; a CUDA device is waited for before each look at the clock.
+        forward: one inference; the model must be in eval mode.
+        runs: number of timed calls.
+        warmup: number of untimed calls before.
+        device: device of `forward`; CUDA is synchronised before each time measurement.
 
     Raises:
-        ValueError: when `runs` is below 30 or `warmup` below 1.
+        ValueError: `runs` is below 30 or `warmup` below 1.
     """
     if runs < MINIMUM_RUNS or warmup < 1:
         raise ValueError(
-            f"runs={runs}, warmup={warmup}: a latency is the median of at least {MINIMUM_RUNS} "
-            f"runs after at least one to warm up; use runs={MINIMUM_RUNS}, warmup=5"
+            f"runs={runs}, warmup={warmup}: the latency is the median of at least {MINIMUM_RUNS} "
+            f"runs after at least one for warm-up; use runs={MINIMUM_RUNS}, warmup=5"
         )
     device = torch.device(device)
     with torch.inference_mode():
@@ -132,10 +135,10 @@ def latency(
     )
 
 
-def _further_rules() -> dict:
-    """Return rules for `FlopCounterMode`, which counts none of these by itself."""
+def _additional_formulas() -> dict:
+    """Return formulas for operators that `FlopCounterMode` does not count by itself."""
     aten = torch.ops.aten
-    rules = dict.fromkeys(
+    formulas = dict.fromkeys(
         (
             aten.native_batch_norm,
             aten.cudnn_batch_norm,
@@ -146,13 +149,13 @@ def _further_rules() -> dict:
         _norm_flops,
     )
     deformable = torch.ops.torchvision.deform_conv2d
-    return rules | {aten.native_layer_norm: _layer_norm_flops, deformable: _deformable_flops}
+    return formulas | {aten.native_layer_norm: _layer_norm_flops, deformable: _deformable_flops}
 
 
 def _deformable_flops(
     _input_shape: torch.Size, weight_shape: torch.Size, *_: object, out_shape: torch.Size
 ) -> int:
-    """As of any convolution: sampling between the pixels is free, as resizing is."""
+    """Count as for any convolution; interpolation is not counted, as in resizing."""
     return 2 * out_shape[0] * prod(out_shape[2:]) * prod(weight_shape)
 
 
@@ -173,7 +176,7 @@ def _layer_norm_flops(
 
 
 def _milliseconds(forward: Callable[[], object], device: torch.device) -> float:
-    """Return the time of one call; CUDA works on after a call returns, so it is waited for."""
+    """Return the time of one call, with synchronisation of CUDA, which is asynchronous."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

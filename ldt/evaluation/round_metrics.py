@@ -1,4 +1,4 @@
-"""What is measured of every round: size, multiply-adds, latency."""
+"""Metrics of every round: parameters, MACs and latency."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from ldt.evaluation import profiling
 
 
 def count_params_and_macs(detector: Detector) -> dict[str, int]:
-    """Return parameters (``params``), and MACs (``macs``) of one image of the input size."""
+    """Return the parameters (``params``) and the MACs (``macs``) of one image of the input size."""
     shape = (1, 3, *detector.input_size)
     return {
         "params": profiling.count_parameters(detector.model),
@@ -18,21 +18,23 @@ def count_params_and_macs(detector: Detector) -> dict[str, int]:
 
 
 def measure_latency(detector: Detector, runs: int) -> dict[str, Any]:
-    """Return the median latency of a forward in ms, its deciles, and where it was measured."""
+    """Return the median latency of a forward in ms, its deciles, and the hardware."""
     image = detector.example()
     with eval_with_gradients(detector.model):
-        found = profiling.latency(lambda: detector.raw_maps(image), runs=runs, device=image.device)
+        latency = profiling.latency(
+            lambda: detector.raw_maps(image), runs=runs, device=image.device
+        )
     return {
-        "latency_ms": round(found.median_ms, 3),
-        "latency_p10_ms": round(found.p10_ms, 3),
-        "latency_p90_ms": round(found.p90_ms, 3),
-        "threads": found.threads,
-        "device": found.device,
+        "latency_ms": round(latency.median_ms, 3),
+        "latency_p10_ms": round(latency.p10_ms, 3),
+        "latency_p90_ms": round(latency.p90_ms, 3),
+        "threads": latency.threads,
+        "device": latency.device,
     }
 
 
 def format_round(row: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """A round's row as a line of the log; ``size`` is the input's (height, width)."""
+    """Format a round's row for the log; ``size`` is the input's (height, width)."""
     nan = float("nan")
     return (
         f"round {row['round']}: AP {row.get('AP', nan):.3f}, mAP {row.get('mAP', nan):.3f}, "

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from mmdet.models.detectors import BaseDetector
 
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import detector_of, read
-from ldt.evaluation.gradcam import heat
+from ldt.evaluation.gradcam import heatmap
 from ldt.evaluation.neck_statistics import NeckSpace, neck_spaces
 from ldt.figures.attention import Attention, View
 from ldt.figures.channels import draw_channels
@@ -128,7 +128,7 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
     looked = []
     for file in files:
         detector, neck = _load(file)
-        maps = [heat(detector, item, neck) for item in items]
+        maps = [heatmap(detector, item, neck) for item in items]
         looked.append([
             Attention(_content(item, found), corners)
             for item, (found, corners) in zip(items, maps, strict=True)
@@ -140,7 +140,7 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
     ]
 
 
-def _load(checkpoint: Path) -> tuple[nn.Module, str]:
+def _load(checkpoint: Path) -> tuple[BaseDetector, str]:
     """The detector, on a GPU where there is one, and the name of its neck."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content = read(checkpoint)
