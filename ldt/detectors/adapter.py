@@ -121,7 +121,7 @@ class Detector:
     def detection_loss(self, batch: PreparedBatch) -> Tensor:
         """Return the training loss of a batch, a scalar; norms and dropout keep their mode.
 
-        All other modules are in training mode meanwhile, since some heads have other outputs in
+        All other modules are in training mode during this, since some heads have other outputs in
         eval mode.
         """
         switched = [m for m in self.model.modules() if not (m.training or _depends_on_mode(m))]

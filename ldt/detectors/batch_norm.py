@@ -12,7 +12,7 @@ from ldt.detectors.adapter import Detector, PreparedBatch
 def reestimate_batch_norms(detector: Detector, batches: Iterable[PreparedBatch]) -> int:
     """Set running means and variances to the average over calibration batches, in place.
 
-    All other modules are in eval mode meanwhile, and trained weights are not changed.
+    All other modules are in eval mode during this, and trained weights are not changed.
 
     Args:
         detector: its batch norms are changed.

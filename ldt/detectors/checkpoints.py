@@ -21,7 +21,7 @@ def pruning_record(
     classes: Sequence[str],
     resize: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the metadata that :func:`load_pruned` needs beside the weights, as plain data.
+    """Return the metadata that :func:`load_pruned` needs in addition to the weights, as plain data.
 
     Args:
         detector: as it is now, pruned or not.

@@ -35,7 +35,7 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"detector.checkpoint={str(path)!r} contains no state dict of tensors")
     state = {key.removeprefix("module.").removeprefix("detector."): v for key, v in state.items()}
-    # mmdet 2 stored the averaged weights beside the model's; in later files they are the state dict
+    # mmdet 2 stored both the model's and the averaged weights; later files have only the latter
     state = {key: value for key, value in state.items() if not key.startswith("ema_")}
     own = detector.state_dict()
     new_head = {
@@ -74,7 +74,7 @@ SafeGlobal = Callable | tuple[Callable, str]  # what to unpickle a name as
 
 
 def _allowed_globals() -> list[SafeGlobal]:
-    """Return what mmdet's published checkpoints contain beside tensors: their training logs."""
+    """Return what mmdet's published checkpoints contain besides tensors: their training logs."""
     scalars = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")]
     allowed: list[SafeGlobal] = [np.ndarray, np.dtype, *scalars]
     names = ("numpy.core.multiarray", "numpy._core.multiarray")

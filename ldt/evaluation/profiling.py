@@ -50,7 +50,7 @@ def count_macs(
     For a model on the device "meta", nothing is computed.
 
     Args:
-        model: is in eval mode meanwhile; determines device and dtype of the input.
+        model: is in eval mode during this; determines device and dtype of the input.
         forward: called once with zeros, for example `detector._forward`.
         shape: (N, C, H, W) of the input.
 

@@ -91,8 +91,7 @@ def draw_detections(
     figure, grid = _panels(scenes, len(titles))
     few_classes = len(classes) <= len(PALETTE)
     names = short_names(classes) if few_classes else list(classes)
-    labels: set[int] = set()
-    marks: set[str] = set()
+    labels, marks = set[int](), set[str]()
     for index, (panels, scene) in enumerate(zip(grid, scenes, strict=True)):
         drawn = [scene.truth, *(_above(boxes, threshold) for boxes in scene.found)]
         marks |= _draw_scene(panels, scene, drawn, names)

@@ -1,7 +1,8 @@
 """One round of pruning: score the channels, select the lowest-scoring ones, remove them."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -89,10 +90,8 @@ def prune_round(
             arguments = selection_arguments(detector, graph, schedule, unpruned, after)
             if inner < rounds:  # only the last inner round must be exact
                 arguments["tolerance"] = unpruned.costs[schedule.budget]
-            try:
+            with _rate_in_message(schedule, round_):
                 channels = select_channels(graph, scores, **arguments)
-            except UnreachableRateError as error:
-                raise _with_rate(error, schedule, round_) from error
             graph.remove(channels)
             record.add(scores, channels)
     record.excluded = dict(graph.excluded)
@@ -146,10 +145,8 @@ def check_schedule(
     check_prunable(graph, schedule)
     save = (schedule.rate - TOLERANCE) * unpruned.costs[schedule.budget]
     costs = CostModel(graph, schedule.budget)
-    try:
+    with _rate_in_message(schedule, schedule.rounds):
         check_reachable(graph, costs, save, schedule.limits, unpruned.channels)
-    except UnreachableRateError as error:
-        raise _with_rate(error, schedule, schedule.rounds) from error
     return dict(graph.excluded)
 
 
@@ -180,10 +177,13 @@ def check_rate(
         )
 
 
-def _with_rate(
-    error: UnreachableRateError, schedule: PruningSchedule, round_: int
-) -> UnreachableRateError:
-    return UnreachableRateError(
-        f"prune.rate={schedule.rate:g} is not reachable (round {round_} of {schedule.rounds}, "
-        f"{schedule.removed_share(round_):.1%} of the {schedule.budget}): {error}"
-    )
+@contextmanager
+def _rate_in_message(schedule: PruningSchedule, round_: int) -> Iterator[None]:
+    """Add the requested rate and the round to the message of an UnreachableRateError."""
+    try:
+        yield
+    except UnreachableRateError as error:
+        raise UnreachableRateError(
+            f"prune.rate={schedule.rate:g} is not reachable (round {round_} of {schedule.rounds}, "
+            f"{schedule.removed_share(round_):.1%} of the {schedule.budget}): {error}"
+        ) from error

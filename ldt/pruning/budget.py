@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ def select_channels(
     limits: Limits | None = None,
     original: Mapping[str, int] | None = None,
 ) -> dict[str, list[int]]:
-    """Select the channels to remove so that ``save`` parameters or MACs are saved.
+    """Select each group's channels to remove so that ``save`` parameters or MACs are saved.
 
     The steps of all groups are sorted by the ranking's key, and the prefix nearest to the budget is
     selected by bisection, since the saving grows with every step. If a single step saves more than
@@ -94,25 +94,18 @@ def select_channels(
         limits: per-layer limits.
         original: channels of each group's root layer in the unpruned model.
 
-    Returns:
-        For each group's name, the channels to remove.
-
     Raises:
         ValueError: unknown ranking, or scores that are not finite or of the wrong length.
         UnreachableRateError: the limits do not allow it; the message says what is possible.
     """
     limits = limits or Limits()
     order, steps = _rank_steps(graph, scores, costs, ranking, limits, original or {})
-
-    def saved(counts: Mapping[str, int]) -> float:
-        return costs.saved(_channels(steps, counts))
-
-    best = _nearest(order, saved, save, tolerance)
-    if abs(saved(best) - save) > tolerance:
+    best, saved = _nearest(order, steps, costs, save, tolerance)
+    if abs(saved - save) > tolerance:
         check_reachable(graph, costs, save, limits, original)
         raise UnreachableRateError(
-            f"{save:,.0f} {costs.unit} must be removed, the nearest possible is {saved(best):,.0f}:"
-            f" single channels exceed the tolerance of {tolerance:,.0f}. Choose another prune.rate"
+            f"{save:,.0f} {costs.unit} must be removed, the nearest possible is {saved:,.0f}: "
+            f"single channels exceed the tolerance of {tolerance:,.0f}. Choose another prune.rate"
         )
     return {name: sorted(map(int, found)) for name, found in _channels(steps, best).items()}
 
@@ -189,14 +182,22 @@ def _rank_steps(
 
 
 def _nearest(
-    order: Sequence[str], saved: Callable[[Mapping[str, int]], float], save: float, tolerance: float
-) -> Mapping[str, int]:
-    """Return the number of steps per group, taken in this order, that saves nearest to ``save``."""
+    order: Sequence[str],
+    steps: Mapping[str, np.ndarray],
+    costs: CostModel,
+    save: float,
+    tolerance: float,
+) -> tuple[Mapping[str, int], float]:
+    """Return the number of steps per group that saves nearest to ``save``, and its saving."""
+
+    def saved(counts: Mapping[str, int]) -> float:
+        return costs.saved(_channels(steps, counts))
+
     enough = bisect_left(range(len(order)), save, key=lambda n: saved(Counter(order[:n])))
     prefixes = [Counter(order[:n]) for n in (enough - 1, enough) if n >= 0]
     best = min(prefixes, key=lambda counts: abs(saved(counts) - save))
     if abs(saved(best) - save) <= tolerance:
-        return best
+        return best, saved(best)
     counts, closed = prefixes[0], set()
     for name in order[max(enough - 1, 0) :]:
         longer = counts + Counter([name])
@@ -204,7 +205,8 @@ def _nearest(
             counts = longer
         else:
             closed.add(name)  # a group's steps cannot be skipped
-    return min(best, counts, key=lambda counts: abs(saved(counts) - save))
+    best = min(best, counts, key=lambda counts: abs(saved(counts) - save))
+    return best, saved(best)
 
 
 def _check_scores(name: str, group: CoupledGroup, scores: Tensor) -> None:

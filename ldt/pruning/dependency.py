@@ -168,7 +168,7 @@ class Tracer(tp.DependencyGraph):
         nodes = super()._trace(model, example_inputs, forward_fn, output_transform)
         for node in list(nodes.values()):
             unchanged = node.type == OPTYPE.RESHAPE and _preserves_channels(node)
-            # Torch-Pruning takes every expand for the repeated heads of an attention layer
+            # Torch-Pruning assumes that an expand repeats the heads of an attention layer
             if unchanged or node.type == OPTYPE.EXPAND:
                 node.type = OPTYPE.ELEMENTWISE
             if getattr(node.module, "out_channels", 0) == 1:
