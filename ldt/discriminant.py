@@ -24,8 +24,8 @@ from ldt.objects import Objects
 
 Vectors = Sequence[Tensor] | Tensor  # [N, C_s] of each scale, or [S, N, C]
 Memory = tuple[Vectors, Tensor]  # detached vectors of earlier batches, and their labels [M]
-# The paper's values, and where it states none, ours. Everything that takes them refers to these;
-# conf/ldt/default.yaml and conf/method/ldt.yaml say the same.
+# Defaults, the paper's where it states them; the same as in conf/ldt/default.yaml and
+# conf/method/ldt.yaml.
 PHI = 5e-3
 RIDGE, RIDGE_ABSOLUTE = 0.1, 1e-6
 ATTENTION_A, ATTENTION_B = 1.2, 0.062

@@ -1,7 +1,4 @@
-"""The type that an exported config names: mmdet builds a pruned detector by it.
-
-Imported by ``custom_imports`` of such a config.
-"""
+"""The detector type ``PrunedDetector`` of exported configs; see their ``custom_imports``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +14,12 @@ from ldt.pruning import structure
 def pruned_detector(
     detector: str, sizes: structure.Structure, shapes: Mapping[str, str], **model: Any
 ) -> nn.Module:
-    """An ordinary mmdet detector with a pruned structure, its weights still to be loaded.
+    """Build an mmdet detector with a pruned structure; its weights are loaded afterwards.
 
     Args:
         detector: the type of the unpruned detector.
-        sizes: of the layers that pruning changed (:func:`ldt.pruning.structure.changes`).
-        shapes: of the tensors that pruning changed.
+        sizes: sizes of the layers that pruning changed (:func:`ldt.pruning.structure.changes`).
+        shapes: shapes of the tensors that pruning changed.
         model: the other keys of the unpruned detector's config.
 
     Raises:

@@ -110,7 +110,7 @@ def test_images_without_objects_and_of_any_shape_are_drawn(tmp_path):
 
 
 def test_detections_of_another_number_of_detectors_are_refused():
-    with pytest.raises(ValueError, match="one title a detector"):
+    with pytest.raises(ValueError, match="one title per detector"):
         draw_detections([scene(boxes(1, 0), [boxes(1, 1)])], CLASSES, ["a", "b"])
     with pytest.raises(ValueError, match="at least one image"):
         draw_detections([], CLASSES, [])
@@ -384,7 +384,7 @@ def test_the_animation_rests_at_every_round(tmp_path):
 def test_rounds_of_different_networks_are_refused():
     with pytest.raises(ValueError, match="rounds of one run"):
         draw_shrinking([{"neck.a": 8}, {"neck.b": 8}], ["base", "round 1"])
-    with pytest.raises(ValueError, match="a name each"):
+    with pytest.raises(ValueError, match="each with a name"):
         draw_shrinking([{"neck.a": 8}], [])
     with pytest.raises(ValueError, match="at least one"):
         draw_shrinking([], [])
@@ -489,7 +489,7 @@ def test_heat_lies_over_the_image_and_the_explained_boxes_are_framed():
 
 
 def test_views_of_another_number_of_detectors_are_refused():
-    with pytest.raises(ValueError, match="one title a detector"):
+    with pytest.raises(ValueError, match="one title per detector"):
         draw_attention([view(2)], ["base"])
     with pytest.raises(ValueError, match="at least one image"):
         draw_attention([], [])

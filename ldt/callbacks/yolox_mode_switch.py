@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from mmdet.models.dense_heads import YOLOXHead
 
 from ldt.callbacks.lightning_internals import datamodule_of
 from ldt.data.datamodule import DetectionDataModule
@@ -43,5 +42,5 @@ class YOLOXModeSwitch(L.Callback):
         assert isinstance(pl_module, DetectorModule)
         (data.augment_off if plain else data.augment_on)()
         head = getattr(pl_module.detector, "bbox_head", None)
-        if isinstance(head, YOLOXHead):
-            head.use_l1 = plain
+        if hasattr(head, "use_l1"):
+            setattr(head, "use_l1", plain)  # noqa: B010 - set at run time

@@ -1,7 +1,7 @@
 """Location-aware discriminant tracing, eqs. 13-16 of the paper."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch

@@ -4,11 +4,10 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mmdet.models.detectors import BaseDetector
 
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import detector_of, read
@@ -25,6 +24,9 @@ from ldt.objects import corners
 from ldt.pruning import structure
 from ldt.runs.files import PICTURES, round_checkpoint
 from ldt.runs.formatting import number
+
+if TYPE_CHECKING:
+    from mmdet.models.detectors import BaseDetector
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +142,7 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
     ]
 
 
-def _load(checkpoint: Path) -> tuple[BaseDetector, str]:
+def _load(checkpoint: Path) -> "tuple[BaseDetector, str]":
     """The detector, on a GPU where there is one, and the name of its neck."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content = read(checkpoint)

@@ -17,7 +17,7 @@ from ldt.callbacks.lightning_internals import (
     set_max_epochs,
 )
 from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors.adapter import Calibration
+from ldt.detectors.adapter import Calibration, RawBatch
 from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation import profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
@@ -160,12 +160,17 @@ class PruneRetrain(L.Callback):
         trainer.check_val_every_n_epoch = 1 if due else trainer.current_epoch + 2
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: RawBatch,
+        batch_idx: int,
     ) -> None:
         """Update the gradual masking, if there is one."""
         if self.gradual is not None:
-            whole = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
-            self.gradual.after_batch(stepped=whole or trainer.is_last_batch)
+            complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+            self.gradual.after_batch(stepped=complete or trainer.is_last_batch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last validation for the round's record."""
