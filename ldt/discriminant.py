@@ -195,7 +195,7 @@ def discriminant_directions(
     Raises:
         ValueError: there are fewer than two classes with two objects, or S_w is singular.
     """
-    x_nc, labels = _two_of_two(x_nc.detach(), labels)
+    x_nc, labels = _drop_small_classes(x_nc.detach(), labels)
     S_w, S_b, _ = scatter(x_nc, labels)
     L, whitened, failed = _whiten(S_w, S_b, ridge, absolute)
     if int(failed):
@@ -322,13 +322,13 @@ def channel_ratio(x_nc: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: there are fewer than two classes with two objects.
     """
-    S_w, S_b, _ = scatter(*_two_of_two(x_nc, labels))
+    S_w, S_b, _ = scatter(*_drop_small_classes(x_nc, labels))
     within, between = S_w.diagonal(), S_b.diagonal()
     floor = 1e-9 * within.mean() + torch.finfo(within.dtype).tiny
     return between.clamp(min=0) / within.maximum(floor)
 
 
-def _two_of_two(x_nc: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _drop_small_classes(x_nc: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Select the objects of classes with two or more; ValueError for fewer than two classes."""
     keep = drop_singletons(labels)
     if labels[keep].unique().numel() < 2:

@@ -29,7 +29,7 @@ class Batch(Protocol):
 
 
 class Target(Protocol):
-    """The detector's interface for criteria, easily implemented for a small network in tests."""
+    """Interface of the detector for criteria."""
 
     @property
     def model(self) -> nn.Module:

@@ -170,7 +170,7 @@ class LDTCriterion(Criterion):
 
     def _sum_positions(self, value: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """Sum maps [N, C, h, w] over positions (eq. 16): [N, C]; ``weight`` is [N, 1, h, w]."""
-        value, gradient = _precise(value), _precise(gradient)
+        value, gradient = _at_least_float32(value), _at_least_float32(gradient)
         if self.reduce == "position":
             return (weight * gradient * value).sum((2, 3))
         if self.reduce == "position_absolute":
@@ -184,7 +184,7 @@ class LDTCriterion(Criterion):
         """Return the scalar z to differentiate, summed over scales and images."""
         if weights is None:
             return target.detection_loss(batch)
-        features = [_precise(f) for f in target.features(batch)]
+        features = [_at_least_float32(f) for f in target.features(batch)]
         if self.source == "power":
             discriminants = location_aware_discriminants(
                 features, batch.objects, phi=self.phi, ridge=self.ridge
@@ -231,6 +231,6 @@ def rank_correlation(layers: Iterable[Sequence[Tensor]]) -> float:
     return float(np.mean(correlations)) if correlations else float("nan")
 
 
-def _precise(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     """Convert half precision to float32, for sums over thousands of positions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -60,7 +60,7 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
 
 
 class _DiscardedBuffer:
-    """Replaces mmengine's HistoryBuffer in a published checkpoint; its content is not used."""
+    """Replacement of mmengine's HistoryBuffer in published checkpoints, without its content."""
 
     def __setstate__(self, state: object) -> None:
         """Discard the state."""

@@ -1,4 +1,4 @@
-"""Figures from plain data: numpy and matplotlib only, and never a window.
+"""Figures of plain data, drawn by matplotlib without a window.
 
 The command `ldt figures` makes that data from the directories of runs.
 """

@@ -119,7 +119,7 @@ def _panels(scenes: Sequence[Scene], detectors: int) -> tuple[Figure, np.ndarray
 def _draw_scene(
     panels: np.ndarray, scene: Scene, drawn: Sequence[ShownBoxes], names: Sequence[str]
 ) -> set[str]:
-    """Draw a scene's ground truth and detections; return the marks that are used."""
+    """Draw a scene's ground truth and detections; return the used marks."""
     axes_of = panels.ravel()
     for axes, boxes in zip(axes_of, drawn, strict=False):
         _show(axes, scene)
@@ -133,7 +133,7 @@ def _draw_scene(
 
 
 def _mark_hits(panels: Iterable[Axes], scene: Scene, found: Sequence[ShownBoxes]) -> set[str]:
-    """Mark the objects that a detector misses or alone finds; return the marks that are used."""
+    """Mark objects that a detector misses or is the only one to find; return the used marks."""
     truth = scene.truth
     hit = np.array([hits(truth.corners, truth.labels, b.corners, b.labels) for b in found])
     marks = set()

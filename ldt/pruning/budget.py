@@ -34,8 +34,8 @@ class Limits:
 
     def __str__(self) -> str:
         return (
-            f"at most {self.max_layer_rate:.0%} of a layer are removed (prune.max_layer_rate) and "
-            f"at least {self.min_channels} channels kept (prune.min_channels)"
+            f"at most {self.max_layer_rate:.0%} of a layer's channels are removed "
+            f"(prune.max_layer_rate) and at least {self.min_channels} kept (prune.min_channels)"
         )
 
     def removable(self, group: CoupledGroup, original: int) -> int:

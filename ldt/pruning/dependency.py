@@ -77,7 +77,7 @@ COORDINATES = ("DeformConv", "RoIAlign", "RoIPool", "GridSampler")  # backward n
 
 
 class FixedChannels(nn.Module):
-    """Placeholder node for an input whose channels have a fixed meaning each and must be kept."""
+    """Placeholder node for an input whose channels each have a fixed meaning and must be kept."""
 
 
 class SplitPart(nn.Module):
