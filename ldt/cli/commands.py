@@ -159,14 +159,12 @@ def figures(
 @click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
 @click.option(
     "--budget",
-    type=click.Choice(["params", "macs", "flops"]),
     default="params",
     show_default=True,
-    help="What the rate is counted in; flops means macs.",
+    help="What the rate is counted in: params or macs.",
 )
 @click.option(
     "--ranking",
-    type=click.Choice(["global", "global_per_cost", "global_normalised", "uniform"]),
     help="How scores of different layers are compared [default: the method's own].",
 )
 @click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="To score.")
