@@ -3,14 +3,13 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 from omegaconf import OmegaConf
-from short_runs import ROOT, TINY, command, python, rows, summary, tiny
+from short_runs import ROOT, TINY, command, rows, summary, tiny
 
 import ldt
 from ldt import experiment
@@ -27,21 +26,12 @@ def options(folder, name, *more):
 
 def begun(folder, name, *more):
     """A running `run.py`, with its output kept in <folder>/<name>.out."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, str(ROOT / "run.py"), *options(folder, name, *more)]
-    with (folder / f"{name}.out").open("ab") as out:
-        return subprocess.Popen(
-            arguments, cwd=folder, env=environment, stdout=out, stderr=out, preexec_fn=_heard
-        )
+    arguments, out = options(folder, name, *more), folder / f"{name}.out"
+    return forked.Forked([str(ROOT / "run.py"), *arguments], folder, out, out)
 
 
-def _heard():
-    """Ctrl-C is heard also where the tests run in the background of a shell, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_for(file, process, seconds=120):
-    deadline = time.monotonic() + seconds
+def wait_for(file, process):
+    deadline = time.monotonic() + forked.PATIENCE
     while not file.exists():
         assert process.poll() is None, "it ended first"
         assert time.monotonic() < deadline
@@ -53,7 +43,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path):
     folder = tmp_path / "run"
     wait_for(folder / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (tmp_path / "run.out").read_text()
+    assert process.wait() == 130, (tmp_path / "run.out").read_text()
     assert summary(folder)["status"] == "interrupted"
     assert experiment.resumable(folder) is not None
     text = (tmp_path / "run.out").read_text()
@@ -84,7 +74,7 @@ def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
 def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
     first = begun(tmp_path, "run", *ONE)
     second = begun(tmp_path, "run", *ONE)
-    assert (first.wait(timeout=150), second.wait(timeout=150)) == (0, 0)
+    assert (first.wait(), second.wait()) == (0, 0)
     text = (tmp_path / "run.out").read_text()
     assert text.count("waiting for its end") == 1
     assert text.count("epoch 3/3") == 1
@@ -122,18 +112,22 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     assert str(tmp_path / "file/run") in done.stderr
 
 
+def repeat(*folders, cwd):
+    return forked.run("-m", "ldt.repeat", *map(str, folders), cwd=cwd)
+
+
 def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):
     config = ["trainer=cpu", "prune=oneshot", "report.pictures=0"]
     for name in ("one", "two"):
         done = command(*options(tmp_path, name, *config), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    done = python("-m", "ldt.repeat", str(tmp_path / "one"), str(tmp_path / "three"), cwd=tmp_path)
+    done = repeat(tmp_path / "one", tmp_path / "three", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "one") == rows(tmp_path / "two") == rows(tmp_path / "three")
     one, three = (OmegaConf.load(tmp_path / name / "config.yaml") for name in ("one", "three"))
     assert three.run_name == "three"
     assert OmegaConf.merge(one, {"study": three.study, "run_name": three.run_name}) == three
-    done = python("-m", "ldt.repeat", str(tmp_path / "cache"), str(tmp_path / "x"), cwd=tmp_path)
+    done = repeat(tmp_path / "cache", tmp_path / "x", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "give the directory of a run" in line
