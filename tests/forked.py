@@ -18,6 +18,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds after which a process counts as hanging, on a slow and busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -43,12 +45,15 @@ class Forked:
         cwd: the folder it starts in.
         out: the file that its stdout is appended to.
         err: the same for stderr.
+        drawn: whether a finished run is drawn, which takes half of a tiny run's time.
     """
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, out: Path, err: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], cwd: Path, out: Path, err: Path, drawn: bool = True
+    ) -> None:
         start_server()
         self.arguments = list(arguments)
-        given = (self.arguments, cwd, environment(), out, err)
+        given = (self.arguments, cwd, environment(), out, err, drawn)
         self._process: Any = CONTEXT.Process(target=_work, args=given)
         self._process.start()
 
@@ -71,11 +76,11 @@ class Forked:
         os.kill(self.pid, number)
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path, drawn: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = Forked(arguments, cwd, out, err).wait()
+        code = Forked(arguments, cwd, out, err, drawn).wait()
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
@@ -91,8 +96,20 @@ def _changed(**variables: str) -> Iterator[None]:
         os.environ.update(before)
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures of finished runs."""
+    from ldt.figures import from_runs
+
+    patch.setattr(from_runs, "draw_run", lambda *_: None)
+
+
 def _work(
-    arguments: list[str], cwd: Path, variables: Mapping[str, str], out: Path, err: Path
+    arguments: list[str],
+    cwd: Path,
+    variables: Mapping[str, str],
+    out: Path,
+    err: Path,
+    drawn: bool,
 ) -> None:
     """Become the command, in a forked process."""
     os.setsid()
@@ -104,6 +121,8 @@ def _work(
     for stream, path in ((1, out), (2, err)):
         with path.open("ab") as file:
             os.dup2(file.fileno(), stream)
+    if not drawn:
+        draw_nothing(pytest.MonkeyPatch())
     script = arguments[0]
     start = cwd if script == "-m" else Path(script).parent
     ours = {str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)}

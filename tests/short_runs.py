@@ -50,9 +50,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cwd: Path, drawn: bool = True) -> subprocess.CompletedProcess[str]:
     """`python run.py <arguments>` in a forked process."""
-    return forked.run(str(ROOT / "run.py"), *arguments, cwd=cwd)
+    return forked.run(str(ROOT / "run.py"), *arguments, cwd=cwd, drawn=drawn)
 
 
 def python(

@@ -15,7 +15,7 @@ import ldt
 from ldt import experiment
 from ldt.loop import pruning_round
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
 
 
@@ -27,7 +27,7 @@ def options(folder, name, *more):
 def begun(folder, name, *more):
     """A running `run.py`, with its output kept in <folder>/<name>.out."""
     arguments, out = options(folder, name, *more), folder / f"{name}.out"
-    return forked.Forked([str(ROOT / "run.py"), *arguments], folder, out, out)
+    return forked.Forked([str(ROOT / "run.py"), *arguments], folder, out, out, drawn=False)
 
 
 def wait_for(file, process):
@@ -113,13 +113,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def repeat(*folders, cwd):
-    return forked.run("-m", "ldt.repeat", *map(str, folders), cwd=cwd)
+    return forked.run("-m", "ldt.repeat", *map(str, folders), cwd=cwd, drawn=False)
 
 
 def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):
     config = ["trainer=cpu", "prune=oneshot", "report.pictures=0"]
     for name in ("one", "two"):
-        done = command(*options(tmp_path, name, *config), cwd=tmp_path)
+        done = command(*options(tmp_path, name, *config), cwd=tmp_path, drawn=False)
         assert done.returncode == 0, done.stderr
     done = repeat(tmp_path / "one", tmp_path / "three", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
