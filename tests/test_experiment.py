@@ -111,6 +111,7 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     plain = LDTLoss._rise
     monkeypatch.setattr(
@@ -130,6 +131,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_loading_processes_change_nothing(tmp_path):
     """Also not the first epoch, whose loading begins before any epoch starts."""
     plain = ["recipe.augment=mosaic", "recipe.plain_epochs=1", "method=none", "report.pictures=0"]
@@ -284,6 +286,7 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_a_study_share_their_base_training(tmp_path, monkeypatch):
     trained = []
     plain = DetectorModule.training_step

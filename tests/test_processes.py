@@ -26,7 +26,7 @@ def options(folder, name, *more):
 
 
 def finished(folder, name, *more):
-    done = command(*options(folder, name, *more), cwd=folder)
+    done = command(*options(folder, name, *more), cwd=folder, drawn=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / name
 

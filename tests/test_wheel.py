@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import PATIENCE
 from short_runs import ROOT, TINY
 
 PARTS = {"ldt": "ldt", "conf": "ldt/conf", "hydra_plugins": "hydra_plugins"}  # and where they go
@@ -20,7 +21,7 @@ def called(*arguments, cwd):
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, arguments)), cwd=cwd, env=kept | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=170, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
