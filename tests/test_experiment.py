@@ -10,7 +10,7 @@ import wandb_here
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from real_data import COCO, KITTI, needs
-from short_runs import SCENES, TINY, command, rows, summary, tiny
+from short_runs import ROOT, SCENES, TINY, command, python, rows, summary, tiny
 from small import composed
 
 import ldt
@@ -207,9 +207,11 @@ def test_a_damaged_summary_is_named(tmp_path):
 
 # The command ----------------------------------------------------------------------------------
 
+RUN = str(ROOT / "run.py")
+
 
 def test_help_lists_groups_and_examples(tmp_path):
-    done = command("--help", cwd=tmp_path)
+    done = python(RUN, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for group in ("dataset:", "detector:", "method:", "prune:", "recipe:", "trainer:"):
         assert group in done.stdout
@@ -217,7 +219,7 @@ def test_help_lists_groups_and_examples(tmp_path):
 
 
 def test_a_typo_on_the_command_line_stops_at_once(tmp_path):
-    done = command("dataset.trian=3", cwd=tmp_path)
+    done = python(RUN, "dataset.trian=3", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "dataset.trian=3: unknown key; did you mean dataset.train?" in line

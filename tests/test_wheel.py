@@ -61,6 +61,7 @@ def installed(wheel, tmp_path_factory):
     return folder / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_checkout_in_its_place(wheel):
     kinds = {".py", ".yaml", ".html", ".css", ".js"}
     expected = {
@@ -75,6 +76,7 @@ def test_the_wheel_has_every_file_of_the_checkout_in_its_place(wheel):
     assert "ldt/conf/hydra/sweeper/grids.yaml" in names
 
 
+@pytest.mark.slow
 def test_packages_and_configurations_come_from_the_wheel(installed, tmp_path):
     code = (
         "import sys, ldt; assert 'torch' not in sys.modules; "
@@ -86,6 +88,7 @@ def test_packages_and_configurations_come_from_the_wheel(installed, tmp_path):
     assert has_api == "True"
 
 
+@pytest.mark.slow
 def test_help_works_outside_of_the_checkout(installed, tmp_path):
     assert "ldt report runs/default" in called(installed / "ldt", "--help", cwd=tmp_path)
     assert "detector: atss, atss_tiny" in called(installed / "ldt", "run", "--help", cwd=tmp_path)
