@@ -1,10 +1,13 @@
-# make demo: install into .venv and run the default experiment.   make test: install and run the tests.
-# Both may be repeated: what is done is skipped. PYTHON chooses the interpreter (3.10 or later).
+# make demo    install into .venv and run the default experiment
+# make test    install and run the tests
+# make quick   only the tests that take at most about a second each
+# make lint    ruff and pyright
+# All may be repeated: what is done is skipped. PYTHON chooses the interpreter (3.10 or later).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test quick lint clean
 
 install: $(STAMP)
 
@@ -24,6 +27,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

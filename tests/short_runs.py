@@ -1,15 +1,14 @@
 """Real runs of seconds: twelve small scenes, one epoch a phase."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
+from forked import PATIENCE, ROOT, environment
 from small import composed
-
-ROOT = Path(__file__).parents[1]
 
 SCENES = (
     "dataset.train=8",
@@ -51,16 +50,19 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`python run.py <arguments>` in a process of its own."""
-    return python(str(ROOT / "run.py"), *arguments, cwd=cwd)
+def command(*arguments: str, cwd: Path, drawn: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python run.py <arguments>` in a forked process."""
+    return forked.run(str(ROOT / "run.py"), *arguments, cwd=cwd, drawn=drawn)
 
 
-def python(*arguments: str, cwd: Path, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """`python <arguments>` in an interpreter that has imported nothing, which takes seconds."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=timeout,

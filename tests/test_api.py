@@ -75,6 +75,7 @@ def outputs(detector: nn.Module) -> list[torch.Tensor]:
         return raw_forward(detector, torch.randn(2, 3, *SIZE, generator=torch.manual_seed(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "budget"),
     [("ldt", "macs"), ("group_fisher", "params"), ("chip", "flops"), ("l1", "params")],
@@ -102,6 +103,7 @@ def test_in_place_prunes_the_given_detector(detector, data):
     assert result.detector is detector
 
 
+@pytest.mark.slow
 def test_images_may_be_a_module_a_data_set_or_batches(detector, data):
     loader = data.calibration_dataloader(8, 4)
     given = {"module": data, "loader": loader, "batches": list(loader), "set": loader.dataset}
@@ -121,6 +123,7 @@ def test_only_so_many_images_are_looked_at(data):
         assert counts == [len(b["inputs"]) for b in api.calibration_batches(images, 5, 3)]
 
 
+@pytest.mark.slow
 def test_a_pruned_detector_is_saved_loaded_exported_and_pruned_again(
     detector, config, data, tmp_path
 ):
@@ -138,6 +141,7 @@ def test_a_pruned_detector_is_saved_loaded_exported_and_pruned_again(
     assert same(once_more, again.detector)
 
 
+@pytest.mark.slow
 def test_a_config_and_weights_are_a_detector(detector, config, data, tmp_path):
     torch.save({"state_dict": detector.state_dict()}, tmp_path / "weights.pth")
     Config({"model": config}).dump(tmp_path / "config.py")
@@ -163,6 +167,7 @@ def test_another_family_with_an_instance_of_a_criterion(data):
     )
 
 
+@pytest.mark.slow
 def test_it_removes_what_a_run_removes(detector, config, data, tmp_path):
     torch.save({"state_dict": detector.state_dict()}, tmp_path / "weights.pth")
     overrides = ["recipe.epochs=0", f"detector.checkpoint={tmp_path}/weights.pth", "prune=oneshot"]
@@ -199,6 +204,7 @@ def test_without_re_estimation_the_norms_are_those_that_were(detector, data):
     assert {float(v) for v in kept.backbone.bn1.running_mean} < known
 
 
+@pytest.mark.slow
 def test_random_scores_depend_on_the_seed_only(detector, data):
     def layers(seed):
         state = torch.random.get_rng_state()
@@ -260,6 +266,7 @@ def test_metrics_are_those_of_the_validation(detector, data):
     assert set(found) >= {"AP", "AP50", "mAP"}
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings_run(detector, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = ldt.prune(
@@ -284,6 +291,7 @@ def test_examples_in_docstrings_run(detector, data, tmp_path, monkeypatch):
     assert runner.failures == 0
 
 
+@pytest.mark.slow
 def test_neither_lightning_nor_hydra_is_imported():
     code = (
         "import ldt, sys; ldt.prune; import ldt.api; "

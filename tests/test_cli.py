@@ -71,6 +71,7 @@ def test_without_a_command_the_commands_are_shown(tmp_path):
         assert "ldt report runs/default" in done.stdout
 
 
+@pytest.mark.slow
 def test_hydras_help_costs_little_more_than_composing(tmp_path):
     """Hydra would copy every schema for each of its groups: a second of 1.4 in all."""
 
@@ -145,12 +146,14 @@ def test_what_hydra_cannot_compose_is_refused_in_one_line(
     assert not list(tmp_path.rglob("config.yaml"))
 
 
+@pytest.mark.slow
 def test_run_py_refuses_what_a_run_cannot_begin_with(tmp_path):
     done = python(str(ROOT / "run.py"), "detector=mmdet", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: detector.config is not set; type detector.config=<value>\n"
 
 
+@pytest.mark.slow
 def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ValueError("no")

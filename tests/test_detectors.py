@@ -86,6 +86,7 @@ def test_full_size_detectors_have_the_papers_multiply_adds(name, size, giga):
     assert found / 1e9 == pytest.approx(giga, rel=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "rate", "left"),
     [  # what Table 4 leaves of the multiply-adds; it has no YOLOF

@@ -262,6 +262,7 @@ def test_less_than_two_classes_give_a_zero_with_a_gradient(labels):
             assert torch.equal(grad_of(loss, feat_nchw), torch.zeros_like(feat_nchw))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "n_channels"), [(LABELS, 4), (LABELS, 14), (FEW, 6)])
 @pytest.mark.parametrize("loss", ["loss_ld", "loss_cov"])
 def test_gradients_are_those_of_finite_differences(loss, labels, n_channels):

@@ -10,7 +10,7 @@ import wandb_here
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from real_data import COCO, KITTI, needs
-from short_runs import SCENES, TINY, command, rows, summary, tiny
+from short_runs import ROOT, SCENES, TINY, command, python, rows, summary, tiny
 from small import composed
 
 import ldt
@@ -111,6 +111,7 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     plain = LDTLoss._rise
     monkeypatch.setattr(
@@ -130,6 +131,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_loading_processes_change_nothing(tmp_path):
     """Also not the first epoch, whose loading begins before any epoch starts."""
     plain = ["recipe.augment=mosaic", "recipe.plain_epochs=1", "method=none", "report.pictures=0"]
@@ -205,9 +207,11 @@ def test_a_damaged_summary_is_named(tmp_path):
 
 # The command ----------------------------------------------------------------------------------
 
+RUN = str(ROOT / "run.py")
+
 
 def test_help_lists_groups_and_examples(tmp_path):
-    done = command("--help", cwd=tmp_path)
+    done = python(RUN, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for group in ("dataset:", "detector:", "method:", "prune:", "recipe:", "trainer:"):
         assert group in done.stdout
@@ -215,7 +219,7 @@ def test_help_lists_groups_and_examples(tmp_path):
 
 
 def test_a_typo_on_the_command_line_stops_at_once(tmp_path):
-    done = command("dataset.trian=3", cwd=tmp_path)
+    done = python(RUN, "dataset.trian=3", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "dataset.trian=3: unknown key; did you mean dataset.train?" in line
@@ -284,6 +288,7 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_a_study_share_their_base_training(tmp_path, monkeypatch):
     trained = []
     plain = DetectorModule.training_step

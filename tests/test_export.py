@@ -149,6 +149,7 @@ def write_own_data(root: Path) -> tuple[str, ...]:
     return names
 
 
+@pytest.mark.slow
 def test_the_config_holds_what_pruning_changed_and_no_more(scenes, tmp_path):
     checkpoint = pruned_checkpoint(tmp_path / "a.ckpt", data_of(scenes), "detector=gfl_tiny")
     model = Config.fromfile(export(checkpoint, tmp_path / "out") / "config.py").model
@@ -184,6 +185,7 @@ def test_what_is_no_checkpoint_of_ours_ends_the_command_with_a_line(content, tmp
     assert reason in line
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_wrote(scenes, tmp_path, capsys):
     file = pruned_checkpoint(tmp_path / "a.ckpt", data_of(scenes), "detector=gfl_tiny")
     main(["export", str(file), str(tmp_path / "deep/out")])

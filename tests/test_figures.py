@@ -256,6 +256,7 @@ def test_bars_are_the_channels_in_network_order(n):
     assert top_to_bottom[0] > top_to_bottom[1]  # the input on top
 
 
+@pytest.mark.slow
 def test_stage_labels_never_overlap():
     one_layer_each = {f"backbone.conv{i}": 8 for i in range(120)}
     figure = draw_channels(one_layer_each, one_layer_each)
@@ -370,6 +371,7 @@ def test_a_strip_shows_the_widths_of_at_most_six_rounds_with_both_ends(rounds):
         assert [bar.get_height() for bar in dark] == list(networks[names.index(name)].values())
 
 
+@pytest.mark.slow
 def test_the_animation_rests_at_every_round(tmp_path):
     networks = [{"neck.a": 8, "neck.b": 8}, {"neck.a": 4, "neck.b": 8}]
     animate_shrinking(networks, ["base", "round 1"], tmp_path / "new" / "shrinking.gif")
@@ -521,6 +523,7 @@ def every_figure():
     }
 
 
+@pytest.mark.slow
 def test_every_figure_has_a_printed_width_and_letters_of_seven_points(tmp_path):
     for name, figure in every_figure().items():
         save(figure, tmp_path / f"{name}.png")
@@ -534,6 +537,7 @@ def test_every_figure_has_a_printed_width_and_letters_of_seven_points(tmp_path):
     assert SMALL >= 7
 
 
+@pytest.mark.slow
 def test_the_titles_of_neighbouring_panels_do_not_touch():
     for name, figure in every_figure().items():
         FigureCanvasAgg(figure).draw()

@@ -3,10 +3,9 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -16,7 +15,7 @@ import ldt
 from ldt import experiment
 from ldt.loop import pruning_round
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
 
 
@@ -27,21 +26,12 @@ def options(folder, name, *more):
 
 def begun(folder, name, *more):
     """A running `run.py`, with its output kept in <folder>/<name>.out."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, str(ROOT / "run.py"), *options(folder, name, *more)]
-    with (folder / f"{name}.out").open("ab") as out:
-        return subprocess.Popen(
-            arguments, cwd=folder, env=environment, stdout=out, stderr=out, preexec_fn=_heard
-        )
+    arguments, out = options(folder, name, *more), folder / f"{name}.out"
+    return forked.Forked([str(ROOT / "run.py"), *arguments], folder, out, out, drawn=False)
 
 
-def _heard():
-    """Ctrl-C is heard also where the tests run in the background of a shell, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_for(file, process, seconds=120):
-    deadline = time.monotonic() + seconds
+def wait_for(file, process):
+    deadline = time.monotonic() + forked.PATIENCE
     while not file.exists():
         assert process.poll() is None, "it ended first"
         assert time.monotonic() < deadline
@@ -53,7 +43,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path):
     folder = tmp_path / "run"
     wait_for(folder / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (tmp_path / "run.out").read_text()
+    assert process.wait() == 130, (tmp_path / "run.out").read_text()
     assert summary(folder)["status"] == "interrupted"
     assert experiment.resumable(folder) is not None
     text = (tmp_path / "run.out").read_text()
@@ -84,7 +74,7 @@ def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
 def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
     first = begun(tmp_path, "run", *ONE)
     second = begun(tmp_path, "run", *ONE)
-    assert (first.wait(timeout=150), second.wait(timeout=150)) == (0, 0)
+    assert (first.wait(), second.wait()) == (0, 0)
     text = (tmp_path / "run.out").read_text()
     assert text.count("waiting for its end") == 1
     assert text.count("epoch 3/3") == 1
@@ -122,18 +112,22 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     assert str(tmp_path / "file/run") in done.stderr
 
 
+def repeat(*folders, cwd):
+    return forked.run("-m", "ldt.repeat", *map(str, folders), cwd=cwd, drawn=False)
+
+
 def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):
     config = ["trainer=cpu", "prune=oneshot", "report.pictures=0"]
     for name in ("one", "two"):
-        done = command(*options(tmp_path, name, *config), cwd=tmp_path)
+        done = command(*options(tmp_path, name, *config), cwd=tmp_path, drawn=False)
         assert done.returncode == 0, done.stderr
-    done = python("-m", "ldt.repeat", str(tmp_path / "one"), str(tmp_path / "three"), cwd=tmp_path)
+    done = repeat(tmp_path / "one", tmp_path / "three", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "one") == rows(tmp_path / "two") == rows(tmp_path / "three")
     one, three = (OmegaConf.load(tmp_path / name / "config.yaml") for name in ("one", "three"))
     assert three.run_name == "three"
     assert OmegaConf.merge(one, {"study": three.study, "run_name": three.run_name}) == three
-    done = python("-m", "ldt.repeat", str(tmp_path / "cache"), str(tmp_path / "x"), cwd=tmp_path)
+    done = repeat(tmp_path / "cache", tmp_path / "x", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "give the directory of a run" in line
@@ -142,17 +136,25 @@ def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_p
 # Sweeps elsewhere -----------------------------------------------------------------------------
 
 
+def started(*arguments, cwd):
+    """`command` for joblib, whose workers hang below a process that was forked itself."""
+    return python(str(ROOT / "run.py"), *arguments, cwd=cwd)
+
+
 @pytest.mark.parametrize(
-    "elsewhere",
+    ("launched", "elsewhere"),
     [
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "trainer=cpu"],
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "trainer=cpu"],
-        ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
+        (
+            command,
+            ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30", "trainer=cpu"],
+        ),
+        (started, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "trainer=cpu"]),
+        (command, ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]),
     ],
     ids=["submitit", "joblib", "ddp"],
 )
-def test_the_same_sweep_runs_elsewhere(tmp_path, elsewhere):
-    done = command(
+def test_the_same_sweep_runs_elsewhere(tmp_path, launched, elsewhere):
+    done = launched(
         "-m",
         *TINY,
         f"dataset.cache={tmp_path / 'cache'}",

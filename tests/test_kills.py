@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import forked
 import pytest
-from short_runs import python
 
 HERE = Path(__file__).parent
 
@@ -12,6 +12,6 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(("method", "kills"), [("ldt", 7), ("random", 2), ("group_fisher", 1)])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, method, kills):
     options = ["--kills", str(kills), "--method", method, "--seed", str(kills)]
-    done = python(str(HERE / "kills.py"), *options, cwd=tmp_path, timeout=600)
+    done = forked.run(str(HERE / "kills.py"), *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"{kills} kills, 0 with a difference"

@@ -11,6 +11,7 @@ from ldt.evaluation.metrics import (
 )
 
 # isort: split
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,8 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from torch.multiprocessing import start_processes
 
 CLASSES = ("car", "person", "tram", "cyclist")  # no tram in the random samples
 SIZES = (12.0, 30.0, 60.0, 95.0, 150.0)
@@ -314,9 +316,12 @@ def compute_in_process(rank: int, folder: str, shares: tuple[tuple[int, int], ..
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_uneven_shares_equal_one(tmp_path: Path):
     shares = ((0, 13), (11, 20))  # two images are in both
-    multiprocessing.spawn(compute_in_process, (str(tmp_path), shares), nprocs=2)
+    forked.start_server()
+    given = (str(tmp_path), shares)
+    start_processes(compute_in_process, given, nprocs=2, start_method="forkserver")
     expected = computed(random_samples(0))
     for turn in range(2):
         for rank in range(2):

@@ -11,6 +11,7 @@ MOST_OUTPUT = 200_000  # bytes that a notebook's stored outputs may have
 MOST_RUNS = 1_000_000  # bytes of the committed runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_notebook_runs_and_draws(file):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

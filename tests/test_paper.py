@@ -49,6 +49,7 @@ def test_every_table_and_figure_of_the_paper_is_here_in_two_sizes():
         assert f"experiment={name}_small" in readme
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_every_row_has_a_job_and_every_job_a_row(name):
     rows = read_rows(ROOT / f"experiments/{name}/expected.csv")
@@ -62,6 +63,7 @@ def test_every_row_has_a_job_and_every_job_a_row(name):
     assert all(cell.paper for cell in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_every_small_job_stands_for_a_row(name):
     found, study = load_cells(name, "small")
@@ -75,6 +77,7 @@ def test_every_small_job_stands_for_a_row(name):
         assert config["base"] == "shared"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in PAPER if n not in ("fig5_detections", "fig6_stability")]
 )
@@ -85,6 +88,7 @@ def test_the_original_detector_comes_first(name):
         assert not base.config["ldt.enabled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["", "_small"])
 def test_equal_names_in_a_study_are_equal_configurations(size):
     spelt = {"detector", "dataset", "method", "seed", "prune.rate", "prune.budget", *FREE}
@@ -98,6 +102,7 @@ def test_equal_names_in_a_study_are_equal_configurations(size):
             assert known.setdefault((*named, rest), config) == config, name
 
 
+@pytest.mark.slow
 def test_the_paper_settings_are_the_paper_settings():
     for name in PAPER:
         for _, config in composed(name)[1]:
@@ -193,6 +198,7 @@ def test_small_results_show_changes_and_stand_ins_and_no_difference(tmp_path):
     assert "Missing" not in text
 
 
+@pytest.mark.slow
 def test_an_experiment_of_ours_has_the_rows_that_it_sweeps(tmp_path):
     study, jobs = composed("roadscenes")
     assert study == "roadscenes"

@@ -40,6 +40,7 @@ def link(run, target):
     return target
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn(run, data, tmp_path):
     folder = link(run[0], tmp_path)
     from_runs.draw_run(summary(), folder, data, pictures=2)

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pytest
-from short_runs import ROOT, TINY, command, python, rows
+from short_runs import ROOT, TINY, command, rows
 
 import ldt
 from ldt.loop.schedule import PruningSchedule
@@ -26,7 +25,7 @@ def options(folder, name, *more):
 
 
 def finished(folder, name, *more):
-    done = command(*options(folder, name, *more), cwd=folder)
+    done = command(*options(folder, name, *more), cwd=folder, drawn=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / name
 
@@ -57,12 +56,9 @@ def test_scores_and_removed_channels_are_those_of_one_process(base, tmp_path, me
 def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
     more = [*TWO, "recipe.retrain_epochs=2"]
     whole = finished(tmp_path, "whole", *more)
-    arguments = [sys.executable, str(ROOT / "run.py"), *options(tmp_path, "killed", *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    folder, deadline = tmp_path / "killed", time.monotonic() + 150
+    arguments, out = options(tmp_path, "killed", *more), tmp_path / "killed.out"
+    process = forked.Forked([str(ROOT / "run.py"), *arguments], tmp_path, out, out)
+    folder, deadline = tmp_path / "killed", time.monotonic() + forked.PATIENCE
     while not (folder / "scores-1.npz").is_file():  # the first cut
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -88,7 +84,8 @@ def steps(folder, name, *more):
     folder = folder / name
     folder.mkdir()
     recipe = ["dataset.train=10", "recipe.epochs=2", "recipe.base_batch_size=2", "method=none"]
-    done = python(str(ROOT / "tests/recorded.py"), str(folder), *recipe, *more, cwd=folder)
+    arguments = [str(ROOT / "tests/recorded.py"), str(folder), *recipe, *more]
+    done = forked.run(*arguments, cwd=folder, drawn=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for file in folder.glob("steps-*.json"):

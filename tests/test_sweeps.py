@@ -66,6 +66,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_hydra_runs_the_jobs_of_an_experiment(tmp_path):
     (tmp_path / "show.py").write_text(SHOW)
     done = python(

@@ -176,6 +176,7 @@ def test_an_interrupted_job_arrives_as_failed(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_resumed_job_goes_on_in_the_same_run(server, tmp_path, monkeypatch):
     more = ["recipe.epochs=2", "report.pictures=0", "logger.checkpoint=false"]
     config = online(tmp_path, "resumed", "method=none", *more)

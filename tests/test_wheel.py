@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import PATIENCE
 from short_runs import ROOT, TINY
 
 PARTS = {"ldt": "ldt", "conf": "ldt/conf", "hydra_plugins": "hydra_plugins"}  # and where they go
@@ -20,7 +21,7 @@ def called(*arguments, cwd):
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, arguments)), cwd=cwd, env=kept | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=170, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
@@ -60,6 +61,7 @@ def installed(wheel, tmp_path_factory):
     return folder / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_checkout_in_its_place(wheel):
     kinds = {".py", ".yaml", ".html", ".css", ".js"}
     expected = {
@@ -74,6 +76,7 @@ def test_the_wheel_has_every_file_of_the_checkout_in_its_place(wheel):
     assert "ldt/conf/hydra/sweeper/grids.yaml" in names
 
 
+@pytest.mark.slow
 def test_packages_and_configurations_come_from_the_wheel(installed, tmp_path):
     code = (
         "import sys, ldt; assert 'torch' not in sys.modules; "
@@ -85,6 +88,7 @@ def test_packages_and_configurations_come_from_the_wheel(installed, tmp_path):
     assert has_api == "True"
 
 
+@pytest.mark.slow
 def test_help_works_outside_of_the_checkout(installed, tmp_path):
     assert "ldt report runs/default" in called(installed / "ldt", "--help", cwd=tmp_path)
     assert "detector: atss, atss_tiny" in called(installed / "ldt", "run", "--help", cwd=tmp_path)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +16,13 @@ TABLE = (ROOT / "docs/detectors.md").read_text().splitlines()
 KINDS = ("detr", "centernet", "yolo", "regnet", "hrnet")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """The models' processes are forked from one that has imported more than theirs would have."""
+    forked.start_server()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "model"), [(kind, zoo.FAMILIES[kind][-1]) for kind in KINDS], ids=KINDS
 )
@@ -37,6 +45,7 @@ def test_nine_families_of_ten_go_through_all_steps() -> None:
     assert len(failed & set(zoo.FAMILIES)) <= len(zoo.FAMILIES) / 10
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_are_one_row_each() -> None:
     missing = zoo.Model("no_such_config")
     assert "build: ValueError" in zoo.examined("gfl", missing)["outcome"]

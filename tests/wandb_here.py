@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+from forked import PATIENCE
 
 PROGRAM = Path(__file__).with_name("wandb_server.py")
 KEY = "local" + 40 * "0"
@@ -51,7 +52,7 @@ class Server:
     record: Path
 
     def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as reply:
             return reply.read()
 
     def run(self, run_id):
@@ -101,8 +102,8 @@ def start(folder):
     return Server(f"http://127.0.0.1:{port}", record), process
 
 
-def wait(server, process, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait(server, process):
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return server.get("/login")

@@ -1,8 +1,8 @@
 """Laws of the LDT terms: their weights over time, their memory, and several processes."""
 
 from datetime import timedelta
-from multiprocessing import get_context
 
+import forked
 import lightning as L
 import pytest
 import torch
@@ -142,7 +142,7 @@ def loss_and_gradient(inputs, labels, distributed):
 
 def child(rank, folder):
     """One of two processes: its part of every split, averaged as DDP averages gradients."""
-    patience = timedelta(seconds=100)
+    patience = timedelta(seconds=forked.PATIENCE)
     dist.init_process_group("gloo", f"file://{folder}/meet", patience, 2, rank)
     found = []
     for split in SPLITS:
@@ -156,10 +156,11 @@ def child(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one_that_has_the_whole_batch(tmp_path):
-    other = get_context("spawn").Process(target=child, args=(1, str(tmp_path)))
+    forked.start_server()
+    other = forked.CONTEXT.Process(target=child, args=(1, str(tmp_path)))
     other.start()
     child(0, str(tmp_path))
-    other.join(60)
+    other.join(forked.PATIENCE)
     assert other.exitcode == 0
     for index, split in enumerate(SPLITS):
         loss, gradient = loss_and_gradient(*whole_batch(sum(split)), distributed=False)

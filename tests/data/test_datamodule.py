@@ -306,6 +306,7 @@ def test_mosaic_fills_the_scale(root):
         assert tuple(image.shape[1:]) == sample.img_shape == SCALE[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augment_off_drops_the_mixing_from_the_next_epoch_on(root, workers):
     data = module(root, augment="mosaic", workers=workers, pad="square")
@@ -371,6 +372,7 @@ def fit(data, folder, epochs, switch=False, checkpoint=None, **options):
     return recorder.seen
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lightning_advances_the_epoch_also_after_resuming(root, tmp_path, workers):
@@ -381,6 +383,7 @@ def test_lightning_advances_the_epoch_also_after_resuming(root, tmp_path, worker
     assert resumed == {2: wanted[2]}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augment_off_takes_effect_in_the_epoch_that_starts(root, tmp_path, workers):
@@ -469,6 +472,7 @@ def test_lists_serve_as_well_as_tuples(root):
     assert (data.scale, data.classes) == ((64, 32), ("Car", "Cyclist"))
 
 
+@pytest.mark.slow
 @needs(KITTI)
 def test_real_images_give_equal_mosaics_with_any_number_of_workers():
     options = {"scale": (160, 64), "augment": "mosaic", "batch_size": 4}

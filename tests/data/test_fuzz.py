@@ -71,6 +71,7 @@ def check_label(read: Any) -> None:
         assert 0 <= y1 < y2 <= HEIGHT
 
 
+@pytest.mark.slow
 @FUZZ
 @given(labels)
 def test_a_kitti_label_is_read_or_its_line_is_named(text: str):
@@ -169,6 +170,7 @@ def images(tmp_path_factory: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @FUZZ
 @given(damaged())
 def test_a_damaged_annotation_file_is_named(tmp_path: Path, images: Path, content: Any):

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from forked import PATIENCE
 
 from ldt.data import roadscenes_generator as roadscenes
 from ldt.data.roadscenes_cast import CAR_SHAPES, Body, cast, draw_actor
@@ -274,7 +275,7 @@ def test_processes_at_once_write_the_same_bytes_as_this_one(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = {run.communicate(timeout=60)[0].strip() for run in runs}
+    printed = {run.communicate(timeout=PATIENCE)[0].strip() for run in runs}
     assert [run.returncode for run in runs] == [0, 0]
     shared = tmp_path / "shared" / folder_name(SMALL)
     assert printed == {str(shared)}

@@ -79,6 +79,7 @@ def test_the_cost_model_is_exact(name: str) -> None:
     assert predicted == {budget: before[budget] - count(subject, budget) for budget in BUDGETS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_the_achieved_rate_is_the_asked_one(name: str) -> None:
     cases: tuple[tuple[Budget, str, float], ...] = (
