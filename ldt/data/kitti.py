@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -296,7 +297,5 @@ class KittiDataModule(DetectionDataModule):
 def __getattr__(name: str) -> Any:
     """Give the generated data set by its earlier address, which configurations of runs hold."""
     if name == "RoadScenesDataModule":
-        from ldt.data.roadscenes import RoadScenesDataModule
-
-        return RoadScenesDataModule
+        return import_module("ldt.data.roadscenes").RoadScenesDataModule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
