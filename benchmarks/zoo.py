@@ -519,7 +519,7 @@ eval mode and forward and backward in training mode, is saved, and is loaded in 
 it must predict the same. {ok} of {whole} families go through all of it.
 
 The scope is `[backbone, neck]` where no other is named; the share that *can be cut* is that of its
-convolutions and linear layers, in parameters. The rest is left whole, and a run lists it with the
+convolutions and linear layers, in parameters. The rest is excluded, and a run lists it with the
 reasons. An outcome other than ok is the step that failed, and why.
 
 | family | config | head | backbone | neck | can be cut | outcome |
@@ -536,7 +536,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="*", help="some families; default: all")
     parser.add_argument("--write", type=Path, help="the file with the table")
-    parser.add_argument("--debug", action="store_true", help="tell what is left whole")
+    parser.add_argument("--debug", action="store_true", help="list the excluded layers")
     arguments = parser.parse_args()
     quiet()
     for family in arguments.families or FAMILIES:
