@@ -1,4 +1,4 @@
-"""Hydra's basic sweeper over a union of grids; Hydra looks for sweepers in this folder."""
+"""Hydra sweeper over a union of grids; Hydra discovers sweepers in this folder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from ldt.sweeps import jobs
 
 
 class GridSweeper(BasicSweeper):
-    """Runs the jobs of `hydra.sweeper.grids`, each crossed with `hydra.sweeper.params`."""
+    """Sweeper over `hydra.sweeper.grids`, each combined with `hydra.sweeper.params`."""
 
     def __init__(
         self,
@@ -22,10 +22,10 @@ class GridSweeper(BasicSweeper):
         self.jobs: list[list[str]] = []
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Called by Hydra with the overrides of the command line."""
+        """Run the jobs; Hydra calls it with the overrides of the command line."""
         self.jobs = jobs(self.common, self.grids, arguments)
         return super().sweep(arguments)
 
     def split_arguments(self, overrides: Any, max_batch_size: int | None) -> Any:  # pyright: ignore
-        """Called by the basic sweeper: all jobs, in batches."""
+        """Return all jobs in batches; called by the basic sweeper."""
         return list(self.split_overrides_to_chunks(self.jobs, max_batch_size))

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run; what is wrong with it is told before training."""
+"""Build data, model, callbacks and trainer from a config; invalid values raise before training."""
 
 import contextlib
 import sys
@@ -35,15 +35,19 @@ from ldt.recipe import PARAMWISE, check_recipe, micro_batch
 from ldt.runs import files, inputs
 from ldt.runs.run import Run, load_config
 
-LABELS_OF_DATA = ("name", "metric", "scales")  # keys of dataset that its data module is not given
-OURS = ("validate_every", "threads")  # keys of trainer that are none of Lightning's
+LABELS_OF_DATA = (
+    "name",
+    "metric",
+    "scales",
+)  # keys of dataset that are not passed to the data module
+OURS = ("validate_every", "threads")  # keys of trainer that Lightning does not have
 
 
 def check_classes(config: DictConfig) -> None:
-    """Refuse keys that the classes they go to do not take, before anything is built.
+    """Check that the configured classes accept the keys given for them, before anything is built.
 
     Raises:
-        ValueError: naming the key and the nearest argument of the class.
+        ValueError: a class does not accept a key; the message names the closest argument.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     method, recipe = plain["method"], plain["recipe"]
@@ -63,12 +67,12 @@ def _check_target(where: str, given: dict[str, Any] | None, passed: Iterable[str
         return
     if "_target_" not in given:
         known = f"type {where}=<name of an option>, or {where}._target_=<a class>"
-        raise ValueError(f"{where} has keys ({', '.join(given)}), but names no class: {known}")
+        raise ValueError(f"{where} has keys ({', '.join(given)}) but no class: {known}")
     check_arguments(where, get_object(given["_target_"]), given, not_these=passed)
 
 
 def build_schedule(config: DictConfig) -> PruningSchedule:
-    """What a configuration removes and when."""
+    """Build the pruning schedule from a configuration."""
     prune, recipe = config.prune, config.recipe
     return PruningSchedule(
         rate=prune.rate,
@@ -87,7 +91,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
 
 
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
-    """The prune-retrain loop of a configuration, with its criterion."""
+    """Build the prune-retrain loop and its criterion."""
     method = config.method
     check_recipe(OmegaConf.to_container(config.recipe, resolve=True))  # type: ignore[arg-type]
     criterion = build_criterion(config)
@@ -102,22 +106,22 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
 
 
 def build_criterion(config: DictConfig) -> Importance | None:
-    """The criterion of a configuration; None where nothing is pruned."""
+    """Build the pruning criterion; None if the method does not prune."""
     return instantiate(config.method.criterion)
 
 
 def build_data(config: DictConfig) -> DetectionDataModule:
-    """The data module of a configuration."""
+    """Build the data module."""
     return instantiate(_of_data(config.dataset), _convert_="all", **_for_data(config))
 
 
 def _of_data(dataset: Any) -> dict[str, Any]:
-    """The keys that a data module is given; null leaves it its default."""
+    """Return the dataset keys to pass to the data module; null keeps the default."""
     return {k: v for k, v in dataset.items() if k not in LABELS_OF_DATA and v is not None}
 
 
 def _for_data(config: DictConfig) -> dict[str, Any]:
-    """Arguments of the data module that stand in other groups."""
+    """Arguments of the data module that come from other config groups."""
     return {
         "batch_size": config.recipe.batch_size,
         "seed": config.seed,
@@ -129,11 +133,11 @@ def _for_data(config: DictConfig) -> dict[str, Any]:
 def build_module(
     config: DictConfig, plain: dict[str, Any], data: DetectionDataModule
 ) -> DetectorModule:
-    """The detector of a configuration, for the classes of its data."""
+    """Build the detector module for the classes of the data."""
     detector, (width, height) = plain["detector"], data.scale
     if plain["recipe"]["epochs"] == 0 and detector["checkpoint"] is None:
         raise ValueError(
-            "recipe.epochs=0 prunes at once, so weights are needed: detector.checkpoint=<file>"
+            "recipe.epochs=0 skips base training, so weights are needed: detector.checkpoint=<file>"
         )
     return DetectorModule(
         _model_config(plain, data),
@@ -153,18 +157,18 @@ def _model_config(plain: dict[str, Any], data: DetectionDataModule) -> dict[str,
 
 
 def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inputs:
-    """Fingerprint all that a run reads (:mod:`ldt.runs.inputs`).
+    """Compute the fingerprints of a run's inputs (:mod:`ldt.runs.inputs`).
 
     Raises:
-        FileNotFoundError: some of it is missing.
-        ValueError: it cannot be read.
+        FileNotFoundError: an input is missing.
+        ValueError: an input cannot be read.
     """
     model, weights = _model_config(plain, data), plain["detector"]["checkpoint"]
     return inputs.record(data.fingerprint(), model, weights)
 
 
 def data_of(run: Run) -> DetectionDataModule:
-    """Read the data of a run, from the last place that it was started with and that is there."""
+    """Load the data of a run from the most recent recorded location that still exists."""
     config = load_config(run.folder)
     known = files.read_json(run.folder / files.INPUTS).get("places", [])
     places = [place for place in reversed(known) if Path(place).is_dir()]
@@ -177,14 +181,14 @@ def data_of(run: Run) -> DetectionDataModule:
 
 
 def module_of(run: Run) -> DetectorModule:
-    """Load the detector of a run's round as criteria see it, in eval mode."""
+    """Load the detector of a run's selected round as a module in eval mode."""
     recipe: Any = OmegaConf.to_container(load_config(run.folder).recipe, resolve=True)
     return restored(read(run.checkpoint()), recipe)
 
 
 @contextlib.contextmanager
 def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
-    """The logger beside the CSV files, if one is asked for; a W&B run ends as the block does."""
+    """Open the configured logger, if any; a W&B run is finished when the block exits."""
     logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
     with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
@@ -200,15 +204,15 @@ def build_trainer(
     folder: Path,
     logger: Logger | None = None,
 ) -> L.Trainer:
-    """Lightning's trainer with the callbacks of a run, its CSV files and a further logger.
+    """Build the trainer with the callbacks of a run, a CSV logger and an optional second logger.
 
     Raises:
-        ValueError: ``recipe.batch_size`` does not divide among the processes.
+        ValueError: ``recipe.batch_size`` is not divisible among the processes.
     """
     loggers: list[Logger] = [CSVLogger(folder, name="", version=files.next_logs(folder))]
     if logger is not None:
         loggers.append(logger)
-    plain: Any = {"enable_model_summary": False}  # where an older configuration lacks it
+    plain: Any = {"enable_model_summary": False}  # for older configurations without this key
     plain |= OmegaConf.to_container(config.trainer, resolve=True)
     given: dict[str, Any] = {
         key: value for key, value in plain.items() if key not in OURS and value is not None
@@ -225,7 +229,7 @@ def build_trainer(
             num_sanity_val_steps=0,
             default_root_dir=folder,
         )
-    if trainer.fast_dev_run:  # of every phase; Lightning would end after the first epoch
+    if trainer.fast_dev_run:  # applies to each phase; Lightning would stop after the first epoch
         trainer.fit_loop.max_epochs = plan.total_epochs
         trainer.fit_loop.epoch_loop.max_steps = -1
     micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
@@ -233,7 +237,7 @@ def build_trainer(
 
 
 def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.Callback]:
-    """The loop and what goes along with it, in the order in which Lightning calls them."""
+    """Build the callbacks of a run in the order in which Lightning calls them."""
     callbacks: list[L.Callback] = []
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(RichProgressBar() if sys.stdout.isatty() else LogProgress())
@@ -246,7 +250,7 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
     callbacks.append(loop)
     if config.recipe.plain_epochs:
         callbacks.append(YOLOXModeSwitch(loop.is_last_epoch, config.recipe.plain_epochs))
-    callbacks.append(  # last, so that it saves what the loop has made of the model
+    callbacks.append(  # last, so that it saves the model after pruning
         ModelCheckpoint(
             folder,
             filename="last",

@@ -1,4 +1,4 @@
-"""One run, from its configuration to its summary: the only orchestration there is."""
+"""Orchestration of a run, from its configuration to its summary."""
 
 import contextlib
 import logging
@@ -46,29 +46,29 @@ from ldt.runs.refusal import KINDS, is_refusal, refusing
 from ldt.runs.run import Run, open_run, stored_config
 
 log = logging.getLogger(__name__)
-REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # while a run is being set up
+REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # user errors during setup
 
 OBJECTIVES = ("AP", "AP50", "AP75", "mAP", "params", "multiply_adds", "latency_ms")
 
 
 def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tuple[float, ...]:
-    """Train, prune, retrain, measure and report one configuration in its own folder.
+    """Train, prune, retrain, measure and report one configuration in its run directory.
 
-    A finished run returns at once; an unfinished one goes on from ``last.ckpt``.
+    A finished run returns immediately; an unfinished one resumes from ``last.ckpt``.
 
     Args:
-        config: composed by Hydra.
-        folder: the run's directory; its name is the run's identity.
-        in_sweep: record a failure and return, so that the other jobs of the sweep go on.
+        config: the configuration composed by Hydra.
+        folder: the run's directory; its name identifies the run.
+        in_sweep: log and record an error instead of raising it, so that the sweep continues.
 
     Returns:
-        The headline metric of the last round, or the ``objectives`` of the configuration; nan for a
-        failed job of a sweep.
+        The headline metric of the last round, or the configured ``objectives``; NaN for a failed
+        job of a sweep.
 
     Raises:
-        ldt.runs.identity.OtherRunError: the folder holds a run of another configuration, or one
-            that has read other data, weights or code; it is left as it is.
-        ValueError: bad configuration, or a damaged file of the run.
+        ldt.runs.identity.OtherRunError: the folder holds a run with a different configuration
+            or with different data, weights or code; it is not modified.
+        ValueError: the configuration is invalid or a file of the run is damaged.
     """
     with refusing():
         check_keys(config)
@@ -79,21 +79,21 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
                 plain, summary = _claim(config, folder), read_json(folder / files.SUMMARY)
         except REFUSALS as error:
             if in_sweep:
-                log.error("%s is refused: %s", folder.name, error)
+                log.error("%s was rejected: %s", folder.name, error)
                 return _result(config, {})
             raise
         try:
             summary = _finish(config, plain, folder, summary)
         except KeyboardInterrupt:
             _record(folder, {"status": "interrupted"})
-            log.warning("interrupted; the same command goes on from the last finished epoch")
+            log.warning("interrupted; the same command resumes from the last finished epoch")
             sys.exit(130)
         except Exception as error:
             if not isinstance(error, identity.OtherRunError):
                 _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
             if in_sweep:
                 log.error("%s failed: %s", folder.name, error, exc_info=not is_refusal(error))
-                return _result(config, {})  # the other jobs of the sweep go on
+                return _result(config, {})  # the sweep continues with its other jobs
             raise
     return _result(config, summary["rounds"][-1])
 
@@ -101,13 +101,13 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
 def _finish(
     config: DictConfig, plain: dict[str, Any], folder: Path, summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """The summary of the run, which is trained and drawn as far as it is not."""
+    """Complete the run (training, figures) where needed and return its summary."""
     finished = summary.get("status") == "finished"
     if finished or files.has_checkpoint(folder):
         with refusing(*REFUSALS):
             _check_inputs(config, plain, folder, finished)
     if summary.get("drawn"):
-        log.info("%s is finished already", folder)
+        log.info("%s is already finished", folder)
         _show(config, summary, folder)
         return summary
     with contextlib.ExitStack() as opened:
@@ -127,7 +127,7 @@ def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float
 
 
 def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
-    """The resolved configuration; the folder is this configuration's from now on."""
+    """Claim the folder by writing the configuration into it, and return it resolved."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     known = stored_config(folder)
     identity.claim(folder, plain, known)
@@ -139,20 +139,20 @@ def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finished: bool) -> None:
-    """Refuse a run that has read something else: every process does, the first one writes."""
+    """Raise if the run used different inputs; all ranks check, only rank zero records them."""
     try:
         now = read_inputs(plain, build_data(config))
     except (*REFUSALS, OSError) as error:
         if not finished:
             raise
-        log.warning("%s: what the run has read cannot be checked: %s", folder, error)
+        log.warning("%s: the inputs of the run cannot be checked: %s", folder, error)
     else:
         inputs.settle(folder, now, inputs.place_of(plain), finished, rank_zero_only.rank == 0)
 
 
 @rank_zero_only
 def _record(folder: Path, state: dict[str, str]) -> None:
-    """A run that ended early says so; one that was trained to its end stays finished."""
+    """Record that a run ended early; a finished run keeps its summary."""
     if read_json(folder / files.SUMMARY).get("status") != "finished":
         write_json(folder / files.SUMMARY, state)
 
@@ -170,7 +170,7 @@ def _execute(
         continued = {
             "recipe": {"epochs": 0},
             "detector": {"checkpoint": str(base / files.round_checkpoint(0))},
-            "ldt": {"warmup_epochs": 0},  # the base has had it
+            "ldt": {"warmup_epochs": 0},  # already applied while training the base
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
     return _train(config, plain, folder, logger)
@@ -179,13 +179,13 @@ def _execute(
 def _train(
     config: DictConfig, claimed: dict[str, Any], folder: Path, logger: Logger | None
 ) -> dict[str, Any]:
-    """The summary of a run that is trained to its end.
+    """Train the run to completion and return its summary.
 
     Args:
-        config: what is trained: from a shared base on where there is one.
-        claimed: the configuration that the folder is claimed for.
+        config: the configuration to train with; with a shared base it starts from the base's weights.
+        claimed: the configuration that the folder was claimed for.
         folder: the run's directory.
-        logger: beside the CSV files.
+        logger: additional logger besides the CSV logger.
     """
     with refusing(*REFUSALS):
         plan = build_schedule(config)
@@ -197,13 +197,13 @@ def _train(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit as error:
-        if trainer.interrupted:  # how Lightning ends after Ctrl-C
+        if trainer.interrupted:  # Lightning exits this way after Ctrl-C
             raise KeyboardInterrupt from error
         raise
     if len(loop.rows) <= plan.rounds:
         raise RuntimeError(
             f"training stopped after {len(loop.rows)} of {plan.rounds + 1} phases; the same "
-            "command goes on from the last checkpoint"
+            "command resumes from the last checkpoint"
         )
     summary = _summary(config, plan, loop, folder) | {
         "input_size": list(module.adapter.input_size),
@@ -237,7 +237,7 @@ def _summary(
 def _set_up(
     config: DictConfig, plan: PruningSchedule, folder: Path, logger: Logger | None
 ) -> tuple[PruneRetrain, L.Trainer, DetectionDataModule, DetectorModule]:
-    """Build everything that training needs, and read the data."""
+    """Build loop, trainer, data and module, and load the data."""
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.threads:
@@ -255,12 +255,12 @@ def _set_up(
 def _record_provenance(
     plain: dict[str, Any], data: DetectionDataModule, folder: Path
 ) -> dict[str, Any]:
-    """Software, hardware and commit, written together with the images and what is read."""
+    """Record software, hardware, commit, splits and input fingerprints; return the first three."""
     about = provenance.about(Path(__file__).parent)
     if rank_zero_only.rank == 0:
         write_json(folder / files.SPLIT, data.split_ids())
         write_json(folder / files.ENVIRONMENT, about)
-        if not files.has_checkpoint(folder):  # otherwise it has been checked and recorded
+        if not files.has_checkpoint(folder):  # otherwise already checked and recorded
             inputs.write(folder, read_inputs(plain, data), inputs.place_of(plain))
     return about
 
@@ -269,13 +269,13 @@ def _check_choices(config: DictConfig) -> None:
     for name in config.objectives:
         if name not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
-            raise ValueError(f"objectives={name!r} is not known; choose from {known}")
+            raise ValueError(f"unknown objectives={name!r}; choose from {known}")
     if config.base not in ("own", "shared"):
         raise ValueError(f"base={config.base!r}; choose own or shared")
 
 
 def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path:
-    """The folder of the trained base of all runs that differ only in what they prune."""
+    """Train the base shared by all runs that differ only in pruning; return its folder."""
     base = config.copy()
     base.ldt.enabled = plain["ldt"]["enabled"]
     base.method = MethodConfig(name="none")
@@ -296,11 +296,11 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
 
 
 def _adopt(base: Path, folder: Path) -> dict[str, Any]:
-    """The summary of a run that is the shared base and no more; it gets the base's files."""
+    """Copy the shared base's files to a run that prunes nothing; return its summary."""
     summary = read_json(base / files.SUMMARY) | {"run": folder.name, "drawn": False}
     if rank_zero_only.rank == 0:
         names = (files.round_checkpoint(0), files.ROUNDS, files.SPLIT, files.ENVIRONMENT)
-        more = [files.INPUTS] * (base / files.INPUTS).is_file()  # earlier versions wrote none
+        more = [files.INPUTS] * (base / files.INPUTS).is_file()  # not written by earlier versions
         for name in (*names, *more):
             shutil.copyfile(base / name, folder / name)
         for logs in files.log_folders(base):
@@ -311,7 +311,7 @@ def _adopt(base: Path, folder: Path) -> dict[str, Any]:
 
 @rank_zero_only
 def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
-    """Draw a finished run once (where that fails, the same command draws again) and print it."""
+    """Draw the figures of a finished run, unless already done, and print its results."""
     if not summary.get("drawn"):
         data = build_data(config)
         data.prepare_data()
@@ -323,17 +323,17 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
 
 
 def train(*overrides: str, folder: str | Path | None = None) -> Run:
-    """Train, prune, retrain and measure: what ``python run.py <overrides>`` does, from Python.
+    """Train, prune, retrain and measure; the Python equivalent of ``python run.py <overrides>``.
 
     Args:
-        overrides: Hydra's, as on the command line.
-        folder: the run's directory; ``runs/<study>/<name>`` below the current one by default.
+        overrides: Hydra overrides, as on the command line.
+        folder: the run's directory; default: ``runs/<study>/<name>`` in the working directory.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: bad configuration, or the folder holds another run.
+        ValueError: the configuration is invalid, or the folder holds another run.
 
     Example:
         >>> run = ldt.train("dataset.train=8", "dataset.val=4", "recipe.epochs=1",
@@ -345,7 +345,7 @@ def train(*overrides: str, folder: str | Path | None = None) -> Run:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         whole = compose("config", quote_paths(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(whole)  # names of runs are made of the overrides
+    HydraConfig.instance().set_config(whole)  # run names are derived from the overrides
     place = Path(whole.hydra.run.dir if folder is None else folder)
     keys: Any = [key for key in whole if key != "hydra"]
     run(OmegaConf.masked_copy(whole, keys), place)

@@ -1,4 +1,4 @@
-"""How a detector is trained: what a recipe may hold, and its learning rate at every step."""
+"""Training recipes: allowed values, micro-batch size and learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,14 +8,14 @@ from annotated_types import Ge, Le
 
 from ldt.config.values import Count, NaturalNumber, Positive, Share, check_value
 
-PARAMWISE = (  # all that mmengine reads of recipe.paramwise
+PARAMWISE = (  # the keys that mmengine reads from recipe.paramwise
     "custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult",
     "flat_decay_mult", "bypass_duplicate", "dcn_offset_lr_mult",
 )  # fmt: skip
 
 
 Ratio = Annotated[float, Ge(0), Le(1)]
-KINDS: dict[str, tuple[Any, Any]] = {  # of the recipe's keys, with an example
+KINDS: dict[str, tuple[Any, Any]] = {  # type and example of each recipe key
     "epochs": (NaturalNumber, 9),
     "retrain_epochs": (NaturalNumber, 2),
     "batch_size": (Count, 16),
@@ -39,7 +39,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
     """Check every value of a recipe.
 
     Raises:
-        ValueError: one that cannot be trained with, naming its key.
+        ValueError: a value is invalid; the message names its key.
     """
     for key, (kind, example) in KINDS.items():
         if key in recipe:
@@ -50,21 +50,21 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
 
 
 def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
-    """Return how many images a process computes at once, so that a step sees ``batch_size``.
+    """Return the images per forward pass and process for an effective batch of ``batch_size``.
 
     Args:
-        batch_size: images of one optimizer step, over all processes.
-        processes: that share them.
-        accumulate: parts of a process's share that are computed one after another.
+        batch_size: images per optimizer step, over all processes.
+        processes: number of processes.
+        accumulate: gradient accumulation steps.
 
     Raises:
-        ValueError: it does not divide.
+        ValueError: the batch size is not divisible.
     """
     parts = processes * accumulate
     if batch_size % parts:
         fitting = max(1, round(batch_size / parts)) * parts
         raise ValueError(
-            f"recipe.batch_size={batch_size} images of an optimizer step cannot be shared by "
+            f"recipe.batch_size={batch_size} images per optimizer step cannot be split among "
             f"{processes} processes x trainer.accumulate_grad_batches={accumulate}; allowed: "
             f"multiples of {parts} (e.g. recipe.batch_size={fitting})"
         )
@@ -74,11 +74,11 @@ def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
 def learning_rate(
     recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
 ) -> Callable[[int], float]:
-    """The factor on the learning rate at each step t of a phase of T steps.
+    """Return the function from step t of a phase of T steps to its learning-rate factor.
 
-    Over the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
+    During the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
     milestone (``step``), or 1 (``constant``), or m + (1 - m) (1 + cos(pi (t-W)/(T-P-W)))/2 with the
-    share m = ``min_lr``, at which the last ``plain`` = P steps stay (``cosine``, as YOLOX has it).
+    share m = ``min_lr``, which is kept for the last ``plain`` = P steps (``cosine``, as in YOLOX).
     """
     kind = recipe["schedule"]
     warmup = min(int(recipe["warmup"]), steps // 5)

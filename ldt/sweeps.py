@@ -1,4 +1,4 @@
-"""Sweeps that are unions of grids: hardly a table of the paper is one full product."""
+"""Sweeps over unions of grids; few tables of the paper are one full Cartesian product."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -10,13 +10,13 @@ from hydra.core.override_parser.types import Override
 def jobs(
     params: Mapping[str, object], grids: Sequence[Mapping[str, object]], given: Sequence[str]
 ) -> list[list[str]]:
-    """The overrides of every job of a sweep, each job once, in the order of the grids.
+    """Return the overrides of every job of a sweep, without duplicates, in the order of the grids.
 
     Args:
-        params: swept keys with their values, ``{"prune.rate": "0.5,0.7"}``, part of every grid.
-        grids: each gives the product of its values; none is one empty grid.
-        given: overrides of the command line. A value that grids list is run in those grids only,
-            any other in all of them; a grid that is left without a value of a key drops out.
+        params: swept keys with their values, ``{"prune.rate": "0.5,0.7"}``, added to every grid.
+        grids: each is expanded to the product of its values; no grids means one empty grid.
+        given: overrides of the command line. A value listed by some grids is run in those only,
+            any other value in all grids; a grid without a value left for a key is dropped.
 
     Returns:
         A list of overrides for each job.
@@ -38,7 +38,7 @@ def parse(overrides: Iterable[str]) -> list[Override]:
 
 
 def _values(overrides: Iterable[str]) -> dict[str, list[str]]:
-    """The values of each key; the last override of a key counts."""
+    """Return the values of each key; the last override of a key wins."""
     found = {}
     for override in parse(overrides):
         values = (

@@ -1,4 +1,4 @@
-"""The command line: `ldt <command>`, `python run.py` and the commands `python -m ldt.<name>`."""
+"""Command-line interface: `ldt <command>`, `python run.py` and `python -m ldt.<name>`."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `ldt <arguments>`; those of the process where none are given.
+    """Run `ldt <arguments>`; default: the arguments of the process.
 
     Raises:
-        SystemExit: with the exit code (:mod:`ldt.cli.exit_codes`) where it is not 0.
+        SystemExit: with a nonzero exit code (:mod:`ldt.cli.exit_codes`).
     """
     with exit_codes():
         ldt.main(arguments, prog_name="ldt", standalone_mode=False)

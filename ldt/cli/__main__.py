@@ -1,4 +1,4 @@
-"""`python -m ldt.cli` is `ldt`."""
+"""Entry point of `python -m ldt.cli`, the same as `ldt`."""
 
 from ldt.cli import main
 

@@ -1,4 +1,4 @@
-"""The commands of `ldt`. What a command needs is imported when it runs, so that help is instant."""
+"""The commands of `ldt`; imports are deferred to each command to keep `--help` fast."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
-LISTED = 5  # runs in a message
+LISTED = 5  # maximum number of runs listed in a message
 
 
 @click.group(
@@ -29,7 +29,7 @@ def ldt(context: click.Context) -> None:
     Examples:
       ldt run                                   train, prune and retrain on the embedded data set
       ldt report runs/default                   compare the runs of a study on one HTML page
-      ldt prune CONFIG WEIGHTS DATA --rate 0.3  what would go, and what it costs in AP
+      ldt prune CONFIG WEIGHTS DATA --rate 0.3  show what is pruned and the cost in AP
       ldt export runs/default/<run>/round-2.ckpt exported     write a pruned detector for mmdet
 
     ldt <command> --help shows the options of a command and examples.
@@ -60,7 +60,7 @@ def run(overrides: tuple[str, ...]) -> None:
     default=20.0,
     show_default=True,
     metavar="MB",
-    help="Most megabytes of pictures in the page; 0: none.",
+    help="Limit on the size of embedded pictures; 0: none.",
 )
 def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
     """Compare the runs of STUDY, a folder runs/<study>, on one HTML page or as a table.
@@ -91,7 +91,7 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
 
 
 def _finished_study(study: Path) -> "list[Run]":
-    """The study's runs, at least one of them finished."""
+    """Open the study's runs; raise if none is finished."""
     from ldt.runs.files import holds_run
     from ldt.runs.run import open_runs
 
@@ -106,8 +106,8 @@ def _finished_study(study: Path) -> "list[Run]":
     if not any(run.finished for run in runs):
         told = [f"; {run.name}: {run.row.get('error', run.row['status'])}" for run in runs]
         raise FileNotFoundError(
-            f"no finished run in {study}, which holds {len(runs)} runs; `ldt run` with the same "
-            f"keys goes on with a run{''.join(told[:LISTED])}{'; ...' if told[LISTED:] else ''}"
+            f"no finished run in {study}, which has {len(runs)} runs; `ldt run` with the same "
+            f"keys resumes a run{''.join(told[:LISTED])}{'; ...' if told[LISTED:] else ''}"
         )
     return runs
 
@@ -116,8 +116,10 @@ def _finished_study(study: Path) -> "list[Run]":
 @click.argument("name", type=click.Choice(NAMES), metavar="NAME")
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option("--out", type=PATH, help="File [default: pictures/NAME.png of the run or study].")
-@click.option("--images", type=click.IntRange(1), help="How many are shown or looked at.")
-@click.option("--scale", type=int, help="discriminants: scale of the neck; else the strongest.")
+@click.option("--images", type=click.IntRange(1), help="Number of images shown or analysed.")
+@click.option(
+    "--scale", type=int, help="discriminants: scale of the neck [default: the strongest]."
+)
 def figures(
     name: str, runs: tuple[Path, ...], out: Path | None, images: int | None, scale: int | None
 ) -> None:
@@ -128,12 +130,12 @@ def figures(
       curves          metric against parameters, of studies runs/<study> (Fig. 3)
       discriminants   classes, eigenvalues and channels of one or two bases (Fig. 1)
       attention       Grad-CAM on the same images (Fig. 4)
-      detections      what is found on the same images (Fig. 5)
-      stability       utilities of channels, batch by batch (Fig. 6)
-      channels        channels kept in every layer
-      shrinking       the width of every layer over the rounds, PNG and GIF
+      detections      detections on the same images (Fig. 5)
+      stability       channel utilities per batch (Fig. 6)
+      channels        channels kept in each layer
+      shrinking       width of each layer over the rounds, PNG and GIF
 
-    A RUN is its directory (its last round) or one of its round-<t>.ckpt files.
+    A RUN is a run directory (its last round) or one of its round-<t>.ckpt files.
 
     \b
     Examples:
@@ -161,13 +163,15 @@ def figures(
     "--budget",
     default="params",
     show_default=True,
-    help="What the rate is counted in: params or macs.",
+    help="Unit of the rate: params or macs.",
 )
 @click.option(
     "--ranking",
     help="How scores of different layers are compared [default: the method's own].",
 )
-@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="To score.")
+@click.option(
+    "--images", type=click.IntRange(1), default=32, show_default=True, help="Calibration images."
+)
 @click.option(
     "--val", type=click.IntRange(0), default=100, show_default=True, help="Images to measure AP on."
 )
@@ -238,7 +242,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     type=click.FloatRange(0, 1),
     default=0.3,
     show_default=True,
-    help="Scores above it are drawn; predictions.json has all.",
+    help="Minimum score of drawn boxes; predictions.json has all.",
 )
 def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
@@ -262,7 +266,7 @@ def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: fl
 @click.argument("earlier", type=PATH, metavar="RUN")
 @click.argument("folder", type=PATH)
 def repeat(earlier: Path, folder: Path) -> None:
-    """Run the configuration of RUN again, in a new FOLDER.
+    """Repeat the run RUN with the same configuration in a new FOLDER.
 
     \b
     Example:
@@ -295,7 +299,7 @@ def dashboard(study: str, project: str, entity: str | None) -> None:
 @ldt.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 def layers(runs: tuple[Path, ...]) -> None:
-    """Write structure.json, the layers of every round, for runs that lack it.
+    """Write structure.json (the layers of every round) for runs without it.
 
     \b
     Example:

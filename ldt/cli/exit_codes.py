@@ -1,12 +1,12 @@
-"""The exit codes of every command.
+"""Exit codes of all commands.
 
-- 0: done.
-- 1: something failed while it ran. What our own checks found, or the operating system, is told in
-  one line on stderr; any other error with its traceback.
-- 2: refused before any work, with one line on stderr.
+- 0: success.
+- 1: failure while running. Errors from ldt's own checks and from the operating system are printed
+  as one line on stderr, any other error with its traceback.
+- 2: invalid arguments or configuration, reported before any work in one line on stderr.
 - 130: interrupted with Ctrl-C.
 
-With HYDRA_FULL_ERROR=1 in the environment every error comes with its traceback.
+With HYDRA_FULL_ERROR=1 in the environment all errors are printed with a traceback.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 @contextlib.contextmanager
 def exit_codes(told: Callable[[Exception], str] = str) -> Iterator[None]:
-    """End the process with the exit code for an error of the block.
+    """Convert an exception raised in the block to an exit code.
 
     Args:
-        told: gives an error's message for users.
+        told: formats an exception as a message for users.
 
     Raises:
-        SystemExit: there was an error.
+        SystemExit: the block raised an exception.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def exit_codes(told: Callable[[Exception], str] = str) -> Iterator[None]:
 
 
 def _is_explained(error: Exception) -> bool:
-    """Whether the message alone tells users what happened: our own code wrote it, or the system."""
+    """Whether the message suffices without traceback: it is from ldt or the operating system."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
     ours = raised_in.partition(".")[0] == "ldt" and isinstance(error, (ValueError, ImportError))

@@ -1,6 +1,6 @@
-"""`ldt run` and `python run.py`: configurations composed by Hydra, and its errors in one line.
+"""`ldt run` and `python run.py`: compose configurations with Hydra and report errors in one line.
 
-`hydra.main` would end every error with 1 and many lines, so this file calls what it calls.
+`hydra.main` would exit with 1 and print many lines for every error, so its internals are called.
 """
 
 import copyreg
@@ -27,14 +27,14 @@ from ldt.config.keys import check_keys, explain_key
 from ldt.config.paths import quote_paths
 from ldt.runs.refusal import KINDS, refused
 
-utils.run_and_report = lambda func: func()  # errors come to `exit_codes` as they are
+utils.run_and_report = lambda func: func()  # let exceptions propagate to `exit_codes`
 
 
 class StrictLoader(ConfigLoaderImpl):
-    """Refuses keys that nobody reads as soon as a configuration is composed: no folder is made."""
+    """Config loader that rejects unknown keys after composition, before a run folder is created."""
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        """Called by Hydra for a run, for a sweep and for each of its jobs."""
+        """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
         config = super().load_configuration(*args, **kwargs)
         check_keys(config)
         return config
@@ -44,10 +44,10 @@ hydra.ConfigLoaderImpl = StrictLoader  # type: ignore[misc]
 
 
 class Job:
-    """What Hydra calls for every configuration.
+    """Task function that Hydra calls for each configuration.
 
     Attributes:
-        begun: whether it was called.
+        begun: whether it has been called.
     """
 
     begun = False
@@ -60,7 +60,7 @@ class Job:
         """
         self.begun = True
         job = HydraConfig.get()
-        with exit_codes(explained):  # before Hydra writes its own lines about an error
+        with exit_codes(explained):  # before Hydra prints its own error message
             from ldt.experiment import run
 
             folder = Path(job.runtime.output_dir)
@@ -69,13 +69,13 @@ class Job:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compose a configuration and run it, or a sweep of them with ``-m``.
+    """Compose a configuration and run it, or run a sweep with ``-m``.
 
     Args:
-        arguments: Hydra's overrides and flags; those of the process where none are given.
+        arguments: Hydra overrides and flags; default: the arguments of the process.
 
     Raises:
-        SystemExit: with the exit code (:mod:`ldt.cli.exit_codes`) where it is not 0.
+        SystemExit: with a nonzero exit code (:mod:`ldt.cli.exit_codes`).
     """
     with exit_codes(explained):
         version.setbase("1.3")
@@ -85,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = parser.parse_args(quote_paths(sys.argv[1:] if arguments is None else arguments))
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
-        if given.help:  # Hydra copies all schemas for each group that it lists: a second in all
+        if given.help:  # Hydra deep-copies all schemas per listed group, which takes a second
             copyreg.pickle(ConfigStore, lambda _: (ConfigStore.instance, ()))
         try:
             utils._run_hydra(given, parser, job, str(conf_dir()), "config")
         except (HydraException, *KINDS) as error:
-            raise error if job.begun else refused(error)  # noqa: B904 (it is the same)
+            raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
 
 
 def _wrong_flag(message: str) -> NoReturn:
@@ -98,7 +98,7 @@ def _wrong_flag(message: str) -> NoReturn:
 
 
 def explained(error: Exception) -> str:
-    """What is wrong with a command line or configuration, and what is allowed."""
+    """Format an error about the command line or configuration, with the allowed values."""
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
@@ -118,7 +118,7 @@ def _allowed(given: str, known: Sequence[str]) -> str:
 
 
 def _first(message: str) -> str:
-    """A message without where Hydra looked, the types in the schema and its documentation."""
+    """Strip the search path, schema types and documentation link from a Hydra message."""
     for aside in ("Config search path:", "\n    full_key:", "\nSee https://hydra.cc"):
         message = message.partition(aside)[0]
     return message.strip().rstrip(".")

@@ -1,4 +1,4 @@
-"""What pruning would remove and cost, without training: the command `ldt prune`."""
+"""The command `ldt prune`: show what pruning removes and its cost in AP, without training."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,16 +23,17 @@ class PruningCommand:
 
     Attributes:
         config: an mmdet config file or a packaged one.
-        weights: of its detector.
+        weights: weights of the detector.
         data: a folder in COCO's or KITTI's layout.
         rate: share of the budget to remove.
         criterion: name of a method.
         budget: ``params`` or ``macs``.
-        ranking: how scores of different layers are compared; None takes the method's own.
-        images: calibration images.
-        validate: validation images that AP is measured on; 0 does not measure.
-        out: the checkpoint to write, or None.
-        files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of one's own COCO files.
+        ranking: how scores of different layers are compared; None: the method's default.
+        images: number of calibration images.
+        validate: number of validation images to measure AP on; 0 skips the measurement.
+        out: checkpoint to write, or None.
+        files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of a custom data set in
+            COCO format.
     """
 
     config: str
@@ -49,7 +50,7 @@ class PruningCommand:
 
 
 def run(command: PruningCommand) -> None:
-    """Prune, and tell what goes and what it costs in AP."""
+    """Prune the detector and print what was removed and the change in AP."""
     with refusing():
         data = _open_data(command)
         data.setup("fit")
@@ -96,7 +97,7 @@ def _check_classes(opened: OpenedDetector, data: DetectionDataModule) -> None:
     if classes != len(data.classes):
         raise ValueError(
             f"the detector predicts {classes} classes, the data have {len(data.classes)} "
-            f"({', '.join(data.classes[:5])}, ...): give the data that it was trained for"
+            f"({', '.join(data.classes[:5])}, ...): give the data set it was trained on"
         )
 
 

@@ -1,4 +1,4 @@
-"""Runs the configuration of an earlier run again: the command `ldt repeat`."""
+"""The command `ldt repeat`: run the configuration of an earlier run again."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from ldt.runs.run import load_config
 
 
 def renamed(config: DictConfig, folder: Path) -> DictConfig:
-    """The configuration as a run of its own: study and name are those of its directory.
+    """Return the configuration with study and run name taken from the new directory.
 
-    A logger that names its runs would go on in the run that is repeated.
+    A logger that names its runs would otherwise continue the original run.
     """
     own: dict[str, Any] = {"study": folder.resolve().parent.name, "run_name": folder.name}
     if "study" in config.logger:
@@ -32,7 +32,7 @@ def repeat(earlier: Path, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no run at ``earlier``.
-        ValueError: as :func:`ldt.experiment.run`.
+        ValueError: see :func:`ldt.experiment.run`.
     """
     with refusing():
         config = renamed(load_config(earlier), folder)

@@ -1,4 +1,4 @@
-"""What a sweep ends with. Hydra makes it before any job, so it imports nothing heavy by itself."""
+"""Hydra callback for the end of a sweep; created before any job, so heavy imports are deferred."""
 
 import contextlib
 import math
@@ -12,21 +12,21 @@ from omegaconf import DictConfig
 
 
 class StudyTable(Callback):
-    """After a sweep, prints its study; ends with an error if a run of the study has failed."""
+    """Print the study after a sweep; exit with an error code if a run of the study failed."""
 
     def __init__(self) -> None:
         self.jobs = 0
         self.refused = 0  # jobs without a result
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Called by Hydra after each job."""
+        """Count jobs and rejected jobs; Hydra calls it after each job."""
         self.jobs += 1
         value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
         values = value if isinstance(value, tuple) else (value,)
         self.refused += any(isinstance(v, float) and math.isnan(v) for v in values)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra in the launching process."""
+        """Print the study; Hydra calls it in the launching process."""
         from ldt import report
 
         with contextlib.suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
-"""The typed schema of every configuration key that this project owns.
+"""Typed schema of all configuration keys.
 
 Hydra merges the files of ``conf/`` into these dataclasses, so that a misspelt key or a value of
-the wrong type stops a run before any model is built, naming the key. What slips through with ``+``
-is refused by :func:`ldt.config.keys.check_keys`.
+the wrong type raises before any model is built, naming the key. Unknown keys added with ``+`` are
+rejected by :func:`ldt.config.keys.check_keys`.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 @dataclass
 class DetectorConfig:
-    """An mmdet detector: a config to start from, changes to it, and where to tap it."""
+    """An mmdet detector: base config, changes to it, and the module that LDT uses."""
 
     name: str = MISSING
     config: str = MISSING  # a config file, or mmdet::<family>/<file> for a packaged one
@@ -33,18 +33,20 @@ class RecipeConfig:
     """How a detector is trained: epochs, optimizer (mmengine's keys), schedule, augmentation."""
 
     epochs: int = MISSING  # base training; 0 starts from detector.checkpoint
-    retrain_epochs: int = MISSING  # after each cut
-    batch_size: int = MISSING  # images of one optimizer step, over all processes
-    base_batch_size: int | None = None  # images that the learning rate is for; null takes it as is
+    retrain_epochs: int = MISSING  # after each pruning step
+    batch_size: int = MISSING  # images per optimizer step, over all processes
+    base_batch_size: int | None = (
+        None  # batch size the learning rate is given for; null: no scaling
+    )
     optimizer: dict[str, Any] = field(default_factory=dict)  # mmengine's keys, `type` first
     paramwise: dict[str, Any] = field(default_factory=dict)
     schedule: str = "step"  # step | cosine | constant
     milestones: list[float] = field(default_factory=lambda: [2 / 3, 11 / 12])  # shares of a phase
     warmup: int = 500  # steps, at most a fifth of a phase
     warmup_shape: str = "linear"  # linear | quadratic
-    min_lr: float = 0.0  # share of the learning rate that a cosine ends at
-    retrain_lr: float = 1.0  # share of the learning rate used after a cut
-    clip_grad: float | None = None  # largest gradient norm
+    min_lr: float = 0.0  # final share of the learning rate of the cosine schedule
+    retrain_lr: float = 1.0  # share of the learning rate used while retraining
+    clip_grad: float | None = None  # maximum gradient norm
     channels_last: bool = False  # images and feature maps in NHWC order: a fifth faster on CPUs
     ema: float | None = None  # mmdet's ExpMomentumEMA momentum; null = no moving average
     augment: str = "flip"  # none | flip | shift | mosaic
@@ -55,16 +57,16 @@ class RecipeConfig:
 class LDTConfig:
     """Eqs. 1-12 of the paper; values in ``conf/ldt``, defaults in :mod:`ldt.discriminant`."""
 
-    enabled: bool = MISSING  # true for every method whose yaml says so
-    phi: float = MISSING  # eigenvalues above phi * max count as discriminants
+    enabled: bool = MISSING  # follows method.ldt unless overridden
+    phi: float = MISSING  # eigenvalues above phi * max are discriminants
     alpha: float = MISSING  # weight of the discriminating term
     beta: float = MISSING  # weight of the covariance term
     ridge: float = MISSING  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
     ridge_absolute: float = MISSING
     covariance: str = MISSING  # mean | sum over the off-diagonal entries of eq. 11
     warmup_epochs: float = MISSING  # alpha and beta rise linearly from 0
-    memory: int = MISSING  # earlier batches whose detached object vectors join the scatter matrices
-    gather: bool = MISSING  # object vectors of all processes enter the scatter matrices
+    memory: int = MISSING  # previous batches whose (detached) object vectors are added
+    gather: bool = MISSING  # compute scatter matrices from the objects of all processes
 
 
 @dataclass
@@ -74,7 +76,7 @@ class MethodConfig:
     name: str = MISSING
     ldt: bool = False
     ranking: str = "global"  # global | global_per_cost | global_normalised | uniform
-    inner_rounds: int = 1  # times that a round scores anew and cuts, without training in between
+    inner_rounds: int = 1  # score-and-prune steps per round, without training in between
     criterion: dict[str, Any] | None = None
     gradual: dict[str, Any] | None = None  # mask channels while training (GradualPruning's keys)
 
@@ -83,19 +85,19 @@ class MethodConfig:
 class PruneConfig:
     """How much is removed, in how many rounds, and where."""
 
-    rate: float = MISSING  # share of the unpruned model's budget that is gone at the end
+    rate: float = MISSING  # share of the unpruned model's budget removed after the last round
     rounds: int = MISSING
     budget: str = "params"  # params | flops
     scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])
-    max_layer_rate: float = 0.95  # at most this share of a layer goes
-    min_channels: int = 4  # at least this many channels of a layer stay
-    images: int = 128  # training images that a criterion sees
-    batch_size: int = 16  # of those per forward pass
+    max_layer_rate: float = 0.95  # maximum share of a layer that is removed
+    min_channels: int = 4  # minimum number of channels kept per layer
+    images: int = 128  # calibration images
+    batch_size: int = 16  # calibration images per forward pass
 
 
 @dataclass
 class DatasetConfig:
-    """Keys that every data set has; ``_target_`` is its LightningDataModule."""
+    """Keys shared by all data sets; ``_target_`` is the LightningDataModule."""
 
     _target_: str = MISSING
     name: str = MISSING
@@ -146,9 +148,9 @@ class CocoConfig(DatasetConfig):
 
 @dataclass
 class TrainerConfig:
-    """Arguments of ``lightning.Trainer`` (null: its own default), and two keys of ours.
+    """Arguments of ``lightning.Trainer`` (null: its default), and two keys of ldt.
 
-    Those that the prune-retrain loop decides are in :data:`ldt.config.keys.OWNED` instead.
+    Arguments controlled by the prune-retrain loop are in :data:`ldt.config.keys.OWNED`.
     """
 
     accelerator: str = "auto"
@@ -156,25 +158,25 @@ class TrainerConfig:
     strategy: str = "auto"
     num_nodes: int = 1
     precision: str = "32-true"
-    deterministic: Any = "warn"  # true raises where CUDA has no deterministic kernel
+    deterministic: Any = "warn"  # true: raise if CUDA has no deterministic kernel
     sync_batchnorm: bool = False
     log_every_n_steps: int = 10
     limit_train_batches: int | float | None = None
     limit_val_batches: int | float | None = None
-    accumulate_grad_batches: int = 1  # parts of recipe.batch_size that are computed in turn
-    gradient_clip_algorithm: str | None = None  # norm | value, of recipe.clip_grad
-    fast_dev_run: bool | int = False  # batches of an epoch; nothing is logged, no run is resumed
+    accumulate_grad_batches: int = 1  # recipe.batch_size is split into so many parts
+    gradient_clip_algorithm: str | None = None  # norm | value, for recipe.clip_grad
+    fast_dev_run: bool | int = False  # batches per epoch; no logging, no resuming
     overfit_batches: int | float = 0.0
     benchmark: bool | None = None
     inference_mode: bool | None = None
-    use_distributed_sampler: bool | None = None  # of validation; training images have their own
+    use_distributed_sampler: bool | None = None  # for validation; training has its own sampler
     profiler: str | None = None  # simple | advanced | pytorch
     detect_anomaly: bool | None = None
     enable_progress_bar: bool = True
     enable_model_summary: bool = False
     enable_autolog_hparams: bool | None = None
-    validate_every: int = 0  # ours: epochs; 0 = only at the end of a phase
-    threads: int | None = None  # ours: torch CPU threads; null keeps torch's choice
+    validate_every: int = 0  # ldt: in epochs; 0 = only at the end of a phase
+    threads: int | None = None  # ldt: torch CPU threads; null = torch's default
 
 
 @dataclass
@@ -200,20 +202,22 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
     study: str = "default"
     base: str = "own"  # own | shared: one base training for all of a study's runs that need it
-    objectives: list[str] = field(default_factory=list)  # what a sweeper is given; [] = the metric
+    objectives: list[str] = field(
+        default_factory=list
+    )  # values returned to the sweeper; [] = the metric
     seed: int = 0
     run_name: str = MISSING
 
 
 def conf_dir() -> Path:
-    """The folder of the configuration files: ``conf`` of a checkout or ``ldt/conf`` of a wheel."""
+    """Return the config folder: ``conf`` in a checkout, ``ldt/conf`` in an installed wheel."""
     package = Path(str(files("ldt")))
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def register() -> None:
-    """Make the schema known to Hydra, and the resolver that names runs to OmegaConf."""
+    """Register the schema with Hydra and the run-name resolver with OmegaConf."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -228,7 +232,7 @@ def register() -> None:
 
 
 def _run_name(overrides: Any, *, _root_: Any) -> str:
-    """Ask for the name by its address, as Hydra does: a schema knows nothing of runs."""
+    """Look the function up by its dotted path: the schema must not import ``ldt.runs``."""
     from hydra.utils import get_method
 
     return get_method("ldt.runs.identity.run_name")(overrides, _root_)

@@ -1,4 +1,4 @@
-"""Keys that nobody reads are refused, with the nearest one that is known."""
+"""Rejection of unknown configuration keys, with a suggestion of the closest known key."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig
 
-# Arguments of Lightning's Trainer that the prune-retrain loop decides, and what to type instead.
+# Arguments of Lightning's Trainer controlled by the prune-retrain loop, and what to type instead.
 # fmt: off
 _END = "the loop ends after its last phase: type recipe.epochs=... and recipe.retrain_epochs=..."
 OWNED = {
@@ -18,13 +18,13 @@ OWNED = {
     "min_epochs": _END,
     "max_steps": _END,
     "min_steps": _END,
-    # Lightning's timer counts over all resumptions, so that a run could never go on
+    # Lightning's timer accumulates over resumptions, so that a run could never be resumed
     "max_time": "stop the process instead (`timeout 8h python run.py ...`); it can be resumed",
     "callbacks": "callbacks follow from recipe.ema, recipe.plain_epochs, ldt.enabled and method",
     "logger": "type logger=csv or logger=wandb",
     "plugins": "type trainer.precision=... or trainer.strategy=...; checkpoints are written by ldt",
     "default_root_dir": "type hydra.run.dir=<folder>",
-    # a round's metrics are those of the last validation, which must see its last step
+    # a round's metrics are those of the last validation, which must follow its last step
     "check_val_every_n_epoch": "type trainer.validate_every=<epochs>",
     "val_check_interval": "type trainer.validate_every=<epochs>",
     "num_sanity_val_steps": "type trainer=debug to try a whole run on two batches",
@@ -37,7 +37,7 @@ OWNED = {
     "limit_predict_batches": "nothing is predicted; type trainer.limit_val_batches=<n>",
 }
 # fmt: on
-# What somebody else reads: any key goes. Those of classes are checked when these are imported.
+# Groups that accept any key: read by other libraries, or checked once their class is imported.
 FREE = (
     "detector.options",
     "recipe.optimizer",
@@ -56,13 +56,13 @@ DATASETS = {
 
 
 def check_keys(config: DictConfig) -> None:
-    """Refuse keys that nobody reads; imports neither torch nor any class that the keys are for.
+    """Reject unknown keys; imports neither torch nor the configured classes.
 
     Args:
-        config: a run's, composed or loaded; Hydra checks its own node.
+        config: configuration of a run, composed or loaded; Hydra checks the node ``hydra``.
 
     Raises:
-        ValueError: one line that names the keys, the nearest known ones and what to type.
+        ValueError: in one line, the unknown keys, the closest known ones and what to type.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     plain.pop("hydra", None)
@@ -74,10 +74,10 @@ def check_keys(config: DictConfig) -> None:
 
 
 def check_names(where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
-    """Refuse the first key of a group that is none of those allowed.
+    """Reject keys of a group that are not allowed.
 
     Raises:
-        ValueError: as :func:`check_keys`.
+        ValueError: see :func:`check_keys`; names the first such key.
     """
     known = [f"{where}.{name}" for name in allowed]
     for name, value in given.items():
@@ -86,7 +86,7 @@ def check_names(where: str, given: Mapping[str, Any], allowed: Iterable[str]) ->
 
 
 def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> str:
-    """Tell that a key is unknown, and what to type."""
+    """Format the message for an unknown key, with what to type instead."""
     known = list(dict.fromkeys(known))
     told = f"{key}{where}" if given is None else f"{key}={given}{where}"
     if key in _owned():
@@ -103,7 +103,7 @@ def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> s
 
 
 def nearest(key: str, known: Iterable[str]) -> list[str]:
-    """Return the known keys of this name or spelt nearly so, first in the group of the key."""
+    """Return known keys with the same or a similar name, those of the same group first."""
     group, _, name = key.rpartition(".")
     top = key.partition(".")[0] + "."
     known = sorted(dict.fromkeys(known), key=lambda other: not other.startswith(top))
@@ -122,16 +122,16 @@ def _owned() -> dict[str, str]:
 
 
 def known_keys(dataset: type | None = None) -> list[str]:
-    """All keys of the schema, dotted; those of a data set are these of its own dataclass."""
+    """All keys of the schema, dotted, with those of a data set's dataclass if given."""
     found = list(_fields(Config, ""))
     return [*found, *(_fields(dataset, "dataset.") if dataset else ())]
 
 
 def explain_key(error: Exception) -> str | None:
-    """Return one line about an error of Hydra that concerns a key; None for any other error.
+    """Format a Hydra error about a key in one line; None for any other error.
 
     Args:
-        error: raised while Hydra composed a configuration.
+        error: exception raised by Hydra while composing a configuration.
     """
     cause: Any = error.__cause__ or error.__context__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
@@ -150,7 +150,7 @@ def explain_key(error: Exception) -> str | None:
 
 
 def _dataset_schema(plain: Mapping[str, Any]) -> type | None:
-    """The dataclass of a shipped data set; None for a user's own."""
+    """Return the dataclass of a built-in data set; None for a custom one."""
     dataset = plain.get("dataset")
     return DATASETS.get(dataset.get("_target_", "")) if isinstance(dataset, Mapping) else None
 
@@ -158,7 +158,7 @@ def _dataset_schema(plain: Mapping[str, Any]) -> type | None:
 def _unknown(
     given: Mapping[str, Any], schema: type, dataset: type | None, prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Keys that the schema lacks, with their values."""
+    """Keys that are not in the schema, with their values."""
     kinds = {item.name: item.type for item in dataclasses.fields(schema)}
     for name, value in given.items():
         path = f"{prefix}{name}"
@@ -177,7 +177,7 @@ def _fields(schema: type, prefix: str) -> Iterator[str]:
 
 
 def _paths(plain: Any, without: Iterable[str], prefix: str = "") -> Iterator[str]:
-    """Every key that is given, dotted, but for those that are refused."""
+    """All given keys, dotted, except the rejected ones."""
     for name, value in plain.items() if isinstance(plain, dict) else ():
         if (path := f"{prefix}{name}") not in without:
             yield path

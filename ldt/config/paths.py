@@ -1,4 +1,4 @@
-"""Paths as people have them: with spaces, brackets, umlauts, ``=``, ``#`` and ``~``."""
+"""Quoting of paths for Hydra: spaces, brackets, umlauts, ``=``, ``#`` and ``~``."""
 
 import os
 import re
@@ -16,18 +16,18 @@ FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|int|float|s
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """Quote the paths of a command line where Hydra's grammar would not take them as they are.
+    """Quote paths on the command line that Hydra's grammar cannot parse.
 
-    Left alone is what is quoted already, a function (``choice(a,b)``), ``null``, and whatever Hydra
-    reads as a text: the hash in a run's name is that of the words as they were typed. With
-    ``-m`` commas separate the values of a sweep, as for every key (``dataset.root="'/a,b'"`` is one
-    with a comma); in a single run they belong to the path. Keys that are not known as paths are
-    treated alike where their value begins like one and Hydra cannot read it. ``~`` is expanded here
-    in Hydra's own folders, which it makes before anything else, and elsewhere by
+    Values that are already quoted, functions (``choice(a,b)``), ``null`` and values that Hydra
+    parses as strings are left unchanged, since the hash in a run's name is computed from the
+    overrides as typed. With ``-m`` commas separate the values of a sweep, as for every key
+    (``dataset.root="'/a,b'"`` is a single path with a comma); otherwise they are part of the path.
+    Values of other keys are quoted if they start like a path and Hydra cannot parse them. ``~`` is
+    expanded here for Hydra's output folders, which Hydra creates first, and for all other paths by
     :func:`expand_home`.
 
     Args:
-        arguments: as of ``sys.argv[1:]``.
+        arguments: command-line arguments, such as ``sys.argv[1:]``.
     """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     return [_quoted(argument, sweep) for argument in arguments]
@@ -63,7 +63,7 @@ def _quoted(argument: str, sweep: bool) -> str:
 
 
 def _unambiguous(key: str, value: str, known: bool) -> str:
-    """The value as Hydra reads it: as it is, or in quotes."""
+    """Return the value, quoted if Hydra would not parse it as this string."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString, Sweep
     from hydra.errors import HydraException
@@ -78,7 +78,7 @@ def _unambiguous(key: str, value: str, known: bool) -> str:
 
 
 def _leaves(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every value below a node, with the keys that lead to it."""
+    """All leaf values below a node, with the keys that lead to them."""
     if isinstance(node, (dict, list)):
         for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _leaves(inner, (*place, key))

@@ -1,4 +1,4 @@
-"""Ranges and choices, declared as types; one wording for all that lies outside of them."""
+"""Validation of values against types with ranges and choices, with uniform error messages."""
 
 import functools
 import inspect
@@ -26,13 +26,13 @@ def check_value(key: str, value: object, kind: Any, example: object = None) -> N
     """Check a value against a type with its range or choices.
 
     Args:
-        key: as the user types it.
-        value: what was given. A text never stands for a number, nor true for 1.
-        kind: such as `Share`, or a ``Literal``; a type unknown to pydantic takes any value.
-        example: a value that is allowed.
+        key: dotted config key for the message.
+        value: the given value; strings are not converted to numbers, nor booleans to integers.
+        kind: a type such as `Share` or a ``Literal``; types unknown to pydantic accept any value.
+        example: an allowed value for the message.
 
     Raises:
-        ValueError: another value; tells the key, the value, what is allowed and an example.
+        ValueError: the value is not allowed; names key, value, allowed values and an example.
     """
     try:
         adapter = TypeAdapter(kind)
@@ -61,13 +61,13 @@ def check_arguments(
 
     Args:
         where: the group of the keys, such as ``method.criterion``.
-        call: what they go to.
-        given: the keys and their values; Hydra's own (``_target_``) are passed over.
-        also: further keys that are allowed.
-        not_these: arguments that come from elsewhere.
+        call: the class or function.
+        given: the keys and their values; those of Hydra (``_target_``) are ignored.
+        also: additional allowed keys.
+        not_these: arguments that are not set by the configuration.
 
     Raises:
-        ValueError: an argument that it does not take, or of another type than it asks for.
+        ValueError: an argument is unknown or of the wrong type.
     """
     function = inspect.unwrap(call.__init__ if inspect.isclass(call) else call)
     parameters = {k: p for k, p in inspect.signature(call).parameters.items() if k not in not_these}
@@ -83,7 +83,7 @@ def check_arguments(
 
 
 def checked(where: str) -> Callable[[F], F]:
-    """Decorate a constructor: its arguments are checked against their annotations."""
+    """Decorate a constructor to check its arguments against their annotations."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
@@ -105,9 +105,9 @@ def check_fields(
     """Check the fields of a dataclass against their annotations.
 
     Args:
-        instance: of the dataclass.
-        keys: the fields to check, with what the user types for each.
-        examples: allowed values of fields without a default.
+        instance: instance of the dataclass.
+        keys: config key of each field to check.
+        examples: allowed values for fields without a default.
     """
     hints = get_type_hints(type(instance), include_extras=True)
     for name, key in keys.items():
@@ -116,7 +116,7 @@ def check_fields(
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of a function; none where they cannot be evaluated."""
+    """Annotations of a function; empty if they cannot be evaluated."""
     try:
         return get_type_hints(function, include_extras=True)
     except (NameError, TypeError):
@@ -128,7 +128,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def _described(kind: Any) -> str:
-    """What a type allows, in words; empty where pydantic's own tell it better."""
+    """Describe the allowed values of a type; empty if pydantic's message is more specific."""
     if choices := _choices(kind):
         return ", ".join(map(_typed, choices))
     if type(None) in (options := get_args(kind)) and len(options) == 2:
@@ -144,7 +144,7 @@ def _described(kind: Any) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as one types it on the command line."""
+    """Format a value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, (list, tuple)):
@@ -153,7 +153,7 @@ def _typed(value: Any) -> str:
 
 
 def _is_path(adapter: TypeAdapter[Any], value: object) -> bool:
-    """Whether a text was given for a path."""
+    """Whether the value is a string for a parameter of type path."""
     try:
         return isinstance(adapter.validate_python(value), os.PathLike)
     except ValidationError:
