@@ -182,7 +182,8 @@ def _train(
     """Train the run to completion and return its summary.
 
     Args:
-        config: the configuration to train with; with a shared base it starts from the base's weights.
+        config: the configuration to train with; it starts from the weights of a shared base if
+            there is one.
         claimed: the configuration that the folder was claimed for.
         folder: the run's directory.
         logger: additional logger besides the CSV logger.

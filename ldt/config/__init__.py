@@ -23,7 +23,7 @@ class DetectorConfig:
     checkpoint: str | None = None  # weights of the whole detector, mmdet's or ours
     pretrained: bool = False  # load the pretrained backbone that the config names
     neck: str = "auto"  # module whose output LDT acts on
-    predictors: list[str] | None = None  # modules never pruned; null finds them
+    predictors: list[str] | None = None  # modules never pruned; null: detected automatically
     size: str = "full"  # full | tiny: picks the input scale of a data set
     pad: str = "none"  # none | square: YOLOX pads every image to the input scale
 
@@ -201,7 +201,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     study: str = "default"
-    base: str = "own"  # own | shared: one base training for all of a study's runs that need it
+    base: str = "own"  # own | shared: shared: train the base once for all runs of a study
     objectives: list[str] = field(
         default_factory=list
     )  # values returned to the sweeper; [] = the metric

@@ -27,7 +27,9 @@ IMAGE_LIST = re.compile(r'"images"\s*:\s*\[')
 def read_annotations(path: Path) -> dict:
     """Read an annotation file.
 
-    Raises FileNotFoundError if there is none, ValueError if it is not in COCO's format.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not in COCO format.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -53,7 +55,7 @@ def read_annotations(path: Path) -> dict:
 
 
 def _check_entry(entry: Any, fields: dict[str, str], where: str) -> None:
-    """ValueError unless every field is there and is what it should be."""
+    """Raise ValueError unless all fields are present and of the expected kind."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {str(entry)[:60]!r}; expected an object with {_list(fields)}")
     for name, kind in fields.items():
@@ -78,7 +80,7 @@ def _number(value: Any) -> bool:
 
 
 def _inside(value: Any) -> bool:
-    """Whether a file name stays below its folder."""
+    """Whether a relative file name stays inside its folder."""
     path = PurePath(value) if isinstance(value, str) and value and "\0" not in value else None
     return path is not None and not path.is_absolute() and ".." not in path.parts
 
@@ -109,7 +111,7 @@ FIELDS = {
 
 
 def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) -> None:
-    """Raise ValueError naming the first of `classes` that is not `available` in file `path`."""
+    """Raise ValueError for the first of `classes` that is not `available` in the file `path`."""
     for name in classes:
         if name not in available:
             raise ValueError(
@@ -119,7 +121,7 @@ def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) 
 
 
 def check_images(folder: Path, names: Sequence[str]) -> None:
-    """Raise FileNotFoundError naming the first of `names` missing from `folder`, and the count."""
+    """Raise FileNotFoundError with the number of images missing from `folder` and the first one."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -131,15 +133,15 @@ def check_images(folder: Path, names: Sequence[str]) -> None:
 
 @DATASETS.register_module()
 class CocoBoxes(CocoDataset):
-    """mmdet's CocoDataset that reads boxes only, checks its files and obeys the order of `classes`.
+    """CocoDataset that loads boxes only, validates its files and keeps the order of `classes`.
 
-    mmdet numbers a subset of the classes in the order of the annotation *file*, whatever order
-    the names are given in, and loads every mask. Crowds are ignore regions; images without a box
-    are kept; boxes of other classes are left out.
+    mmdet labels a subset of the classes in the order of the annotation *file*, whatever order
+    the names are given in, and loads all masks. Crowds become ignore regions; images without
+    boxes are kept; boxes of other classes are dropped.
 
     Raises:
         FileNotFoundError: the annotation file or an image is missing.
-        ValueError: it is not in COCO's format, or lacks one of the classes.
+        ValueError: the file is not in COCO format, or lacks one of the classes.
     """
 
     def load_data_list(self) -> list[dict]:
@@ -167,23 +169,24 @@ class CocoBoxes(CocoDataset):
 
 
 def _listed_images(path: Path) -> dict[str, list]:
-    """Ids and files of the images of an annotation file, in order.
+    """List ids and files of the images of an annotation file, in order.
 
-    Only the list of images is parsed: COCO's annotations take a hundred times as long.
+    Only the list of images is parsed: parsing all of COCO's annotations takes a hundred times as
+    long.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     places = [match.end() - 1 for match in IMAGE_LIST.finditer(text)]
     try:
-        (place,) = places  # nothing else in the file is called so
+        (place,) = places  # the key must be unique in the file
         images, _ = json.JSONDecoder().raw_decode(text, place)
         return {"ids": [i["id"] for i in images], "files": [i["file_name"] for i in images]}
     except (ValueError, TypeError, KeyError, RecursionError):
-        images = read_annotations(path)["images"]  # tells what is wrong with it
+        images = read_annotations(path)["images"]  # raises a specific error
         return {"ids": [i["id"] for i in images], "files": [i["file_name"] for i in images]}
 
 
 def _tell_unused(path: Path, images: list[dict], annotations: Mapping[int, list[dict]]) -> None:
-    """Log the annotations that mmdet leaves out: of no image, or with a box outside of theirs."""
+    """Warn about annotations that mmdet drops: of unknown images, or outside their image."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     strangers = [a for image, found in annotations.items() if image not in sizes for a in found]
     outside = [
@@ -191,11 +194,11 @@ def _tell_unused(path: Path, images: list[dict], annotations: Mapping[int, list[
     ]
     for found, what in (
         (strangers, "belong to no image of the file"),
-        (outside, "lie outside of their image"),
+        (outside, "lie outside their image"),
     ):
         if found:
             first = found[0].get("id", found[0]["bbox"])
-            text = "%s: %d annotations %s and are left out; the first has the id %s"
+            text = "%s: %d annotations %s and are dropped; the first has the id %s"
             log.warning(text, path, len(found), what, first)
 
 
@@ -206,13 +209,13 @@ def _beyond(annotation: dict, size: tuple[int, int]) -> bool:
 
 @dataclass(kw_only=True, eq=False)
 class CocoDataModule(DetectionDataModule):
-    """COCO below `root`: see `DetectionDataModule` for what is not named here.
+    """COCO below `root`; see `DetectionDataModule` for the other arguments.
+
+    `classes` may be a subset of the file's classes in any order; default: the 80 of COCO.
 
     Args:
         train_ann, val_ann: annotation files, relative to `root` or absolute.
         train_img, val_img: image folders, relative to `root` or absolute.
-
-    `classes` may be a subset of the file's, in any order; the 80 of COCO by default.
     """
 
     train_ann: str = "annotations/instances_train2017.json"
@@ -225,7 +228,7 @@ class CocoDataModule(DetectionDataModule):
         self.classes = self.classes or CLASSES
 
     def split_ids(self) -> dict[str, list]:
-        """COCO's image ids (int) of both splits."""
+        """Return the COCO image ids (int) of both splits."""
         return {"train": self._ids("train"), "val": self._ids("val")}
 
     def load(self, split: Split) -> CocoBoxes:
@@ -239,19 +242,19 @@ class CocoDataModule(DetectionDataModule):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint both splits; what a large annotation file lists is remembered."""
+        """Return the fingerprints of both splits; image lists of large annotation files are cached."""
         found = {}
         for split in ("train", "val"):
             annotations, images = self._paths(split)
             if not annotations.is_file():
-                read_annotations(annotations)  # tells what to type
+                read_annotations(annotations)  # raises an error that says what to type
             listed = remembered(annotations, "images", _listed_images)
             paths = (os.path.join(images, name) for name in listed["files"])
             found[split] = split_record(listed["ids"], paths, file_digest(annotations))
         return found
 
     def _paths(self, split: Split) -> tuple[Path, Path]:
-        """Annotation file and image folder."""
+        """Return annotation file and image folder of a split."""
         if split == "train":
             return self._path(self.train_ann), self._path(self.train_img)
         return self._path(self.val_ann), self._path(self.val_img)

@@ -1,8 +1,8 @@
-"""Detection data in Lightning's form: mmdet's data sets and pipelines, in a reproducible order.
+"""LightningDataModule for mmdet data sets and pipelines, with deterministic batches.
 
-All the chance in a training batch (which images, and how each is augmented) is a pure function
-of the seed, the epoch and the image: it depends neither on the number of workers nor on what
-the process drew before, so a resumed run sees the batches that the uninterrupted one saw.
+Shuffling and augmentation are a pure function of seed, epoch and image: they depend neither on
+the number of workers nor on earlier random draws of the process, so a resumed run sees the same
+batches as an uninterrupted one.
 """
 
 import copy
@@ -30,7 +30,7 @@ from ldt.runs.inputs import digest, split_record
 Split = Literal["train", "val"]
 Augment = Literal["none", "flip", "shift", "mosaic"]
 Pad = Literal["none", "square"]
-OPTIONS = {  # what the user types for each of the data module's
+OPTIONS = {  # config key of each argument of the data module
     "batch_size": "recipe.batch_size",
     "val_batch_size": "dataset.val_batch_size",
     "workers": "dataset.workers",
@@ -43,7 +43,7 @@ META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 
 
 def need_folder(root: str | Path, option: str, expected: str) -> Path:
-    """Return `root` as a path; FileNotFoundError naming what is `expected` there if it is none."""
+    """Return `root` as a path; raise FileNotFoundError, with what is `expected`, if it is missing."""
     path = Path(root).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
@@ -54,9 +54,11 @@ def need_folder(root: str | Path, option: str, expected: str) -> Path:
 
 @TRANSFORMS.register_module()
 class ReadImage(LoadImageFromFile):
-    """mmcv's image reader, which says which file it could not decode.
+    """LoadImageFromFile whose error names the file that could not be decoded.
 
-    Raises FileNotFoundError if the file is gone and ValueError if it is not an image.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an image or is damaged.
     """
 
     def transform(self, results: dict) -> dict:
@@ -65,14 +67,14 @@ class ReadImage(LoadImageFromFile):
             loaded = super().transform(results)
         except (AssertionError, cv2.error) as error:
             raise ValueError(
-                f"cannot read the image {results['img_path']}: damaged or no image; restore it"
+                f"cannot read the image {results['img_path']}: damaged or not an image; restore it"
             ) from error
         assert loaded is not None, "only ignore_empty=True returns None"
         return loaded
 
 
 def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dict]:
-    """Steps that bring an image to the network's `scale` (w, h), padded to it if `pad`=square."""
+    """Return the steps that resize an image to `scale` (w, h), with padding if `pad`=square."""
     steps: list[dict] = [{"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}]
     if pad == "square":
         steps.append({"type": "Pad", "size": scale, "pad_val": {"img": PAD_COLOUR}})
@@ -80,7 +82,7 @@ def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dic
 
 
 def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:
-    """Pipeline whose boxes are in the coordinates of the network input (loaded *before* Resize)."""
+    """Return a pipeline with boxes in network-input coordinates (loaded *before* Resize)."""
     steps = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}, *resize]
     if augment != "none":
         steps.append({"type": "RandomFlip", "prob": 0.5})
@@ -90,17 +92,17 @@ def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:
 
 
 def test_steps(resize: list[dict]) -> list[dict]:
-    """mmdet's test pipeline: boxes stay in the original image's coordinates (loaded last)."""
+    """Return the usual test pipeline: boxes in original-image coordinates (loaded after Resize)."""
     annotations = {"type": "LoadAnnotations", "with_bbox": True}
     pack = {"type": "PackDetInputs", "meta_keys": META_KEYS}
     return [{"type": "ReadImage"}, *resize, annotations, pack]
 
 
 def mosaic_steps(scale: tuple[int, int], resize: list[dict]) -> list[Any]:
-    """YOLOX's training steps (arXiv 2107.08430), numbers from mmdet's yolox_s_8xb8-300e_coco.
+    """Return YOLOX's training steps (arXiv 2107.08430), as in mmdet's yolox_s_8xb8-300e_coco.
 
-    They follow image and annotation loading. keep_empty=False, against its name, is what makes
-    mmdet 3.3's FilterAnnotations keep an image that has no box left.
+    They follow image and annotation loading. Contrary to its name, keep_empty=False makes
+    FilterAnnotations of mmdet 3.3 keep images without boxes.
     """
     border = (-scale[0] // 2, -scale[1] // 2)
     return [
@@ -123,7 +125,7 @@ def with_pipeline(dataset: BaseDataset, steps: list[dict]) -> BaseDataset:
 
 
 def one_thread(worker: int) -> None:
-    """Keep a data worker to a single thread; OpenCV's own pool does not survive the fork."""
+    """Limit a data worker to one thread; OpenCV's thread pool does not survive a fork."""
     cv2.setNumThreads(0)
 
 
@@ -131,28 +133,30 @@ def one_thread(worker: int) -> None:
 class DetectionDataModule(LightningDataModule, ABC):
     """Training, validation, calibration and probe images of one data set.
 
-    Every loader gives `{"inputs": [uint8 (3, h, w), BGR], "data_samples": [DetDataSample]}`.
+    Every loader yields `{"inputs": [uint8 (3, h, w), BGR], "data_samples": [DetDataSample]}`.
     A sample has `gt_instances` and `ignored_instances` (either may be empty) with `bboxes`
-    (x1, y1, x2, y2) and `labels`, and `img_id` (int, unique in its split: a distributed run
-    validates some images twice, and their id tells), `img_path`, `ori_shape`, `img_shape`,
-    `scale_factor`. Boxes are in the coordinates of the network input, except in
-    `val_dataloader`: there they are in the original image's, as mmdet's predictions are.
+    (x1, y1, x2, y2) and `labels`, and `img_id` (int, unique in its split: distributed
+    validation repeats some images, which are identified by it), `img_path`, `ori_shape`, `img_shape`,
+    `scale_factor`. Boxes are in network-input coordinates, except in `val_dataloader`, where they
+    are in original-image coordinates like mmdet's predictions.
 
     Args:
         root: the data set's folder.
         scale: the network's input size (width, height) in pixels.
-        batch_size: training images of one optimizer step, over all processes of a trainer.
-        val_batch_size: validation images that a process computes at once.
-        workers: loading processes; 0 loads in the main process. Batches do not depend on it.
-        seed: of the order, the augmentation and the calibration subset.
+        batch_size: training images per optimizer step, over all processes.
+        val_batch_size: validation images per batch and process.
+        workers: loader processes; 0 loads in the main process. Batches do not depend on it.
+        seed: seed of shuffling, augmentation and the calibration subset.
         augment: "none", "flip" (left-right), "shift" (YOLOF's, with flip), "mosaic" (YOLOX's).
         pad: "square" pads every image to `scale` with grey, as YOLOX does; "none" does not.
         keep_ratio: fit the image inside `scale`; False stretches it to `scale`.
-        classes: names in the order of the labels; empty for the data set's usual ones.
+        classes: class names in label order; empty for the data set's default.
 
-    `resize` holds the steps between reading and packing an image, as mmdet's configs write them.
+    Attributes:
+        resize: the transforms between loading and packing an image, as in mmdet's configs.
 
-    Raises ValueError for an option out of range, at construction.
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     root: str | None = None
@@ -184,21 +188,21 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: Split) -> BaseDataset:
-        """Read the annotations of `split`; the result needs no pipeline, and `test_mode=True`.
+        """Load the annotations of `split`, without a pipeline and with `test_mode=True`.
 
-        In test mode mmengine neither drops images without objects nor replaces one that fails
-        by a random other.
+        In test mode mmengine neither drops images without objects nor replaces an image that
+        fails to load by a random one.
         """
 
     @abstractmethod
     def split_ids(self) -> dict[str, list]:
-        """Name every image: {"train": [...], "val": [...]}, to be saved with a run."""
+        """Return the image ids of both splits, to be saved with a run."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint what is read: for each split ids in order, annotations, image sizes.
+        """Return fingerprints of each split: ordered ids, annotations and image file sizes.
 
-        Where the files lie is no part of it. A data set whose annotations take long to read
-        overrides this.
+        They do not depend on the location of the files. Override this for data sets whose
+        annotations are slow to read.
 
         Raises:
             FileNotFoundError: the data set or an image is missing.
@@ -212,58 +216,62 @@ class DetectionDataModule(LightningDataModule, ABC):
         return found
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what `stage` needs ("fit" or None: both splits); reads a split only once."""
+        """Load the splits of `stage` ("fit" or None: both); each split is loaded only once."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
             self.dataset(split)
 
     def dataset(self, split: Split) -> BaseDataset:
-        """Return the annotations of `split` without pipeline, read when first asked for."""
+        """Return the annotations of `split` without a pipeline, loaded on first access."""
         check_value("split", split, Split)
         if split not in self._datasets:
             self._datasets[split] = self.load(split)
         return self._datasets[split]
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled and augmented; Lightning tells its sampler the epoch."""
+        """Return the shuffled, augmented training images; Lightning sets the sampler's epoch."""
         images = TrainingImages(self._training_images(), self.seed)
         trainer: Any = self.trainer
         world, parts = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
-        if trainer and trainer.overfit_batches:  # always the first ones
+        if trainer and trainer.overfit_batches:  # always the first images
             return self._loader(images, micro_batch(self.batch_size, world, parts))
         rank = trainer.global_rank if trainer else 0
         self._sampler = EpochSampler(images, self.batch_size, rank, world, parts, self._mix)
         return self._loader(images, None, self._sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """Validation images in order; ground truth in the original image's coordinates."""
+        """Return the validation images in order; ground truth in original-image coordinates."""
         images = with_pipeline(self.dataset("val"), test_steps(self.resize))
         return self._loader(images, self.val_batch_size)
 
     def calibration_dataloader(self, images: int, batch_size: int) -> DataLoader:
-        """The first `images` of a seeded permutation of the training set, not augmented.
+        """Return the first `images` of a seeded permutation of the training set, not augmented.
 
-        The same images at every call and in every process. Warns, and gives the whole training
-        set, if it has fewer; ValueError if `images` is not positive.
+        They are the same at every call and in every process. If the training set is smaller, a
+        warning is issued and all of it is used.
+
+        Raises:
+            ValueError: `images` is not positive.
         """
         if images < 1:
-            raise ValueError(f"{images} calibration images were asked for; allowed: 1 or more")
+            raise ValueError(f"{images} calibration images requested; allowed: 1 or more")
         training = self._plain("train")
         if images > len(training):
             available = f"all {len(training)} images of the training set are used"
-            warnings.warn(f"{available}, {images} calibration images were asked for", stacklevel=2)
+            warnings.warn(f"{available}, {images} calibration images requested", stacklevel=2)
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(training), generator=generator)[:images]
         return self._loader(Subset(training, order.tolist()), batch_size)
 
     def probe_dataloader(self, split: Split, batch_size: int) -> DataLoader:
-        """All images of `split` in order, not augmented, boxes in network coordinates."""
+        """Return all images of `split` in order, not augmented, boxes in network-input coordinates."""
         return self._loader(self._plain(split), batch_size)
 
     def augment_off(self) -> None:
-        """Train without mosaic, affine and mix-up from the next epoch on (YOLOX's last epochs).
+        """Disable mosaic, affine and mix-up from the next epoch on (YOLOX's last epochs).
 
-        Flip and colour stay. Nothing needs to be reloaded: the switch travels with the indices
-        (`Draw`), also to persistent workers. Does nothing for the other kinds of `augment`.
+        Flip and colour augmentation stay enabled. Loaders are not recreated: the flag is sent
+        with the indices (`Draw`), also to persistent workers. No effect for other values of
+        `augment`.
         """
         self._set_mix(False)
 
@@ -298,6 +306,6 @@ class DetectionDataModule(LightningDataModule, ABC):
             persistent_workers=self.workers > 0 and sampler is not None,
             collate_fn=pseudo_collate,
             worker_init_fn=one_thread,
-            # Its own generator: starting a loader must not advance torch's global one.
+            # Own generator: creating an iterator must not advance torch's global one.
             generator=torch.Generator().manual_seed(self.seed),
         )

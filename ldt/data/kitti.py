@@ -1,4 +1,4 @@
-"""KITTI's object detection data (Geiger et al., CVPR 2012), and any data set in its layout."""
+"""KITTI object detection (Geiger et al., CVPR 2012), and any data set in its layout."""
 
 import hashlib
 import logging
@@ -20,7 +20,7 @@ from ldt.runs.inputs import digest, split_record
 
 log = logging.getLogger(__name__)
 
-TYPES = (  # every name that KITTI's label files use
+TYPES = (  # all object types in KITTI's label files
     *("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram"),
     *("Misc", "DontCare"),
 )
@@ -42,13 +42,13 @@ class KittiObject(NamedTuple):
 
 
 def parse_label(label: Path | str, width: int, height: int) -> list[KittiObject]:
-    """Read a KITTI label, given as a file or as its text, of an image of `width` x `height` pixels.
+    """Parse a KITTI label, given as a file or as text, of an image of `width` x `height` pixels.
 
-    Boxes are clipped to the image: KITTI's own reach beyond it by a pixel or so.
+    Boxes are clipped to the image: KITTI's boxes may extend beyond it by about a pixel.
 
     Raises:
-        ValueError: naming file and line, for a wrong number of columns, something that is not a
-            number, an unknown type, or a box that is empty or wholly outside the image.
+        ValueError: wrong number of columns, a value that is not a number, an unknown type, or a
+            box that is empty or entirely outside the image; the message names file and line.
     """
     if isinstance(label, Path):
         source, text = str(label), label.read_text(encoding="utf-8", errors="replace")
@@ -86,10 +86,10 @@ def _parse_line(line: str, where: str, width: int, height: int) -> KittiObject:
 
 
 def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str]) -> list[dict]:
-    """Turn objects into mmdet's instances; what is in no class becomes an ignore region.
+    """Convert objects to mmdet instances; objects of other classes become ignore regions.
 
-    "merged" counts Van, Truck, Tram as Car and Person_sitting as Pedestrian; "strict" takes names
-    as they are. Ignore regions belong to no class: their label is -1.
+    "merged" maps Van, Truck and Tram to Car and Person_sitting to Pedestrian; "strict" keeps all
+    types. Ignore regions have the label -1.
     """
     labels = {name: label for label, name in enumerate(classes)}
     merged = GROUPINGS[grouping]
@@ -103,7 +103,7 @@ def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str])
 
 
 def check_classes(classes: Sequence[str], grouping: str) -> None:
-    """Raise ValueError for an unknown `grouping`, or a class that cannot occur under it."""
+    """Raise ValueError for an unknown `grouping`, or a class that does not exist in it."""
     check_value("dataset.grouping", grouping, Literal[tuple(GROUPINGS)])
     allowed = [name for name in TYPES if name != "DontCare" and name not in GROUPINGS[grouping]]
     for name in classes:
@@ -115,9 +115,10 @@ def check_classes(classes: Sequence[str], grouping: str) -> None:
 
 
 def image_ids(root: Path) -> list[str]:
-    """Sorted names, without extension, of the images under `root`.
+    """List the sorted names, without extension, of the images under `root`.
 
-    Raises FileNotFoundError if there is none.
+    Raises:
+        FileNotFoundError: there are no images.
     """
     ids = sorted(_image_files(root))
     if not ids:
@@ -134,8 +135,11 @@ def _image_files(root: Path) -> dict[str, Path]:
 def split(ids: Sequence[str], fraction: float = 0.8, seed: int = 0) -> tuple[list[str], list[str]]:
     """Split `ids` into sorted (train, val) with `fraction` of them, rounded, in train.
 
-    Ordered by a hash of (seed, id), so neither the order of `ids` nor a library's random number
-    generator has a say. ValueError if an id occurs twice or a side would be empty.
+    The split is based on a hash of (seed, id), so it depends neither on the order of `ids` nor on
+    a library's random number generator.
+
+    Raises:
+        ValueError: an id occurs twice, or a split would be empty.
     """
     if len(set(ids)) != len(ids):
         raise ValueError("cannot split: an image id occurs twice")
@@ -151,9 +155,10 @@ def split(ids: Sequence[str], fraction: float = 0.8, seed: int = 0) -> tuple[lis
 
 
 def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:
-    """(train, val) from ImageSets/train.txt and val.txt; None unless both exist.
+    """Read (train, val) from ImageSets/train.txt and val.txt; None unless both exist.
 
-    Raises ValueError if an image is in both, or one of them is empty.
+    Raises:
+        ValueError: an image is in both, or one of them is empty.
     """
     files = [root / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
     if not all(file.is_file() for file in files):
@@ -169,7 +174,7 @@ def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:
 
 
 def _pair(root: Path, name: str, images: dict[str, Path]) -> tuple[Path, Path]:
-    """Image and label of an id; FileNotFoundError where one is missing."""
+    """Return image and label file of an id; raise FileNotFoundError if one is missing."""
     label = root / LABELS / f"{name}.txt"
     if name not in images:
         image = root / IMAGES / name
@@ -180,20 +185,20 @@ def _pair(root: Path, name: str, images: dict[str, Path]) -> tuple[Path, Path]:
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) from the file's header, without decoding the image."""
+    """Read (width, height) from the file's header, without decoding the image."""
     try:
         with Image.open(path) as image:
             return image.size
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: it is damaged or no image") from error
+        raise ValueError(f"cannot read the image {path}: it is damaged or not an image") from error
 
 
 @DATASETS.register_module()
 class KittiDataset(BaseDetDataset):
-    """mmdet data set of the images `ids` in KITTI's layout below `root`; `img_id` = index in `ids`.
+    """Data set of the images `ids` in KITTI's layout below `root`; `img_id` = index in `ids`.
 
     Raises:
-        FileNotFoundError: no such root, or an image or its label is missing.
+        FileNotFoundError: the root, or an image or its label is missing.
         ValueError: a damaged image or label (see `parse_label`), an unknown grouping or class.
     """
 
@@ -220,7 +225,7 @@ class KittiDataset(BaseDetDataset):
         )
 
     def load_data_list(self) -> list[dict]:
-        """Read and check every label; called by mmengine."""
+        """Load and validate all labels; called by mmengine."""
         files = _image_files(self.root)
         return [self._load(index, name, files) for index, name in enumerate(self.ids)]
 
@@ -239,13 +244,14 @@ class KittiDataset(BaseDetDataset):
 
 @dataclass(kw_only=True, eq=False)
 class KittiDataModule(DetectionDataModule):
-    """KITTI below `root`: see `DetectionDataModule` for what is not named here.
+    """KITTI below `root`; see `DetectionDataModule` for the other arguments.
 
     Args:
         grouping: "merged" or "strict", see `group`.
-        train_fraction: share of the images to train on, where there is no ImageSets/train.txt
-            with a val.txt beside it: these decide if they exist.
-        split_seed: of that split, apart from `seed` so that runs of several seeds compare.
+        train_fraction: share of the images used for training; ignored if ImageSets/train.txt and
+            ImageSets/val.txt exist.
+        split_seed: seed of this split, separate from `seed` so that runs with different seeds
+            share it.
     """
 
     grouping: str = "merged"
@@ -258,7 +264,7 @@ class KittiDataModule(DetectionDataModule):
         check_classes(self.classes, self.grouping)
 
     def folder(self) -> Path:
-        """Return the checked root; ValueError or FileNotFoundError with the option to type."""
+        """Return the root; raise ValueError or FileNotFoundError if it is not set or missing."""
         if self.root is None:
             raise ValueError(
                 f"dataset.root is not set; type dataset.root=/path/to/kitti ({LAYOUT})"
@@ -266,25 +272,25 @@ class KittiDataModule(DetectionDataModule):
         return need_folder(self.root, "dataset.root", LAYOUT)
 
     def split_ids(self) -> dict[str, list]:
-        """Names of the images, like "000042", of both splits."""
+        """Return the image names of both splits, like "000042"."""
         root = self.folder()
         listed = read_image_sets(root)
         if listed and self.train_fraction != KittiDataModule.train_fraction:
             warnings.warn(
-                f"{root}/ImageSets decides the split: dataset.train_fraction is not used",
+                f"the split is read from {root}/ImageSets: dataset.train_fraction is not used",
                 stacklevel=2,
             )
         if listed and type(self) is KittiDataModule:
-            log.info("%s/ImageSets decides the split; without it: dataset.split_seed", root)
+            log.info("the split is read from %s/ImageSets; dataset.split_seed is not used", root)
         train, val = listed or split(image_ids(root), self.train_fraction, self.split_seed)
         return {"train": train, "val": val}
 
     def load(self, split: Split) -> KittiDataset:
-        """Read the labels of `split`."""
+        """Load the labels of `split`."""
         return KittiDataset(self.folder(), self.split_ids()[split], self.grouping, self.classes)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint both splits; annotations are the text of the label files."""
+        """Return the fingerprints of both splits, with a hash of the label files."""
         root = self.folder()
         images, found = _image_files(root), {}
         for split, ids in self.split_ids().items():
@@ -295,7 +301,7 @@ class KittiDataModule(DetectionDataModule):
 
 
 def __getattr__(name: str) -> Any:
-    """Give the generated data set by its earlier address, which configurations of runs hold."""
+    """Resolve the former path of the generated data set, used by configurations of older runs."""
     if name == "RoadScenesDataModule":
         return import_module("ldt.data.roadscenes").RoadScenesDataModule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The embedded data set: generated road scenes, read like KITTI."""
+"""The built-in data set: generated road scenes in KITTI's layout."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +12,14 @@ from ldt.runs.inputs import cache_folder
 
 @dataclass(kw_only=True, eq=False)
 class RoadScenesDataModule(KittiDataModule):
-    """The embedded data set: synthetic road scenes, generated once and read like KITTI.
+    """The built-in data set: synthetic road scenes, generated once and read like KITTI.
 
     Args:
-        cache: folder to write to; $LDT_CACHE, else ~/.cache/ldt, if None.
+        cache: folder to write to; if None, $LDT_CACHE, else ~/.cache/ldt.
         train, val, height, width, scene_seed, difficulty: see `RoadScenes`.
 
-    Raises ValueError if `root` is given: the scenes choose their own folder below `cache`.
+    Raises:
+        ValueError: `root` is given; the scenes are stored in a folder below `cache`.
     """
 
     cache: str | None = None
@@ -33,8 +34,8 @@ class RoadScenesDataModule(KittiDataModule):
         super().__post_init__()
         if self.root is not None:
             raise ValueError(
-                f"dataset.root={self.root} means nothing to generated scenes; type "
-                f"dataset.cache={self.root} to have them written there"
+                f"dataset.root={self.root} does not apply to generated scenes; type "
+                f"dataset.cache={self.root} to write them there"
             )
         self.scenes = RoadScenes(
             train=self.train,
@@ -46,14 +47,14 @@ class RoadScenesDataModule(KittiDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Write the scenes unless they are there; Lightning calls it in one process."""
+        """Generate the scenes unless they exist; Lightning calls it in one process."""
         self.folder()
 
     def folder(self) -> Path:
-        """Return the scenes' folder, which is written by the first who asks."""
+        """Return the folder of the scenes, which are generated on first access."""
         return roadscenes_generator.write(self.scenes, cache_folder(self.cache))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint the generator: its version and options, whatever has been written."""
+        """Return version and options of the generator; the files are not read."""
         about = {"generator": "roadscenes", "version": roadscenes_generator.VERSION}
         return about | {"options": asdict(self.scenes)}

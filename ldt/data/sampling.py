@@ -1,4 +1,4 @@
-"""What a training batch holds: which images, and how each is augmented, by seed and epoch."""
+"""Deterministic sampling and augmentation of training batches by seed and epoch."""
 
 import random
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ldt.recipe import micro_batch
 
-MIX = ("Mosaic", "RandomAffine", "MixUp")  # what YOLOX switches off for its last epochs
+MIX = ("Mosaic", "RandomAffine", "MixUp")  # disabled by YOLOX for the last epochs
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed `random` and `numpy.random` (the sources of mmdet's transforms), restore them after."""
+    """Seed `random` and `numpy.random` (used by mmdet's transforms) and restore them afterwards."""
     saved = random.getstate(), np.random.get_state()  # noqa: NPY002
     state = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(state)
@@ -32,10 +32,10 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class Draw(NamedTuple):
-    """What the sampler asks of the training set: an image, the epoch, and whether to mix images.
+    """An index from the sampler to the data set: image, epoch, and whether to mix images.
 
-    Epoch and switch travel with the index because persistent workers hold a copy of the data set
-    that nothing else reaches.
+    Epoch and flag are part of the index because persistent workers hold a copy of the data set
+    that cannot be modified from the main process.
     """
 
     index: int
@@ -56,7 +56,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, item: Draw | int | list[Draw]) -> Any:
         if isinstance(item, list):
             return [self[draw] for draw in item]
-        # Plain integers come from the sequential order of `trainer.overfit_batches`.
+        # Plain integers come from the sequential sampler of `trainer.overfit_batches`.
         draw = item if isinstance(item, Draw) else Draw(item, epoch=0, mix=True)
         if isinstance(self.images, MultiImageMixDataset):
             self.images.update_skip_type_keys([] if draw.mix else list(MIX))
@@ -65,23 +65,23 @@ class TrainingImages(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """Shuffled batches of `Draw`s, a pure function of (seed, epoch), which Lightning sets.
+    """Shuffled batches of `Draw`s, a pure function of the seed and of the epoch set by Lightning.
 
-    An optimizer step sees the same `batch_size` images however many processes and accumulated
-    parts share them: they are dealt out among the processes part by part. What is left over at the
-    end of an epoch is a smaller step; so that it divides, too, its first images are taken again.
+    An optimizer step uses the same `batch_size` images for any number of processes and gradient
+    accumulation steps; they are split among the processes per accumulation step. The last step of
+    an epoch may be smaller; its first images are repeated to make it divisible.
 
-    A DistributedSampler also for one process, so that Lightning never replaces it.
+    It is a DistributedSampler also for one process, so that Lightning does not replace it.
 
     Args:
-        dataset: what is drawn from.
-        batch_size: images of one optimizer step, over all processes.
-        rank, world: this process, and how many there are.
-        accumulate: batches of one process in an optimizer step.
+        dataset: the images to sample from.
+        batch_size: images per optimizer step, over all processes.
+        rank, world: rank of this process and number of processes.
+        accumulate: gradient accumulation steps.
         mix: see `Draw`.
 
     Raises:
-        ValueError: `batch_size` does not divide.
+        ValueError: `batch_size` is not divisible.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class EpochSampler(DistributedSampler):
         accumulate: int = 1,
         mix: bool = True,
     ) -> None:
-        # torch adds the epoch to the seed: keep the epochs of neighbouring seeds apart.
+        # torch adds the epoch to the seed: avoid equal sums for neighbouring seeds.
         super().__init__(dataset, world, rank, shuffle=True, seed=dataset.seed << 20)
         micro_batch(batch_size, world, accumulate)
         self.images, self.batch_size, self.accumulate = len(dataset), batch_size, accumulate
@@ -103,7 +103,7 @@ class EpochSampler(DistributedSampler):
         return -(-self.images // self.batch_size) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
-        # A generator: Lightning sets the epoch between `iter` and the first `next`.
+        # Evaluated lazily: Lightning sets the epoch between `iter` and the first `next`.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.images, generator=generator).tolist()
         epoch, mix, world, parts = self.epoch, self.mix, self.num_replicas, self.accumulate

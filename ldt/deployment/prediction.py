@@ -1,7 +1,7 @@
-"""Detects objects in one's own images with a detector of a run; the command `ldt predict`.
+"""The command `ldt predict`: run a pruned detector on arbitrary images.
 
-Writes ``pictures/`` with boxes, ``predictions.json`` in COCO's results format, and ``images.json``,
-which tells the ids in it (a COCO annotation file without annotations).
+Writes ``pictures/`` with drawn boxes, ``predictions.json`` in COCO's results format, and
+``images.json`` with the image and category ids (a COCO annotation file without annotations).
 """
 
 import warnings
@@ -25,10 +25,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 
 
 def find_images(sources: Sequence[str | Path]) -> list[Path]:
-    """The images among files and folders, in order; a folder's by name, without its subfolders.
+    """Collect image files from files and folders; folders are sorted by name, not recursive.
 
     Raises:
-        FileNotFoundError: there is no such path, or no image in a folder.
+        FileNotFoundError: a path does not exist, or a folder has no images.
     """
     found: list[Path] = []
     for source in map(Path, sources):
@@ -45,18 +45,18 @@ def find_images(sources: Sequence[str | Path]) -> list[Path]:
 
 
 class Predictor:
-    """A checkpoint's detector with the preprocessing that it was trained with.
+    """A detector loaded from a checkpoint, with its training-time preprocessing.
 
     Args:
         checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
-        device: where to compute.
+        device: device of the detector.
 
     Attributes:
-        classes: names in label order.
+        classes: class names in label order.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as :func:`ldt.load_pruned`.
-        ValueError: an earlier version of ldt wrote the checkpoint, without the preprocessing.
+        FileNotFoundError, ValueError, ImportError: see :func:`ldt.load_pruned`.
+        ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
     """
 
     def __init__(self, checkpoint: str | Path, device: str | torch.device = "cpu") -> None:
@@ -69,10 +69,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, path: Path, number: int = 0) -> tuple[np.ndarray, DetDataSample]:
-        """An image's pixels [h, w, 3] (uint8, RGB), and its detections in them.
+        """Return an image's pixels [h, w, 3] (uint8, RGB) and detections in pixel coordinates.
 
         Raises:
-            ValueError: the file is no image, or damaged.
+            ValueError: the file is not an image, or damaged.
         """
         loaded = self._read({"img_path": str(path), "img_id": number})
         pixels = loaded["img"][..., ::-1].copy()
@@ -87,25 +87,25 @@ def predict(
     threshold: float = 0.3,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Detect objects in images, draw them and write them down.
+    """Detect objects in images, draw them and save the results.
 
     ``predictions.json`` is a list of ``{image_id, category_id, bbox: [x, y, width, height],
-    score}`` with every box that the detector gives, in pixels of the original images;
-    ``images.json`` has the files and categories of these ids.
+    score}`` with all predicted boxes, in pixels of the original images; ``images.json`` maps the
+    ids to files and categories.
 
     Args:
-        checkpoint: as for :class:`Predictor`.
-        sources: as for :func:`find_images`.
-        out: a folder; files of the same names in it are replaced.
-        threshold: boxes with a higher score are drawn.
-        device: where to compute.
+        checkpoint: see :class:`Predictor`.
+        sources: see :func:`find_images`.
+        out: output folder; existing files of the same names are overwritten.
+        threshold: minimum score of drawn boxes.
+        device: device of the detector.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as :class:`Predictor` and :func:`find_images`.
-        ValueError: ``threshold`` is no score, or a file is no image or damaged.
+        FileNotFoundError, ValueError, ImportError: see :class:`Predictor` and :func:`find_images`.
+        ValueError: ``threshold`` is not in [0, 1], or a file is not an image or damaged.
     """
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}: a score from 0 to 1, for example 0.3")
+        raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, for example 0.3")
     paths, out = find_images(sources), Path(out)
     predictor = Predictor(checkpoint, device)
     out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def predict(
 
 
 def _results(number: int, sample: Any) -> list[dict[str, Any]]:
-    """An image's detections in COCO's results format; a category's id is its label plus 1."""
+    """Convert detections to COCO's results format; category ids are labels plus 1."""
     found = sample.pred_instances
     ends = corners(found)
     boxes = torch.cat([ends[:, :2], ends[:, 2:] - ends[:, :2]], 1).tolist()
@@ -136,9 +136,9 @@ def _results(number: int, sample: Any) -> list[dict[str, Any]]:
 
 
 def _painter(classes: tuple[str, ...], threshold: float) -> Any:
-    """A function that draws detections above a score on pixels, into a file."""
+    """Return a function that draws detections above a score and saves the picture."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it has no backend but our files
+        warnings.simplefilter("ignore")  # warns that no visualisation backend is set
         visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = {"classes": classes, "palette": "random"}
 

@@ -1,7 +1,7 @@
-"""Writes a pruned detector as a folder that mmdet's own tools open; the command `ldt export`.
+"""The command `ldt export`: save a pruned detector as a folder for mmdet's tools.
 
-The folder holds ``config.py``, a plain mmdet config, and ``weights.pth``. After ``import ldt``,
-``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer`` open it.
+The folder contains ``config.py``, a plain mmdet config, and ``weights.pth``. After ``import ldt``,
+it can be loaded with ``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer``.
 """
 
 from pathlib import Path
@@ -21,19 +21,19 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     """Write the detector of a checkpoint as ``config.py`` and ``weights.pth``.
 
     The config is complete for inference: the model with its pruned structure, classes, test
-    pipeline with the training's preprocessing, test data loader (its ``data_root`` and ``ann_file``
-    are yours to set), visualizer. It needs the package ldt wherever it is opened.
+    pipeline with the preprocessing used in training, test data loader (set its ``data_root`` and
+    ``ann_file``) and visualizer. Loading it requires the package ldt.
 
     Args:
         checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
-        folder: made if need be; files of these names in it are replaced.
+        folder: output folder, created if necessary; existing files are overwritten.
 
     Returns:
         The folder.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as :func:`ldt.load_pruned`.
-        ValueError: an earlier version of ldt wrote the checkpoint, without the preprocessing.
+        FileNotFoundError, ValueError, ImportError: see :func:`ldt.load_pruned`.
+        ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
         OSError: the folder cannot be written.
     """
     content, folder = read(checkpoint), Path(folder)
@@ -54,18 +54,18 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
 
 
 def _imports(model: dict[str, Any]) -> dict[str, Any]:
-    """Ours beside those that the detector's own config asks for."""
+    """Return the custom imports of the detector's config plus ``ldt.pruned``."""
     own = model.get("custom_imports", {}).get("imports", [])
     own = [own] if isinstance(own, str) else own
     return {"imports": [*own, "ldt.pruned"], "allow_failed_imports": False}
 
 
 def _model(about: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The unpruned detector's config, with another type and what pruning changed."""
+    """Return the unpruned detector's config with type PrunedDetector and the pruned shapes."""
     unpruned = build(about["model"], initialise=False)
     sizes, shapes = structure.changes(unpruned, about["structure"], state)
     model = {key: value for key, value in about["model"].items() if key != "custom_imports"}
-    drop_pretrained(model)  # whoever trains it further starts from these weights
+    drop_pretrained(model)  # further training starts from the exported weights
     own = {"detector": model.pop("type"), "sizes": sizes, "shapes": shapes}
     return {"type": "PrunedDetector", **model, **own}
 
