@@ -47,7 +47,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path):
     assert summary(folder)["status"] == "interrupted"
     assert experiment.resumable(folder) is not None
     text = (tmp_path / "run.out").read_text()
-    assert "the same command goes on" in text
+    assert "the same command resumes" in text
     assert "Traceback" not in text
 
 
@@ -78,7 +78,7 @@ def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
     text = (tmp_path / "run.out").read_text()
     assert text.count("waiting for its end") == 1
     assert text.count("epoch 3/3") == 1
-    assert text.count("is finished already") == 1
+    assert text.count("is already finished") == 1
     assert summary(tmp_path / "run")["status"] == "finished"
 
 

@@ -27,7 +27,7 @@ def ldt(context: click.Context) -> None:
 
     \b
     Examples:
-      ldt run                                   train, prune and retrain on the embedded data set
+      ldt run                                   train, prune and retrain on the built-in data set
       ldt report runs/default                   compare the runs of a study on one HTML page
       ldt prune CONFIG WEIGHTS DATA --rate 0.3  show what is pruned and the cost in AP
       ldt export runs/default/<run>/round-2.ckpt exported     write a pruned detector for mmdet

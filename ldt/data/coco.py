@@ -242,7 +242,7 @@ class CocoDataModule(DetectionDataModule):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprints of both splits; image lists of large annotation files are cached."""
+        """Return the fingerprints of both splits; image lists of large files are cached."""
         found = {}
         for split in ("train", "val"):
             annotations, images = self._paths(split)

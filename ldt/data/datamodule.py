@@ -43,7 +43,7 @@ META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 
 
 def need_folder(root: str | Path, option: str, expected: str) -> Path:
-    """Return `root` as a path; raise FileNotFoundError, with what is `expected`, if it is missing."""
+    """Return `root` as a path; raise FileNotFoundError with the `expected` content if missing."""
     path = Path(root).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
@@ -135,8 +135,8 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     Every loader yields `{"inputs": [uint8 (3, h, w), BGR], "data_samples": [DetDataSample]}`.
     A sample has `gt_instances` and `ignored_instances` (either may be empty) with `bboxes`
-    (x1, y1, x2, y2) and `labels`, and `img_id` (int, unique in its split: distributed
-    validation repeats some images, which are identified by it), `img_path`, `ori_shape`, `img_shape`,
+    (x1, y1, x2, y2) and `labels`, and `img_id` (int, unique in its split, which
+    identifies images repeated in distributed validation), `img_path`, `ori_shape`, `img_shape`,
     `scale_factor`. Boxes are in network-input coordinates, except in `val_dataloader`, where they
     are in original-image coordinates like mmdet's predictions.
 
@@ -263,7 +263,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         return self._loader(Subset(training, order.tolist()), batch_size)
 
     def probe_dataloader(self, split: Split, batch_size: int) -> DataLoader:
-        """Return all images of `split` in order, not augmented, boxes in network-input coordinates."""
+        """Return the images of `split` in order, not augmented, boxes in input coordinates."""
         return self._loader(self._plain(split), batch_size)
 
     def augment_off(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, aggregated: what methods are compared by."""
+"""Aggregation of runs that differ only in their seed, for the comparison of methods."""
 
 import json
 from collections import Counter, defaultdict
@@ -11,7 +11,7 @@ import pandas as pd
 from ldt.runs import files, identity, inputs
 from ldt.runs.run import Run
 
-MOST_NAMED = 2  # keys in which variants of a method may differ for all of them to be in its label
+MOST_NAMED = 2  # list all varying keys in labels if there are at most so many
 LONGEST_LABEL = 48  # characters
 Config = dict[str, Any]  # flat: dotted key -> value
 
@@ -21,15 +21,15 @@ class Cell:
     """Finished runs of one configuration with several seeds.
 
     Attributes:
-        dataset, detector, budget: their names.
-        method: its name; ``unpruned`` or ``unpruned, LDT losses`` for runs that prune nothing.
-        rate: the asked share of the budget to remove; 0 where nothing is pruned.
+        dataset, detector, budget: names.
+        method: name; ``unpruned`` or ``unpruned, LDT losses`` for runs that prune nothing.
+        rate: the requested rate (share of the budget to remove); 0 if nothing is pruned.
         metric: the data set's headline metric.
-        config: what its runs have in common, flat (:func:`ldt.runs.identity.cell`), and which
-            ``inputs`` they read where there are runs that read others.
+        config: the flat settings shared by its runs (:func:`ldt.runs.identity.cell`), with a hash
+            of their ``inputs`` if other runs with the same settings have different ones.
         runs: sorted by seed.
-        changed: keys in which the cell differs from what most runs of its method have there.
-        label: the method, with ``changed`` where it has variants.
+        changed: keys in which the cell differs from the most common value among the method's runs.
+        label: the method, with ``changed`` if it has variants.
     """
 
     dataset: str
@@ -50,15 +50,15 @@ class Cell:
 
     @property
     def block(self) -> tuple[str, str, str, float]:
-        """What cells have in common that may be compared number by number."""
+        """The settings that must be equal for cells to be compared directly."""
         return self.dataset, self.detector, self.budget, self.rate
 
 
 def cells(runs: Iterable[Run]) -> list[Cell]:
-    """The finished runs by configuration, unpruned ones first, then by rate and label.
+    """Group the finished runs by configuration, unpruned ones first, then by rate and label.
 
     Args:
-        runs: of one study or several.
+        runs: runs of one or several studies.
     """
     grouped: dict[str, tuple[Config, list[Run]]] = {}
     for run in runs:
@@ -82,7 +82,7 @@ def _key(run: Run, config: Config) -> str:
 
 
 def _by_inputs(runs: Sequence[Run]) -> dict[str | None, list[Run]]:
-    """Runs of one configuration by what they read; those that did not record it go with any."""
+    """Group runs of one configuration by their inputs; unrecorded inputs match any others."""
     found: dict[str | None, list[Run]] = defaultdict(list)
     for run in runs:
         read = inputs.fingerprint(files.read_json(run.folder / files.INPUTS))
@@ -112,13 +112,13 @@ def _cell(runs: Sequence[Run], config: Config) -> Cell:
 
 
 def varying(configs: Sequence[tuple[Config, int]]) -> dict[str, Counter[str]]:
-    """The keys in which configurations differ, with how many runs have each value.
+    """Find the keys in which configurations differ, with the number of runs per value.
 
     Args:
-        configs: flat configurations, and the number of runs that have them.
+        configs: flat configurations, each with its number of runs.
 
     Returns:
-        For every such key its values as text, a missing one as ``(not set)``.
+        For each such key its values as text; missing ones are ``(not set)``.
     """
     keys = sorted({key for config, _ in configs for key in config})
     counted: dict[str, Counter[str]] = {key: Counter() for key in keys}
@@ -129,7 +129,7 @@ def varying(configs: Sequence[tuple[Config, int]]) -> dict[str, Counter[str]]:
 
 
 def shown(config: Config, key: str) -> str:
-    """A value as text: as YAML and JSON write it."""
+    """Format a value as in YAML and JSON."""
     if key not in config:
         return "(not set)"
     value = config[key]
@@ -137,7 +137,7 @@ def shown(config: Config, key: str) -> str:
 
 
 def _label(block: Sequence[Cell]) -> list[Cell]:
-    """Name what sets variants of a method apart: all of it if that is little, or a number."""
+    """Label the variants of a method by their settings if short, else by a number."""
     keys = varying([(_variant(cell), len(cell.runs)) for cell in block])
     usual = {key: values.most_common(1)[0][0] for key, values in keys.items()}
     numbers: dict[str, int] = {}
@@ -166,13 +166,13 @@ def _variant(cell: Cell) -> Config:
 
 
 def summarise(found: Sequence[Cell]) -> pd.DataFrame:
-    """A row per cell: means over its runs and their sample standard deviations.
+    """Compute one row per cell: means and sample standard deviations over its runs.
 
-    Columns: ``dataset``, ``detector``, ``method`` (the label), ``budget``, ``rate`` (asked),
-    ``seeds``, ``metric`` (the name of the headline metric), then for every number that a round
-    records (``AP``, ``params`` ...) the last round's mean under its name and the deviation under
-    ``<name>_std``, nan for a single seed; ``base`` is the headline metric before pruning. Runs
-    of equal configuration and seed count as one.
+    Columns: ``dataset``, ``detector``, ``method`` (the label), ``budget``, ``rate``
+    (requested), ``seeds``, ``metric`` (name of the headline metric), then for each measurement of a
+    round (``AP``, ``params`` ...) the last round's mean under its name and the deviation under
+    ``<name>_std``, NaN for a single seed; ``base`` is the headline metric before pruning. Runs with
+    equal configuration and seed count as one.
     """
     rows = [{"cell": i, **_numbers(run)} for i, cell in enumerate(found) for run in cell.runs]
     seeds: Any = pd.DataFrame(rows).groupby(["cell", "seed"]).mean()
@@ -207,7 +207,7 @@ def _numbers(run: Run) -> dict[str, float]:
 
 
 def notes(found: Sequence[Cell]) -> list[str]:
-    """What the numbered labels stand for, one line each."""
+    """Explain the numbered labels, one line each."""
     told = {
         cell.label: ", ".join(f"{key}={value}" for key, value in cell.changed.items())
         for cell in found

@@ -1,4 +1,4 @@
-"""Where two configurations differ."""
+"""Comparison of nested configurations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,15 @@ NOT_SET = "(not set)"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two nested dicts differ.
+    """List the differences between two nested dicts.
 
     Args:
-        old: plain data; dicts may hold dicts.
+        old: plain data, possibly nested dicts.
         new: the same.
 
     Returns:
-        (dotted key, old value, new value), sorted by key; a key that one side does not have shows
-        as ``(not set)`` there. Lists are compared whole.
+        (dotted key, old value, new value), sorted by key; missing values are ``(not set)``. Lists
+        are compared as single values.
     """
     found: list[tuple[str, Any, Any]] = []
     for key in sorted({*old, *new}):
@@ -31,6 +31,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 
 
 def _nests(there: Any, has_old: bool, now: Any, has_new: bool) -> bool:
-    """Whether the difference lies below the key: dicts on both sides, or on the only side."""
+    """Whether to recurse: all present values are dicts and at least one is not empty."""
     sides = [value for value, has in ((there, has_old), (now, has_new)) if has]
     return all(isinstance(value, dict) for value in sides) and any(sides)

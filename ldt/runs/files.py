@@ -1,6 +1,6 @@
-"""The files of a run's directory: their names, and how they are written and read.
+"""Files of a run's directory: names, reading and atomic writing.
 
-Files are written atomically: a reader sees the old content or the new one, never a part.
+Files are written atomically: a reader sees either the old or the new content, never a part.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # the resolved configuration
-SUMMARY = "summary.json"  # how the run ended
-ROUNDS = "rounds.csv"  # a row per finished round
-SPLIT = "split.json"  # the images of every split
+SUMMARY = "summary.json"  # outcome of the run
+ROUNDS = "rounds.csv"  # one row per finished round
+SPLIT = "split.json"  # the image ids of each split
 ENVIRONMENT = "environment.json"  # versions, hardware, commit
-INPUTS = "inputs.json"  # fingerprints of everything that the run reads
-STRUCTURE = "structure.json"  # layers of every round, coupled groups
-LATENCY = "latency.json"  # latencies that were measured after the run
-LAST = "last.ckpt"  # what an unfinished run resumes from
-PREVIOUS = "last.ckpt.previous"  # the one before, in case that LAST is damaged
+INPUTS = "inputs.json"  # fingerprints of the run's inputs
+STRUCTURE = "structure.json"  # layers per round, coupled groups
+LATENCY = "latency.json"  # latencies measured after the run
+LAST = "last.ckpt"  # from which an unfinished run resumes
+PREVIOUS = "last.ckpt.previous"  # the previous one, in case LAST is damaged
 INTERRUPTED = "interrupted.ckpt"  # the weights at Ctrl-C
 LOCK = ".lock"  # held while a command works on the run
-LOGS = "logs"  # logs, logs-2, logs-3 ...: one folder for each start
+LOGS = "logs"  # logs, logs-2, logs-3 ...: one folder per start
 METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
 
@@ -44,7 +44,7 @@ def round_checkpoint(round_: int) -> str:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints of the rounds, by round."""
+    """Return the checkpoints by round."""
     return _numbered(folder, "round-*.ckpt")
 
 
@@ -59,12 +59,12 @@ def score_files(folder: Path) -> dict[int, Path]:
 
 
 def log_folders(folder: Path) -> list[Path]:
-    """Return the folders of the training logs, the first start's first."""
+    """Return the folders of the training logs in order of the starts."""
     return list(_numbered(folder, f"{LOGS}*").values())
 
 
 def next_logs(folder: Path) -> str:
-    """Return the name of the next start's log folder; Lightning empties one that is there."""
+    """Return the name of the next log folder; Lightning would empty an existing one."""
     started = len(log_folders(folder))
     return f"{LOGS}-{started + 1}" if started else LOGS
 
@@ -75,17 +75,17 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether a directory is that of a run."""
+    """Return whether a directory contains a run."""
     return (folder / SUMMARY).is_file() or (folder / CONFIG).is_file()
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run has trained anything that a later start would continue."""
+    """Return whether a run has a checkpoint to resume from."""
     return any((folder / name).is_file() for name in (LAST, PREVIOUS)) or bool(checkpoints(folder))
 
 
 def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    """Files by the number at the end of their stem (0 without one), in its order."""
+    """Files by the number at the end of their stem (default 0), sorted by it."""
     found = {}
     for path in folder.glob(pattern):
         digits = re.search(r"(\d+)$", path.stem)
@@ -95,11 +95,11 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
 
 @contextlib.contextmanager
 def alone(folder: Path, waits: bool = True) -> Iterator[None]:
-    """Keep a second command for the same directory waiting until the first has ended.
+    """Lock a run's directory; a second command for it waits until the first has ended.
 
     Args:
-        folder: the run's directory, which is made where there is none.
-        waits: False for further processes of the same command.
+        folder: the run's directory, created if missing.
+        waits: whether to take the lock; False for the other processes of the same command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not waits:
@@ -109,7 +109,7 @@ def alone(folder: Path, waits: bool = True) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.warning("%s is being run by another process: waiting for its end", folder)
+        log.warning("%s is in use by another process: waiting for it to finish", folder)
         lock.acquire()
     try:
         yield
@@ -118,17 +118,17 @@ def alone(folder: Path, waits: bool = True) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
+    """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration that stands in a run's directory; empty where there is none.
+    """Return the configuration stored in a run's directory; empty if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -136,17 +136,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         found = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove the run to run it again") from error
+        raise ValueError(f"{file} is damaged ({error}); remove the run to repeat it") from error
     return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Plain data as indented JSON."""
+    """Write plain data as indented JSON."""
     write_text(path, json.dumps(data, indent=2, allow_nan=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no file; ValueError for a damaged one."""
+    """Read a JSON object, empty if there is no file; raise ValueError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows as CSV; the columns are the union of their keys, in order of appearance."""
+    """Write rows as CSV; the columns are the union of their keys, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -166,7 +166,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file, numbers as numbers; empty where there is no file."""
+    """Read the rows of a CSV file with numbers converted; empty if there is no file."""
     if not path.is_file():
         return []
     try:

@@ -1,8 +1,8 @@
-"""What a run is: the only definition of "the same run" and "the same cell with another seed".
+"""Run identity: the definition of "same run" and "same cell" (same settings, another seed).
 
-The run loop, shared bases, the report, the figures and the experiments' builder ask this module.
-Two configurations are the same run if their :func:`essence` is equal, and belong to the same cell
-if it is equal but for :data:`REPEATS`. What a run reads from its data is in :mod:`ldt.runs.inputs`.
+It is used by the run loop, shared bases, the report, the figures and the experiment tables. Two
+configurations are the same run if their :func:`essence` is equal, and belong to the same cell if it
+is equal except for :data:`REPEATS`. Fingerprints of the data are in :mod:`ldt.runs.inputs`.
 """
 
 import contextlib
@@ -20,34 +20,34 @@ from ldt.runs.differences import differences
 Flat = dict[str, Any]  # dotted key -> value
 Relation = Literal["same run", "same cell", "other run"]
 
-LABELS = ("study", "run_name")  # what a run is called
-FREE = (  # keys, and groups of keys, that are no part of a run: they change no result's meaning
+LABELS = ("study", "run_name")  # names only
+FREE = (  # keys, and groups of keys, that are not part of the identity: results stay comparable
     *LABELS,
-    # where things are
+    # locations
     *("dataset.root", "dataset.cache", "trainer.default_root_dir"),
-    # where and how fast it is computed
+    # hardware and speed
     *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
-    # what is measured besides, drawn, logged, returned to a sweeper
+    # additional measurements, figures, logging, objectives of a sweeper
     *("report", "logger", "objectives", "trainer.logger", "trainer.log_every_n_steps"),
     *("trainer.validate_every", "trainer.check_val_every_n_epoch", "trainer.val_check_interval"),
     *("trainer.num_sanity_val_steps", "trainer.enable_progress_bar", "trainer.profiler"),
     *("trainer.enable_model_summary", "trainer.enable_checkpointing", "trainer.detect_anomaly"),
     *("trainer.enable_autolog_hparams", "trainer.model_registry", "trainer.barebones"),
 )
-SOURCES = (  # keys that others are made of (dataset.scale, ldt.enabled): only those are read
+SOURCES = (  # keys interpolated by others (dataset.scale, ldt.enabled), which are compared instead
     *("dataset.scales", "detector.size", "method.ldt"),
 )
-UNPRUNED = (  # keys that nobody reads where nothing is pruned
+UNPRUNED = (  # keys without effect if nothing is pruned
     *("prune", "recipe.retrain_epochs", "recipe.retrain_lr", "method.ranking"),
     *("method.inner_rounds", "method.criterion", "method.gradual"),
 )
-LDT_OFF = (  # keys that nobody reads where the detector is trained without LDT
+LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
     *("ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
 )
-REPEATS = ("seed", "base")  # runs of a cell may differ in these: other chance, same settings
-BEFORE: Flat = {  # what a key meant before there was one, or before it was set
+REPEATS = ("seed", "base")  # runs of a cell may differ in these
+BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
     "method.inner_rounds": 1,
     "recipe.channels_last": False,
@@ -61,12 +61,12 @@ BEFORE: Flat = {  # what a key meant before there was one, or before it was set
     "trainer.reload_dataloaders_every_n_epochs": 0,
     "trainer.use_distributed_sampler": True,
 }
-BUDGET_ALIASES = {"flops": "macs"}  # the papers' tables say FLOPs and count MACs
-IN_NAMES = {"macs": "flops"}  # how the names of runs spell a budget
+BUDGET_ALIASES = {"flops": "macs"}  # the paper's tables say FLOPs but count MACs
+IN_NAMES = {"macs": "flops"}  # spelling of a budget in run names
 
-RUNS = Path("runs")  # studies are below it
+RUNS = Path("runs")  # parent of all studies
 SPELT = ("detector", "dataset", "method", "prune.budget", "prune.rate", "seed")  # in every name
-UNNAMED = ("experiment",)  # chooses keys, which are checked when a directory is claimed
+UNNAMED = ("experiment",)  # selects other keys, which are checked when a directory is claimed
 NAMED_BEFORE = (  # overrides that earlier versions left out of names
     *(*SPELT, *UNNAMED, "study", "objectives", "dataset.root", "dataset.cache"),
     *("dataset.workers", "trainer.devices", "report.pictures", "logger", "logger.mode"),
@@ -75,13 +75,13 @@ NAMED_BEFORE = (  # overrides that earlier versions left out of names
 
 
 class OtherRunError(ValueError):
-    """A directory holds another run than the one that was asked for; it is left as it is."""
+    """A directory holds another run than the requested one; it is not modified."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Flat:
-    """Return a nested dict with dotted keys; lists are values, and nulls are left out.
+    """Flatten a nested dict to dotted keys; lists are values, and nulls are dropped.
 
-    A key that a run's configuration did not have yet is null in that of a later one.
+    Nulls are dropped because keys missing in older configurations are null in newer ones.
 
     Example:
         >>> flatten({"prune": {"rate": 0.5, "scope": ["neck"]}, "seed": None})
@@ -121,30 +121,30 @@ def essence(config: Mapping[str, Any]) -> Flat:
 
 
 def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return keys, and groups of keys, that nobody reads in a run of a configuration."""
+    """Return the keys, and groups of keys, that have no effect with this configuration."""
     pruning = UNPRUNED if _prunes_nothing(config) else ()
     return (*pruning, *LDT_OFF) if _off(config) else pruning
 
 
 def cell(config: Mapping[str, Any]) -> Flat:
-    """Return what the runs of a cell have in common, flat: :func:`essence` without the seed."""
+    """Return the flat settings shared by the runs of a cell: :func:`essence` without the seed."""
     return {key: value for key, value in essence(config).items() if key not in REPEATS}
 
 
 def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> Relation:
-    """Tell how the runs of two resolved configurations are related."""
+    """Compare two resolved configurations."""
     if essence(one) == essence(other):
         return "same run"
     return "same cell" if cell(one) == cell(other) else "other run"
 
 
 def canonical_budget(name: str) -> str:
-    """Return the one name of a budget that has several."""
+    """Return the canonical name of a budget."""
     return BUDGET_ALIASES.get(name, name)
 
 
 def digest(facts: Any) -> str:
-    """Return 8 hex digits that stand for plain data."""
+    """Return a hash of plain data as 8 hex digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -154,16 +154,16 @@ def _below(key: str, groups: Iterable[str]) -> bool:
 
 
 def _number(key: str, value: Any) -> Any:
-    """Integral floats as integers; Lightning tells 1 batch from a share of 1.0."""
+    """Convert integral floats to integers; Lightning distinguishes 1 batch from a share of 1.0."""
     if not isinstance(value, float) or not value.is_integer():
         return value
     if value == 1 and key.startswith(("trainer.limit_", "trainer.overfit_")):
-        return None if "limit" in key else "all"  # a share; of the limits it is the default
+        return None if "limit" in key else "all"  # a share of 1.0 is the default of the limits
     return int(value)
 
 
 def _batch_of_a_step(config: Mapping[str, Any], flat: Flat) -> Flat:
-    """The batch of one optimizer step where an earlier version counted a process's images."""
+    """Convert the per-process batch size of earlier versions to that of an optimizer step."""
     trainer = config.get("trainer")
     if not isinstance(trainer, Mapping) or "accumulate_grad_batches" in trainer:
         return {}
@@ -188,15 +188,15 @@ def _off(config: Mapping[str, Any]) -> bool:
 
 
 def claim(folder: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Check that a directory is free or holds this very run.
+    """Check that a directory is free or holds the same run.
 
     Args:
         folder: the run's directory.
         config: the resolved configuration of the command.
-        known: that of the directory, empty where it has none.
+        known: the configuration stored in the directory, empty if there is none.
 
     Raises:
-        OtherRunError: it holds another run.
+        OtherRunError: the directory holds another run.
     """
     if not known:
         return
@@ -212,16 +212,16 @@ def claim(folder: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> 
 
 
 def find(study: Path, config: Mapping[str, Any], prefix: str = "") -> Path | None:
-    """Return the directory of a study that holds the run of a configuration, if there is one.
+    """Return the directory in a study that holds the run of a configuration, if any.
 
     Args:
         study: directory of the study.
         config: a resolved configuration.
-        prefix: of the directory's name.
+        prefix: prefix of the directory's name.
     """
     wanted = essence(config)
     for file in sorted(study.glob(f"{prefix}*/{files.CONFIG}")):
-        with contextlib.suppress(ValueError):  # damaged: of no use
+        with contextlib.suppress(ValueError):  # skip damaged configurations
             known = files.read_config(file.parent)
             if known and essence(known) == wanted:
                 return file.parent
@@ -231,15 +231,16 @@ def find(study: Path, config: Mapping[str, Any], prefix: str = "") -> Path | Non
 def run_name(overrides: ListConfig, root: DictConfig) -> str:
     """Return the name of a run's directory; the resolver ``run_name`` of ``conf/config.yaml``.
 
-    It spells out what runs are compared by, and ends in a hash of the further overrides that are
-    part of the run's identity. A directory that an earlier version named is found again.
+    It consists of data set, detector, method, budget, rate and seed, followed by a hash of other
+    overrides that are part of the run's identity. Existing directories named by an earlier version
+    are found as well.
     """
     given: Any = OmegaConf.to_container(overrides, resolve=False)
     stem = "-".join(root[group].name for group in ("dataset", "detector", "method"))
     rate, seed = root.prune.rate, root.seed
     budget = IN_NAMES.get(root.prune.budget, root.prune.budget)
     stem = f"{stem}-{budget}{rate}-s{seed}"
-    groups = ("method", "prune", "ldt", "trainer")  # the whole would hold the name itself
+    groups = ("method", "prune", "ldt", "trainer")  # the complete configuration contains the name
     config: Any = {g: OmegaConf.to_container(root[g], resolve=True) for g in groups}
     names = [stem + suffix for suffix in (suffix_of(given, config), _suffix_before(given))]
     study = RUNS / root.study
@@ -247,11 +248,11 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
 
 
 def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:
-    """Return ``-<8 hex digits>`` of the overrides that a name does not spell out, or nothing.
+    """Return ``-<8 hex digits>`` for the overrides that are not spelled out, or an empty string.
 
     Args:
-        overrides: as given on the command line.
-        config: what they compose to, resolved.
+        overrides: overrides as given on the command line.
+        config: the composed, resolved configuration.
     """
     from ldt.sweeps import parse  # imports Hydra
 
@@ -259,7 +260,7 @@ def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:
     aside = (*FREE, *idle(config))
     for override in parse(overrides):
         name = override.key_or_group
-        if name == "trainer":  # what the option sets counts, not what it is called
+        if name == "trainer":  # compare the values it sets, not its name
             kept |= _trainer_keys(config)
         elif name not in (*SPELT, *UNNAMED) and not _below(name, aside):
             key = override.get_key_element().lstrip("+")
@@ -268,7 +269,7 @@ def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:
 
 
 def _trainer_keys(config: Mapping[str, Any]) -> dict[str, str]:
-    """What the trainer's options set besides place and speed."""
+    """Return the trainer keys that differ from their defaults and affect the results."""
     from ldt.config import TrainerConfig
 
     usual = flatten({"trainer": OmegaConf.to_container(OmegaConf.structured(TrainerConfig))})  # type: ignore[dict-item]

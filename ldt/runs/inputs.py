@@ -1,8 +1,8 @@
-"""What a run reads besides its configuration: ``inputs.json`` in its directory.
+"""Fingerprints of a run's inputs besides its configuration, stored as ``inputs.json``.
 
-Fingerprints of the data (ids, annotations and image sizes of every split), of the resolved model
-config, of the weights and of the code that the config imports. Where the data lie is not among
-them; the places are listed beside.
+They cover the data (ids, annotations and image file sizes of each split), the resolved model
+config, the weights and the code that the config imports. The location of the data is recorded too,
+but is not part of the fingerprints.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 PARTS = ("data", "model", "weights", "code")
 SPLITS = {"train": "training", "val": "validation"}
 BLOCK = 1 << 20  # bytes read at once
-LARGE = 4 << 20  # bytes; what was found of larger files is remembered
-BEGUN_EARLIER = "begun_by_earlier_version"  # key of a run that an earlier version has begun
-MOST_TOLD = 3  # differences of a part that are told
+LARGE = 4 << 20  # bytes; results for larger files are cached
+BEGUN_EARLIER = "begun_by_earlier_version"  # set for runs started by an earlier version
+MOST_TOLD = 3  # maximum number of differences listed per part
 Inputs = dict[str, Any]
 
 
@@ -34,7 +34,7 @@ Inputs = dict[str, Any]
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """Return a hash of values in order, each as its text."""
+    """Return a hash of the string representations of values, in order."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         found.update(f"{part}\0".encode())
@@ -42,7 +42,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return a hash of a file's content; that of a large file is remembered until it changes."""
+    """Return a hash of a file's content; hashes of large files are cached until they change."""
     return remembered(path, "digest", _hash)
 
 
@@ -55,12 +55,12 @@ def _hash(path: Path) -> str:
 
 
 def remembered(path: Path, what: str, find: Callable[[Path], Any]) -> Any:
-    """Return ``find(path)``, from the cache where the file is large and has not changed.
+    """Return ``find(path)``, cached for large files until they change.
 
     Args:
-        path: of the file.
-        what: a name for what is found.
-        find: gives plain data.
+        path: the file.
+        what: name of the result in the cache.
+        find: computes the result, which must be JSON-serialisable.
     """
     state = path.stat()
     if state.st_size < LARGE:
@@ -70,14 +70,14 @@ def remembered(path: Path, what: str, find: Callable[[Path], Any]) -> Any:
     with contextlib.suppress(OSError, ValueError):
         return json.loads(cache.read_text(encoding="utf-8"))
     found = find(path)
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+    with contextlib.suppress(OSError):  # an unwritable cache only costs time
         cache.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(cache, json.dumps(found))
     return found
 
 
 def cache_folder(given: str | None = None) -> Path:
-    """Return the folder for what can be made again: the given one, ``$LDT_CACHE`` or the user's."""
+    """Return the cache folder: the given one, ``$LDT_CACHE`` or ``~/.cache/ldt``."""
     return Path(given or os.environ.get("LDT_CACHE") or "~/.cache/ldt").expanduser()
 
 
@@ -85,9 +85,9 @@ def split_record(ids: Sequence[Any], images: Iterable[str], annotations: str) ->
     """Return the fingerprint of a split.
 
     Args:
-        ids: of its images, in order.
-        images: their files, in the same order.
-        annotations: a hash of their content.
+        ids: image ids in order.
+        images: image files in the same order.
+        annotations: hash of the annotations.
 
     Raises:
         FileNotFoundError: an image is missing.
@@ -105,15 +105,15 @@ def split_record(ids: Sequence[Any], images: Iterable[str], annotations: str) ->
 def record(
     data: Mapping[str, Any], model: Mapping[str, Any], checkpoint: str | None = None
 ) -> Inputs:
-    """Return the fingerprints of all that a run reads.
+    """Return the fingerprints of all inputs of a run.
 
     Args:
-        data: of a data module.
-        model: the resolved model config, with ``custom_imports`` where the mmdet config has them.
-        checkpoint: the file with the detector's weights.
+        data: fingerprint of the data module.
+        model: the resolved model config, including the ``custom_imports`` of the mmdet config.
+        checkpoint: file with the detector's weights.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the checkpoint does not exist.
     """
     weights = _local_weights(model)
     if checkpoint:
@@ -128,11 +128,11 @@ def record(
         "weights": {key: file_digest(Path(file)) for key, file in weights.items()},
         "code": {name: _code(name) for name in modules},
     }
-    return json.loads(json.dumps(found))  # as it will be read: tuples are lists
+    return json.loads(json.dumps(found))  # as read back from JSON: tuples become lists
 
 
 def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
-    """Files that ``init_cfg`` entries of a model config load, by their place in it."""
+    """Local files loaded by ``init_cfg`` entries of a model config, by dotted key."""
     found: dict[str, str] = {}
     for key, value in node.items() if isinstance(node, Mapping) else ():
         file = value.get("checkpoint") if key == "init_cfg" and isinstance(value, Mapping) else None
@@ -143,11 +143,11 @@ def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
 
 
 def _code(module: str) -> str | None:
-    """A hash of a module's source, of a package's whole; None where it is not found."""
+    """Hash the source of a module or of a whole package; None if it is not found."""
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):
-        return None  # building the detector tells
+        return None  # building the detector raises a specific error
     if spec is None or not spec.origin:
         return None
     origin = Path(spec.origin)
@@ -157,7 +157,7 @@ def _code(module: str) -> str | None:
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str | None:
-    """Return one hash of a run's inputs, None for a run that did not record them."""
+    """Return one hash of a run's recorded inputs; None if they were not recorded."""
     if not inputs:
         return None
     return digest([json.dumps([inputs[part] for part in PARTS], sort_keys=True)])
@@ -167,21 +167,21 @@ def fingerprint(inputs: Mapping[str, Any]) -> str | None:
 
 
 def check(folder: Path, now: Mapping[str, Any]) -> None:
-    """Check that a directory's run read what this command reads.
+    """Check that the run in a directory used the same inputs.
 
     Raises:
-        OtherRunError: it read something else.
+        OtherRunError: its inputs differ.
     """
     known = files.read_json(folder / files.INPUTS)
     if told := changes(known, now) if known else _other_images(folder, now["data"]):
         raise OtherRunError(
-            f"{folder} holds a run that read something else: {'; '.join(told)}. Restore it, or "
+            f"{folder} holds a run with other inputs: {'; '.join(told)}. Restore them, or "
             "choose another study=<name> or run_name=<name>"
         )
 
 
 def _other_images(folder: Path, data: Mapping[str, Any]) -> list[str]:
-    """What differs for a run that did not record its inputs, but the ids of its images."""
+    """Compare the image ids of a run that recorded no other inputs."""
     told = []
     for split, ids in files.read_json(folder / files.SPLIT).items():
         if split in data and split in SPLITS:
@@ -191,7 +191,7 @@ def _other_images(folder: Path, data: Mapping[str, Any]) -> list[str]:
 
 
 def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: Any) -> None:
-    """Record a run's inputs and the place where its data lie now; earlier places are kept."""
+    """Record a run's inputs and append the current location of its data."""
     known = files.read_json(folder / files.INPUTS)
     places = [p for p in known.get("places", []) if p != place] + [place] * (place is not None)
     own = {key: value for key, value in known.items() if key not in PARTS}
@@ -203,24 +203,25 @@ def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: Any) 
 def settle(
     folder: Path, now: Mapping[str, Any], place: str | None, finished: bool, writes: bool
 ) -> None:
-    """Check what a started run reads, and record the place where its data lie now.
+    """Check the inputs of a started run and record the current location of its data.
 
     Args:
         folder: the run's directory.
-        now: what the command reads.
-        place: of the data.
-        finished: nothing is recorded for a finished run of an earlier version.
+        now: the current inputs.
+        place: the current location of the data.
+        finished: whether the run is finished; nothing is added to finished runs of earlier
+            versions.
         writes: whether this process may write.
 
     Raises:
-        OtherRunError: as :func:`check`.
+        OtherRunError: see :func:`check`.
     """
     recorded = (folder / files.INPUTS).is_file()
     check(folder, now)
     if not recorded:
         log.warning(
-            "%s was made by an earlier version, which did not record what a run reads: whether "
-            "that is still the same cannot be checked",
+            "%s was created by an earlier version, which did not record the inputs of a run: "
+            "changes of them cannot be detected",
             folder,
         )
     if writes and (recorded or not finished):
@@ -228,29 +229,29 @@ def settle(
 
 
 def place_of(config: Mapping[str, Any]) -> str | None:
-    """Return where the data of a configuration lie; None for generated data."""
+    """Return the location of a configuration's data; None for generated data."""
     root = config["dataset"].get("root")
     return None if root is None else str(Path(root).expanduser().resolve())
 
 
 def check_processes(folder: Path, count: int) -> None:
-    """Refuse to continue a run of an earlier version in several processes.
+    """Check that a run of an earlier version is not resumed with several processes.
 
     Raises:
-        ValueError: it would be.
+        ValueError: it is.
     """
     record = files.read_json(folder / files.INPUTS)  # the first process may not have written it yet
     begun = record.get(BEGUN_EARLIER, not record and files.has_checkpoint(folder))
     if begun and count > 1:
         raise ValueError(
-            f"{folder} was begun by an earlier version, for which recipe.batch_size counted the "
-            f"images of one process: it goes on in one process, not in {count}. Type "
-            "trainer.devices=1, or study=<name> to start anew"
+            f"{folder} was started by an earlier version, in which recipe.batch_size counted the "
+            f"images of one process: it can be resumed in one process only, not in {count}. Type "
+            "trainer.devices=1, or study=<name> to start a new run"
         )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two records of inputs, in words."""
+    """Describe the differences between two records of inputs."""
     return [
         *_data_changes(then["data"], now["data"]),
         *_listed("detector.config", then["model"], now["model"]),
@@ -271,17 +272,17 @@ def _data_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _split_changes(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints of a split."""
+    """Describe the differences between two fingerprints of a split."""
     more = now["images"] - then["images"]
     if more:
         told = f"{abs(more)} {'more' if more > 0 else 'fewer'}"
         return [f"{name} images: {then['images']} there, {now['images']} now ({told})"]
     if then["ids"] != now["ids"]:
-        return [f"{name} images: other ones, or in another order"]
+        return [f"{name} images: different images or a different order"]
     told = [f"{name} annotations changed"] if then["annotations"] != now["annotations"] else []
     if then["sizes"] != now["sizes"]:
         sizes = f"{then['bytes']:,} bytes there, {now['bytes']:,} now"
-        told.append(f"{name} images: files of other sizes ({sizes})")
+        told.append(f"{name} images: file sizes differ ({sizes})")
     return told
 
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: the software, the hardware and the commit of a run."""
+"""Provenance of a run: software versions, hardware and commit."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """Return what a run tells of where it was made: ``environment`` and ``git`` of a folder."""
+    """Return the provenance of a run: ``environment``, and ``git`` of a folder."""
     return {"environment": environment(), "git": git_state(folder)}
 
 
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 def git_state(folder: Path) -> dict[str, str | bool]:
     """Return {"commit": full hash, "dirty": whether files differ from it or are not in it}.
 
-    Empty where there is no git, no repository or no commit; never raises.
+    Empty if there is no git, repository or commit; never raises.
     """
     commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
     if commit is None or status is None:
@@ -74,7 +74,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints, or None where it fails."""
+    """Return the output of git, or None if it fails."""
     # without optional locks: `git status` would otherwise write to the index of the repository
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:

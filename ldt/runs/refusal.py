@@ -1,11 +1,11 @@
-"""Errors that refuse a command before any work: they end it with exit code 2 and one line."""
+"""Marking of user errors found before any work: exit code 2 and a one-line message."""
 
 import contextlib
 from collections.abc import Iterator
 
 from omegaconf.errors import OmegaConfBaseException
 
-KINDS = (  # how the checks of a configuration, of arguments and of their files speak
+KINDS = (  # raised by checks of configurations, arguments and files
     ValueError,
     OmegaConfBaseException,
     ImportError,
@@ -19,10 +19,10 @@ KINDS = (  # how the checks of a configuration, of arguments and of their files 
 
 @contextlib.contextmanager
 def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Mark errors of the block as refusals; they keep their types and pass on.
+    """Mark exceptions raised in the block as refusals and re-raise them unchanged.
 
     Args:
-        kinds: the types that are marked; none given means :data:`KINDS`.
+        kinds: exception types to mark; default: :data:`KINDS`.
     """
     marked = kinds or KINDS
     try:
@@ -33,11 +33,11 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def refused(error: Exception) -> Exception:
-    """Mark one error as a refusal and return it."""
+    """Mark an exception as a refusal and return it."""
     setattr(error, "refused", True)  # noqa: B010 (an attribute that no type checker knows)
     return error
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error was raised below :func:`refusing` or marked by :func:`refused`."""
+    """Whether an exception was marked by :func:`refusing` or :func:`refused`."""
     return getattr(error, "refused", False)

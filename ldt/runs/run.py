@@ -1,4 +1,4 @@
-"""A run's directory, opened again: configuration, rounds, training log, scores and structure."""
+"""Access to a run's directory: configuration, rounds, training log, scores and structure."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ldt.runs.study import folders, study_row
 if TYPE_CHECKING:
     import pandas as pd
 
-MOVED = {  # addresses that stand in configurations of earlier versions
+MOVED = {  # class paths in configurations of earlier versions
     "ldt.data.kitti.RoadScenesDataModule": "ldt.data.roadscenes.RoadScenesDataModule",
     "ldt.wandb_log.WandbRun": "ldt.callbacks.wandb_logger.WandbRun",
 }
 
 
 class Cut(NamedTuple):
-    """A coupled group as a round began: a score per channel, and the indices that went."""
+    """Pruning of a coupled group in a round: score per channel, and indices of removed channels."""
 
     scores: np.ndarray
     removed: np.ndarray
@@ -33,16 +33,16 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's directory holds, seen at one of its rounds.
+    """The contents of a run's directory, at a selected round.
 
     Attributes:
-        folder: the directory; its name is the run's.
-        config: the resolved configuration, as it was stored; empty where there is none.
-        row: the run in one line, as of :func:`ldt.runs.study.load_study`.
-        summary: ``summary.json``; empty where the run has not ended.
-        rows: what was measured of each finished round, the base first.
-        round: the round that is looked at, the last one unless chosen; None without any.
-        named: whether the run was opened by the checkpoint of the round.
+        folder: the directory; its name is the run's name.
+        config: the stored, resolved configuration; empty if there is none.
+        row: the run as a row of :func:`ldt.runs.study.load_study`.
+        summary: ``summary.json``; empty if the run is not finished.
+        rows: measurements of each finished round, the base first.
+        round: the selected round, by default the last one; None if no round is finished.
+        named: whether the run was opened by the checkpoint of a round.
     """
 
     folder: Path
@@ -55,26 +55,26 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return self.folder.name
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end."""
+        """Whether the run is finished."""
         return self.row["status"] == "finished"
 
     @property
     def metric(self) -> str:
-        """The headline metric of the data."""
+        """The headline metric of the data set."""
         return self.config["dataset"]["metric"]
 
     # Rounds -----------------------------------------------------------------------------------
 
     def at(self, round_: int) -> Run:
-        """Return the same run at another round.
+        """Return the same run with another selected round.
 
         Raises:
-            FileNotFoundError: it has no finished round, or no checkpoint of this one.
+            FileNotFoundError: the run has no finished round, or no checkpoint of this one.
         """
         self._need_round()
         file = self.folder / files.round_checkpoint(round_)
@@ -86,24 +86,24 @@ class Run:
         return replace(self, round=round_)
 
     def checkpoint(self, round_: int | None = None) -> Path:
-        """Return the checkpoint of a round, else of the one that is looked at.
+        """Return the checkpoint of a round; default: the selected round.
 
         Raises:
-            FileNotFoundError: as :meth:`at`.
+            FileNotFoundError: see :meth:`at`.
         """
         chosen = self._need_round() if round_ is None else round_
         return self.at(chosen).folder / files.round_checkpoint(chosen)
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """What was measured in the round that is looked at."""
+        """Measurements of the selected round."""
         round_ = self._need_round()
         return next(row for row in self.rows if row["round"] == round_)
 
     def _need_round(self) -> int:
         if self.round is None:
             raise FileNotFoundError(
-                f"{self.folder} has no finished round (no {files.ROUNDS}); let it run first"
+                f"{self.folder} has no finished round (no {files.ROUNDS}); train it first"
             )
         return self.round
 
@@ -111,17 +111,17 @@ class Run:
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
-        """A row per finished round, the base first."""
+        """One row per finished round, the base first."""
         import pandas as pd
 
         return pd.DataFrame(self.rows)
 
     @cached_property
     def log(self) -> pd.DataFrame:
-        """What was logged while training, by step; nan where a quantity was not logged.
+        """The training log by step; NaN if a quantity was not logged.
 
-        The columns are ``epoch`` and ``train/...``, ``val/...`` and ``round/...``. A run that was
-        resumed has several logs; of a step that was trained twice the later one counts.
+        The columns are ``epoch`` and ``train/...``, ``val/...`` and ``round/...``. A resumed
+        run has several logs; for steps trained twice the later values are used.
         """
         import pandas as pd
 
@@ -135,7 +135,7 @@ class Run:
 
     @cached_property
     def cuts(self) -> dict[int, dict[str, Cut]]:
-        """For every round that cut, the coupled groups by the name of their root layer."""
+        """Pruned groups of each pruning round, by the name of their root layer."""
         found = {}
         for round_, file in files.score_files(self.folder).items():
             with np.load(file) as arrays:
@@ -147,10 +147,10 @@ class Run:
 
     @cached_property
     def layers(self) -> pd.DataFrame:
-        """A row per round and layer: ``in``, ``out``, ``params``, ``multiply_adds``.
+        """One row per round and layer: ``in``, ``out``, ``params``, ``multiply_adds``.
 
-        Indexed by ``round`` and ``layer``, in network order; a column ``part`` has the first part
-        of the layer's name.
+        Indexed by ``round`` and ``layer``, in network order; the column ``part`` is the first
+        component of the layer's name.
 
         Raises:
             FileNotFoundError: there is no ``structure.json``.
@@ -166,7 +166,7 @@ class Run:
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
-        """The layers whose channels go together, by the name of each coupled group's root layer.
+        """The layers of each coupled group, by the name of its root layer.
 
         Raises:
             FileNotFoundError: there is no ``structure.json``.
@@ -179,7 +179,7 @@ class Run:
         if not found:
             raise FileNotFoundError(
                 f"no {files.STRUCTURE} in {self.folder}; "
-                f"`ldt layers {self.folder}` makes it from the run's checkpoints"
+                f"`ldt layers {self.folder}` creates it from the run's checkpoints"
             )
         return found
 
@@ -190,14 +190,14 @@ class Run:
 def open_run(path: str | Path) -> Run:
     """Open a run by its directory or by the checkpoint of one of its rounds.
 
-    Logs, scores and structure are read when they are asked for.
+    Logs, scores and structure are loaded on first access.
 
     Args:
         path: ``runs/<study>/<run>``, or ``round-<t>.ckpt`` in it.
 
     Raises:
         FileNotFoundError: there is no run, or no such checkpoint of a finished round.
-        ValueError: its configuration is damaged.
+        ValueError: the configuration is damaged.
     """
     path = Path(path)
     named = path.suffix == ".ckpt"
@@ -212,14 +212,16 @@ def open_run(path: str | Path) -> Run:
         return run
     number = path.stem.removeprefix("round-")
     if not number.isdecimal():
-        raise FileNotFoundError(f"{path} is no round's checkpoint; give {folder}/round-<t>.ckpt")
+        raise FileNotFoundError(
+            f"{path} is not the checkpoint of a round; give {folder}/round-<t>.ckpt"
+        )
     return replace(run, named=True).at(int(number))
 
 
 def open_runs(study: str | Path) -> list[Run]:
     """Open all runs of a study, sorted by name.
 
-    A run with a damaged configuration is a failed one, and keeps no other from being read.
+    A run with a damaged configuration is returned as failed.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -235,7 +237,7 @@ def _opened(folder: Path, config: dict[str, Any]) -> Run:
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:
-    """The rounds of a run that has not ended, without what was not measured."""
+    """Read the rounds of an unfinished run, without missing values."""
     rows = files.read_rows(folder / files.ROUNDS)
     rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
     return [row for row in rows if "round" in row]
@@ -250,16 +252,16 @@ def _tolerant(folder: Path) -> Run:
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a run as it was stored, with the addresses of today.
+    """Return the stored configuration of a run, with class paths updated.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     return _moved(files.read_config(folder))
 
 
 def _moved(node: Any) -> Any:
-    """Replace the addresses of classes that have moved since."""
+    """Replace the paths of classes that have moved."""
     if isinstance(node, dict):
         found = {key: _moved(value) for key, value in node.items()}
         if isinstance(target := found.get("_target_"), str):
@@ -269,11 +271,11 @@ def _moved(node: Any) -> Any:
 
 
 def load_config(folder: Path) -> DictConfig:
-    """Return the configuration of a run, checked against the schema.
+    """Return the configuration of a run, validated against the schema.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: its configuration is damaged.
+        ValueError: the configuration is damaged.
     """
     config = stored_config(folder)
     if not config:

@@ -8,13 +8,13 @@ from ldt.runs import files
 
 
 def load_study(study: Path) -> list[dict[str, Any]]:
-    """One flat row for each run of a study, sorted by name.
+    """Load one flat row per run of a study, sorted by name.
 
     Args:
-        study: the directory that holds the runs' directories.
+        study: directory with the runs' directories.
 
     Returns:
-        Rows with ``run`` and ``status``: ``finished``, ``failed`` (also where ``summary.json``
+        Rows with ``run`` and ``status``: ``finished``, ``failed`` (also if ``summary.json``
         cannot be read) or ``unfinished``. Failed ones have ``error``. Finished ones have the run's
         fields (``detector``, ``dataset``, ``method``, ``metric``, ``seed``, ``input_size``,
         ``asked_rate``, ``rounds``, ``budget``), the last round's row under its own keys, and the
@@ -27,14 +27,14 @@ def load_study(study: Path) -> list[dict[str, Any]]:
 
 
 def folders(study: Path) -> list[Path]:
-    """The directories of a study's runs, sorted; FileNotFoundError where there is no study."""
+    """List the run directories of a study, sorted; raise FileNotFoundError if it does not exist."""
     if not study.is_dir():
-        raise FileNotFoundError(f"no study at {study}; expected there: one directory for each run")
+        raise FileNotFoundError(f"no study at {study}; expected there: one directory per run")
     return [folder for folder in sorted(study.iterdir()) if files.holds_run(folder)]
 
 
 def study_row(folder: Path) -> dict[str, Any]:
-    """One run as a row of :func:`load_study`."""
+    """Load one run as a row of :func:`load_study`."""
     file = folder / files.SUMMARY
     try:
         return _flat(folder.name, files.read_json(file))

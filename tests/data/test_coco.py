@@ -80,7 +80,7 @@ def test_annotations_that_are_left_out_are_counted(tmp_path, caplog):
     pair, *_ = samples(data.val_dataloader())
     assert pair.gt_instances.labels.tolist() == [0, 1]
     assert "1 annotations belong to no image of the file" in caplog.text
-    assert "2 annotations lie outside of their image and are left out; the first has the id 70" in (
+    assert "2 annotations lie outside their image and are dropped; the first has the id 70" in (
         caplog.text
     )
 

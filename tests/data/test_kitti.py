@@ -156,7 +156,7 @@ def test_image_sets_win(root, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert data.split_ids() == {"train": ["000003", "000000"], "val": ["000001"]}
-    assert f"{root}/ImageSets decides the split" in caplog.text
+    assert f"the split is read from {root}/ImageSets" in caplog.text
     assert len(data.dataset("train")) == 2
     with pytest.warns(UserWarning, match="train_fraction is not used"):
         KittiDataModule(root=str(root), train_fraction=0.5).split_ids()

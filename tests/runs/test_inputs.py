@@ -96,9 +96,12 @@ def append_to_an_image(root):
     ("change", "told"),
     [
         (grow, [r"training images: 10 there, 12 now \(2 more\)", r"3 now \(1 more\)"]),
-        (swap_splits, ["training images: other ones, or in another order", "validation images"]),
+        (
+            swap_splits,
+            ["training images: different images or a different order", "validation images"],
+        ),
         (lambda root: label_of(root).write_text(""), ["validation annotations changed"]),
-        (append_to_an_image, [r"training images: files of other sizes \([\d,]+ bytes there"]),
+        (append_to_an_image, [r"training images: file sizes differ \([\d,]+ bytes there"]),
     ],
     ids=["grown", "split", "labels", "image"],
 )
@@ -318,7 +321,7 @@ def test_a_finished_run_is_shown_where_its_data_are_gone(begun, caplog, capsys):
 def test_a_run_of_an_earlier_version_is_resumed_and_recorded_then(begun, caplog, monkeypatch):
     folder, root = begun
     (folder / files.INPUTS).unlink()
-    with pytest.raises(ValueError, match=r"goes on in one process, not in 2.*trainer.devices=1"):
+    with pytest.raises(ValueError, match=r"one process only, not in 2.*trainer.devices=1"):
         inputs.check_processes(folder, 2)
     grow(root)
     with pytest.raises(OtherRunError, match="training images: 10 there, 12 now"):
@@ -330,7 +333,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_recorded_then(begun, caplog,
     record = json.loads((folder / files.INPUTS).read_text())
     assert record["begun_by_earlier_version"]
     assert record["data"] == print_of(root)
-    with pytest.raises(ValueError, match=r"goes on in one process"):
+    with pytest.raises(ValueError, match=r"resumed in one process only"):
         inputs.check_processes(folder, 2)
     (folder / files.INPUTS).unlink()
     experiment.run(kitti_config(root), folder)  # finished: shown, and nothing is claimed of it
