@@ -1,4 +1,4 @@
-"""What scoring costs: full-size GFL, 32 images of 416x1344, per method of conf/method.
+"""Cost of scoring per method of conf/method: full-size GFL, 32 images of 416x1344.
 
     python benchmarks/criteria.py [--images 32] [--batch 1] [--methods ldt chip]
 
@@ -56,7 +56,7 @@ def give_back() -> None:
 
 
 def peak() -> float:
-    """The process's largest resident memory since the last reset, in GiB."""
+    """Peak resident memory of the process since the last reset, in GiB."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 2**20
 

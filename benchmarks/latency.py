@@ -1,4 +1,4 @@
-"""CPU latency of the paper's full-size detectors, base over pruned, beside Table 4.
+"""CPU latency ratio (base over pruned) of the paper's full-size detectors, compared with Table 4.
 
     python benchmarks/latency.py [--detectors gfl atss] [--runs 30] [--divide 1]
 
@@ -58,7 +58,7 @@ CASES = {
 
 
 def built(name: str) -> DetectorModule:
-    """The paper's detector with random weights, in eval mode."""
+    """Build the paper's detector with random weights, in eval mode."""
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose("config", overrides=[f"detector={name}", "run_name=latency"])
     detector: Any = OmegaConf.to_container(config.detector, resolve=True)
@@ -84,7 +84,7 @@ class Cost(NamedTuple):
 
 
 def cost(detector: nn.Module, size: tuple[int, int], runs: int) -> Cost:
-    """What a forward of one image costs."""
+    """Measure the cost of a forward pass of one image."""
     image, empty = torch.rand(1, 3, *size), deepcopy(detector).to("meta")
     work = count_macs(empty, lambda x: raw_forward(empty, x), (1, 3, *size))
     time = latency(lambda: raw_forward(detector, image), runs=runs, device="cpu")
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def row(name: str, case: Case, size: tuple[int, int], base: Cost, cut: Cost) -> str:
-    """A detector's line of the table."""
+    """Format a detector's line of the table."""
     parameters = f"{base.parameters / 1e6:5.2f} > {cut.parameters / 1e6:5.2f} M"
     work = f"{base.multiply_adds / 1e9:6.2f} > {cut.multiply_adds / 1e9:6.2f} G"
     time = f"{base.milliseconds:7.1f} > {cut.milliseconds:7.1f}"

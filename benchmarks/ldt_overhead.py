@@ -1,4 +1,4 @@
-"""Time of a training step with LDT over one without: full-size GFL, 416x1344, batch 2.
+"""Overhead of LDT in a training step: full-size GFL, 416x1344, batch size 2.
 
     python benchmarks/ldt_overhead.py [--steps 5]
 

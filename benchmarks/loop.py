@@ -1,4 +1,4 @@
-"""Images per second of our training loop over mmengine's Runner: same detector, data and batch.
+"""Training throughput of ldt compared with mmengine's Runner: same detector, data and batch.
 
     python benchmarks/loop.py [--epochs 3]
 
@@ -92,7 +92,7 @@ def lightning_epoch(module, data, config) -> float:
 
 
 def runner_epoch(detector: torch.nn.Module, data, recipe: dict) -> float:
-    """The same for a Runner with the same loader, optimizer and clipping."""
+    """Time an epoch of a Runner with the same loader, optimizer and clipping."""
     clock = RunnerClock()
     data.trainer = None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Which of mmdet's detectors can be trained with LDT, scored, pruned, saved and loaded.
+"""Check which of mmdet's detectors can be trained with LDT, scored, pruned, saved and loaded.
 
     python benchmarks/zoo.py                          # every family of mmdet's packaged configs
     python benchmarks/zoo.py fcos htc                 # some of them
@@ -311,7 +311,7 @@ def batch(model: Model, seed: int) -> dict[str, Any]:
 
 
 def build(family: str, model: Model) -> DetectorModule:
-    """The module of a family's model, from random weights."""
+    """Build the module of a family's model with random weights."""
     name = f"mmdet::{family}/{model.file}.py"
     torch.manual_seed(0)
     plain = model_config(name, {}, model.classes, pretrained=False)
@@ -412,7 +412,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
 
 
 def reload(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Iterator[str]:
-    """The last step, in a process that has not seen the model."""
+    """Load the saved model in a fresh process and compare its outputs."""
     yield "load"
     detector = ldt.load_pruned(folder / "model.ckpt")
     expected = torch.load(folder / "outputs.pt", weights_only=True)
@@ -422,7 +422,7 @@ def reload(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Iter
 
 
 def part_of(detector: nn.Module, names: tuple[str, ...]) -> str:
-    """The type of the first of these parts that the detector has."""
+    """Return the type of the first of these modules that the detector has."""
     modules = dict(detector.named_modules())
     return next((type(modules[name]).__name__ for name in names if name in modules), "")
 
@@ -471,7 +471,7 @@ def supervised(
 
 
 def examined(family: str, model: Model, seconds: float = 300) -> dict[str, Any]:
-    """The row of one model: its parts, the share that can be cut, and the outcome."""
+    """Examine one model: its parts, the share that can be pruned, and the outcome."""
     row = {"family": family, "config": model.file, "scope": model.scope, "outcome": "ok"}
     with tempfile.TemporaryDirectory() as folder:
         given = (family, model, Path(folder))
@@ -481,7 +481,7 @@ def examined(family: str, model: Model, seconds: float = 300) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     share = f"{row['share']:.0%}" if "share" in row else ""
     if row["scope"] != Model.scope:
         share = f"{share} of {', '.join(row['scope'])}"

@@ -1,4 +1,4 @@
-"""Puts the runs of an experiment beside the paper's numbers: results.csv, results.md, its figure.
+"""Compare the runs of an experiment with the paper: results.csv, results.md and figures.
 
 python experiments/build.py table1_coco                 # from runs/paper
 python experiments/build.py table1_coco --size small    # results_small.csv, results_small.md
@@ -49,21 +49,21 @@ HEADS = {
     "seeds": "seeds",
 }
 GROUP = ("dataset", "detector")
-OTHER_CELLS = ("prune.rate", "prune.budget", "ldt.enabled")  # differ between tables, not by mistake
+OTHER_CELLS = ("prune.rate", "prune.budget", "ldt.enabled")  # differ between tables on purpose
 
 
 # Numbers --------------------------------------------------------------------------------------
 
 
 def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dict[str, Any]:
-    """A line of results.csv.
+    """Build a line of results.csv.
 
     Args:
-        cell: the row.
-        base: the first row of the same detector and data set: where a table has the original
-            detector, it is that.
-        metric: of :data:`cells.METRICS`.
-        comparable: whether ours is the paper's detector, so that the difference says something.
+        cell: the table row.
+        base: the first row of the same detector and data set, which is the original detector if
+            the table has it.
+        metric: a key of :data:`cells.METRICS`.
+        comparable: whether the detector is the paper's, so that the difference is meaningful.
     """
     paper, values, before = cell.paper[metric], cell.values(metric), cell.values(metric, "base_")
     ours = statistics.mean(values) if values else None
@@ -82,7 +82,7 @@ def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dic
 
 
 def results(size: str, cells: Sequence[TableRow], metric: str) -> list[dict[str, Any]]:
-    """The lines of one metric."""
+    """Build the lines of one metric."""
     pairs = zip(cells, bases(cells), strict=True)
     return [result(cell, base, metric, size == "full") for cell, base in pairs]
 
@@ -96,13 +96,13 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 def bases(cells: Sequence[TableRow]) -> list[TableRow]:
-    """For each cell the first one of its detector and data set."""
+    """Return, for each cell, the first one of its detector and data set."""
     first: dict[tuple[Any, ...], TableRow] = {}
     return [first.setdefault(group(cell), cell) for cell in cells]
 
 
 def group(cell: TableRow) -> tuple[Any, ...]:
-    """Data set and detector of a cell, as far as its experiment has several."""
+    """Return data set and detector of a cell, if its experiment has several."""
     return tuple(cell.keys[key] for key in GROUP if key in cell.keys)
 
 
@@ -110,7 +110,7 @@ def group(cell: TableRow) -> tuple[Any, ...]:
 
 
 def table(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
-    """One metric's lines as Markdown; empty columns are left out, the best method is bold."""
+    """Format one metric's lines as Markdown without empty columns, the best method in bold."""
     heads = [name for name in HEADS if any(line.get(name) not in (None, "") for line in lines)]
     best = _best(lines, keys)
     text = [
@@ -129,7 +129,7 @@ def _rivals(line: dict[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _best(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Any]]:
-    """The best accuracy of the lines that differ in their method only, where there are several."""
+    """Find the best accuracy among lines that differ only in their method."""
     found: dict[tuple[Any, ...], list[Any]] = {}
     for line in lines:
         found.setdefault(_rivals(line, keys), []).append(line["ours"])
@@ -151,13 +151,13 @@ def _text(name: str, line: dict[str, Any], best: bool) -> str:
 
 
 def report(name: str, size: str, cells: Sequence[TableRow], runs: Sequence[Run]) -> str:
-    """results.md: what was measured where, a table for each metric, the missing cells.
+    """Write the text of results.md: hardware, a table per metric, missing cells.
 
     Args:
-        name: of the experiment.
+        name: name of the experiment.
         size: ``full`` or ``small``.
-        cells: with their runs.
-        runs: all finished runs that were read, so that near misses can be told.
+        cells: table rows with their runs.
+        runs: all finished runs that were loaded, for the list of near misses.
     """
     used = [run for cell in cells for run in cell.runs.values()]
     parts = [f"# {name}{' on a laptop' if size == 'small' else ''}\n", _where(used)]
@@ -194,7 +194,7 @@ def _stand_ins(cells: Sequence[TableRow]) -> str:
 
 
 def _missing(name: str, size: str, cells: Sequence[TableRow]) -> str:
-    """The cells without all of their seeds, each with the command that fills it."""
+    """List the cells with missing seeds and the commands to run them."""
     todo = [cell for cell in cells if cell.missing]
     commands = dict.fromkeys(command(name, size, cell) for cell in todo)
     if not commands:
@@ -206,7 +206,7 @@ def _missing(name: str, size: str, cells: Sequence[TableRow]) -> str:
 
 
 def command(name: str, size: str, cell: TableRow | None = None) -> str:
-    """The command line that runs a cell, or the whole experiment."""
+    """Return the command line that runs a cell, or the whole experiment."""
     experiment = name if size == "full" else f"{name}_small"
     job = list(cell.job) if cell else []
     if cell and len(cell.seeds) > 1:
@@ -217,7 +217,7 @@ def command(name: str, size: str, cell: TableRow | None = None) -> str:
 
 
 def _near_misses(cells: Sequence[TableRow], runs: Sequence[Run]) -> str:
-    """Runs that differ from a cell in details only, which the user may not have intended."""
+    """List runs that differ from a cell in a few keys only, possibly by mistake."""
     used = {run.folder for cell in cells for run in cell.runs.values()}
     found = []
     for run in runs:
@@ -234,7 +234,7 @@ def _near_misses(cells: Sequence[TableRow], runs: Sequence[Run]) -> str:
 
 
 def figure_commands(name: str, size: str, cells: Sequence[TableRow]) -> Iterable[list[str]]:
-    """A command for each detector that draws its runs; curves show pruned runs of all seeds."""
+    """Yield a figure command per detector; curves show the pruned runs of all seeds."""
     figure, suffix = FIGURES[name], "" if size == "full" else "_small"
     for key in dict.fromkeys(map(group, cells)):
         folders = []
@@ -255,17 +255,17 @@ def figure_commands(name: str, size: str, cells: Sequence[TableRow]) -> Iterable
 def build(
     name: str, size: str, studies: Sequence[Path], given: Sequence[str], folder: Path
 ) -> list[TableRow]:
-    """Write results.csv and results.md of an experiment from whatever runs there are.
+    """Write results.csv and results.md of an experiment from the available runs.
 
     Args:
-        name: of the experiment.
+        name: name of the experiment.
         size: ``full`` or ``small``.
-        studies: directories of runs; empty for the experiment's own, which need not exist.
-        given: overrides that the runs were made with.
-        folder: where to write.
+        studies: directories of runs; empty: the experiment's study, which need not exist.
+        given: additional overrides used for the runs.
+        folder: output folder.
 
     Returns:
-        The cells with their runs.
+        The table rows with their runs.
     """
     cells, study = load_cells(name, size, given)
     own = ROOT / "runs" / study
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--runs", type=Path, action="append", default=[], help="a study; repeat it")
     parser.add_argument("--no-figure", action="store_true", help="tables only")
-    given = parser.parse_intermixed_args()  # overrides may stand anywhere
+    given = parser.parse_intermixed_args()  # overrides may be anywhere
     for text in given.overrides:
         if "=" not in text:
             parser.error(f"{text!r} is no override like recipe.epochs=2; name one experiment")

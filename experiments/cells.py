@@ -1,9 +1,9 @@
-"""The table of an experiment: what the paper reports, the job that measures it, its runs so far.
+"""The table of an experiment: numbers of the paper, the job of each row, and its runs.
 
-A table row is a row of `expected.csv`. Its columns are overrides that tell the job, then numbers of
-the paper (:data:`METRICS`). A run belongs to it when its configuration is the job's but for the
-seed (:mod:`ldt.runs.identity`), whatever its directory is called, so that studies can be shared and
-stray runs do not count.
+A table row is a row of `expected.csv`. Its columns are overrides that identify the job, followed by
+numbers of the paper (:data:`METRICS`). A run belongs to a row if its configuration equals that of
+the job except for the seed (:mod:`ldt.runs.identity`), whatever its directory is called, so that
+studies can be shared and unrelated runs are ignored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ METRICS = {  # column of expected.csv: key of a run's round, factor to the colum
     "cpu_ms": ("cpu_ms", 1),
     "gpu_ms": ("gpu_ms", 1),
 }
-SMALL = {  # what stands for the paper's in `<experiment>_small`
+SMALL = {  # replacements for the paper's in `<experiment>_small`
     "detector": {
         "gfl": "gfl_tiny",
         "atss": "atss_tiny",
@@ -49,11 +49,11 @@ class TableRow:
     """A row of the experiment's table.
 
     Attributes:
-        keys: which row it is, by column.
-        paper: the paper's number of each metric, None where it gives none.
-        job: overrides that run it, without the seed.
-        config: what the job's runs have in common, flat.
-        seeds: those of the experiment.
+        keys: columns that identify the row.
+        paper: the paper's number for each metric, None if not reported.
+        job: overrides of the job, without the seed.
+        config: flat settings shared by the job's runs.
+        seeds: seeds of the experiment.
         runs: the first run of each seed, by seed.
     """
 
@@ -65,11 +65,11 @@ class TableRow:
     runs: dict[int, Run] = field(default_factory=dict)
 
     def values(self, metric: str, prefix: str = "") -> list[float]:
-        """The metric of each run that measured it, in the paper's unit.
+        """Return the metric of each run that measured it, in the paper's unit.
 
         Args:
-            metric: of :data:`METRICS`.
-            prefix: ``base_`` for the runs' own unpruned detectors.
+            metric: a key of :data:`METRICS`.
+            prefix: ``base_`` for the unpruned detectors of the runs.
         """
         key, factor = METRICS[metric]
         rows = [numbers(run) for _, run in sorted(self.runs.items())]
@@ -82,12 +82,12 @@ class TableRow:
 
 
 def load_cells(name: str, size: str, given: Sequence[str] = ()) -> tuple[list[TableRow], str]:
-    """The rows of an experiment, without runs, and its study.
+    """Load the rows of an experiment, without runs, and its study.
 
     Args:
         name: a file of conf/experiment; its expected numbers are in experiments/<name>.
-        size: ``full``, or ``small`` for the cells that the small sibling has.
-        given: further overrides, as they were given to run.py.
+        size: ``full``, or ``small`` for the cells of the small variant.
+        given: additional overrides that were passed to run.py.
 
     Raises:
         FileNotFoundError: there is no such experiment.
@@ -112,11 +112,11 @@ def load_cells(name: str, size: str, given: Sequence[str] = ()) -> tuple[list[Ta
 
 
 def compose_jobs(option: str, given: Sequence[str]) -> tuple[str, list[tuple[list[str], Any]]]:
-    """The study of an experiment, and overrides and resolved configuration of each of its jobs.
+    """Return the study of an experiment, and overrides and resolved configuration of its jobs.
 
     Args:
         option: a file of conf/experiment.
-        given: further overrides, as they were given to run.py.
+        given: additional overrides that were passed to run.py.
     """
     register()
     told = {_key(override) for override in given}
@@ -127,7 +127,7 @@ def compose_jobs(option: str, given: Sequence[str]) -> tuple[str, list[tuple[lis
         whole = compose("config", [*first, *given], return_hydra_config=True)
         sweeper = whole.hydra.sweeper
         for job in jobs(sweeper.params or {}, sweeper.get("grids", ()), given):
-            # one composition, which is slow, for all that differ in plain values only
+            # compose once, which is slow, for all jobs that differ in plain values only
             chosen = tuple(o for o in job if _key(o) in told or (ROOT / "conf" / _key(o)).is_dir())
             if chosen not in composed:
                 composed[chosen] = compose("config", [*first, *chosen])
@@ -141,14 +141,14 @@ def _key(override: str) -> str:
 
 
 def _plain(config: Any, values: list[str]) -> dict[str, Any]:
-    """The resolved configuration; its name, which only a run knows, is left empty."""
+    """Resolve the configuration with an empty run name, which only a run has."""
     merged = OmegaConf.merge(config, OmegaConf.from_dotlist(values), {"run_name": ""})
     plain: Any = OmegaConf.to_container(merged, resolve=True)
     return plain
 
 
 def _rows_of(found: Sequence[tuple[list[str], Any]]) -> list[dict[str, Any]]:
-    """Rows for an experiment that is not the paper's: what its jobs sweep."""
+    """Rows of an experiment that is not in the paper: the keys swept by its jobs."""
     rows: list[dict[str, Any]] = []
     for job, config in found:
         keys = [key for key in map(_key, job) if key != "seed"]
@@ -163,7 +163,7 @@ def _small(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _select(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; the name of a group."""
+    """Return the value of a dotted key, or the name of a group."""
     value: Any = config
     for part in key.split("."):
         value = value[part] if value else None
@@ -176,18 +176,18 @@ def _tells(keys: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def load_runs(studies: Sequence[Path]) -> Iterator[Run]:
-    """The finished runs of studies; FileNotFoundError where there is none."""
+    """Open the finished runs of studies; raise FileNotFoundError for a missing study."""
     for study in studies:
         yield from (run for run in open_runs(study) if run.finished and run.config)
 
 
 def numbers(run: Run) -> dict[str, Any]:
-    """What was measured of a run, with latencies by the kind of their device."""
+    """Return the measurements of a run, with latencies by device type."""
     return run.row | _latencies(run.row, run.folder)
 
 
 def _latencies(row: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Latency by the kind of its device: the run's own, then what was measured afterwards."""
+    """Latency by device type; later measurements take precedence over the run's own."""
     gpus = read_json(folder / files.ENVIRONMENT).get("environment", {}).get("gpus", "")
     found = {}
     for prefix in ("base_", ""):
@@ -198,7 +198,7 @@ def _latencies(row: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 def fill(cells: Sequence[TableRow], runs: Sequence[Run]) -> None:
-    """Give every row its runs."""
+    """Assign the runs to the rows."""
     for run in runs:
         config = identity.cell(run.config)
         for cell in cells:
@@ -207,5 +207,5 @@ def fill(cells: Sequence[TableRow], runs: Sequence[Run]) -> None:
 
 
 def differing(cell: TableRow, config: dict[str, Any]) -> list[str]:
-    """Keys in which a run's cell, flat, is not the row's."""
+    """Keys in which the flat settings of a run differ from those of the row."""
     return [key for key, _, _ in differences(config, cell.config)]

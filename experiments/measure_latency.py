@@ -1,10 +1,10 @@
-"""Times the detectors of Table 4 one after another on this machine; keep it quiet meanwhile.
+"""Measure the latency of Table 4's detectors one after another on an otherwise idle machine.
 
 python experiments/measure_latency.py                # CPU, and GPU where there is one
 python experiments/measure_latency.py --size small
 
-A run times its detectors itself, but on the device that it trains on and beside other jobs. What
-is measured here goes to `latency.json` in the run's directory, which `build.py` prefers.
+Runs measure latency themselves, but on the training device and possibly beside other jobs. The
+results are written to `latency.json` in the run's directory, which `build.py` prefers.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DEVICES = {"cpu_ms": "cpu", "gpu_ms": "cuda"}
 
 
 def measure(run: Run, device: str, runs: int) -> float:
-    """Median milliseconds of one image through a run's last detector."""
+    """Median latency of one image in ms for the detector of a run's last round."""
     detector = load_pruned(run.folder / round_checkpoint(run.row["rounds"]), device)
     image = torch.zeros(1, 3, *run.row["input_size"], device=device)
     found = latency(lambda: raw_forward(detector, image), runs=runs, device=device)

@@ -1,4 +1,4 @@
-"""The pictures of a finished run, in its folder."""
+"""Pictures of a finished run, saved in its folder."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHOWN_PARTS = ("backbone", "neck")
-ENOUGH = 256  # validation images whose objects are shown
+ENOUGH = 256  # maximum validation images whose objects are shown
 
 
 def draw_run(
     summary: Mapping[str, Any], folder: Path, data: DetectionDataModule, pictures: int
 ) -> None:
-    """Write a run's figures into ``<folder>/pictures``.
+    """Draw a run's figures into ``<folder>/pictures``.
 
-    ``detections.png`` (ground truth, base and last round on some validation images),
-    ``metric_vs_params.png``; where something was pruned, ``channels.png`` and ``shrinking.png``;
-    with LDT, ``discriminants.png`` of the base, unless there are too few objects.
+    These are ``detections.png`` (ground truth, base and last round on some validation images) and
+    ``metric_vs_params.png``; for pruned runs ``channels.png`` and ``shrinking.png``; with LDT
+    ``discriminants.png`` of the base, unless there are too few objects.
 
     Args:
-        summary: of the run.
+        summary: ``summary.json`` of the run.
         folder: the run's directory, with ``round-<t>.ckpt`` of every round.
-        data: set up; its validation images are shown.
-        pictures: validation images in ``detections.png``, evenly spread; 0 leaves it out.
+        data: data module after ``setup``; its validation images are shown.
+        pictures: number of evenly spaced validation images in ``detections.png``; 0 omits it.
 
     Raises:
         ValueError: ``pictures`` is negative, or a checkpoint is damaged.
@@ -87,7 +87,7 @@ def _draw_base(
 
 
 def title(row: Mapping[str, Any], metric: str, name: str | None = None) -> str:
-    """Two lines: the round's name (or another one), and its metric and size."""
+    """Two-line title: the round's name (or the given one), its metric and size."""
     name = name or ("base" if row["round"] == 0 else f"round {row['round']}")
     return f"{name}\n{number(row.get(metric), 3)} {metric}, {number(row['params'], 2, 1e-6)} M"
 
@@ -106,10 +106,10 @@ def channels(checkpoint: Path) -> dict[str, int]:
 def spaces(
     checkpoint: Path, data: DetectionDataModule, images: int | None = None
 ) -> list[NeckSpace]:
-    """The objects of the (first) validation images on every scale of a checkpoint's detector.
+    """Compute the discriminant space of each scale from objects of the first validation images.
 
     Raises:
-        ValueError: there are not two classes of two objects.
+        ValueError: there are fewer than two classes with two objects.
     """
     detector, neck = _load(checkpoint)
     loader = data.probe_dataloader("val", data.val_batch_size)
@@ -118,14 +118,14 @@ def spaces(
 
 
 def scenes(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[Scene]:
-    """Validation images, evenly spread, with the detections of each checkpoint's detector."""
+    """Run each checkpoint's detector on evenly spaced validation images."""
     items = _items(data, pictures)
     found = [_detect(_load(file)[0], items) for file in files]
     return [_scene(item, list(boxes)) for item, *boxes in zip(items, *found, strict=True)]
 
 
 def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[View]:
-    """Validation images, evenly spread, with what each checkpoint's detector looks at."""
+    """Compute attention maps of each checkpoint's detector on evenly spaced validation images."""
     items = _items(data, pictures)
     looked = []
     for file in files:
@@ -143,7 +143,7 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
 
 
 def _load(checkpoint: Path) -> "tuple[BaseDetector, str]":
-    """The detector, on a GPU where there is one, and the name of its neck."""
+    """Load the detector, on a GPU if available, and return it with the name of its neck."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content = read(checkpoint)
     return detector_of(content, device), content["ldt"].get("neck", "auto")
@@ -157,7 +157,7 @@ def _items(data: DetectionDataModule, pictures: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _detect(detector: Any, items: Iterable[dict[str, Any]]) -> list[ShownBoxes]:
-    """Detections in pixels of the original images, one image at a time (sizes may differ)."""
+    """Detect objects in original-image pixels, one image at a time (sizes may differ)."""
     found = []
     for item in items:
         batch = {"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]}
@@ -177,7 +177,7 @@ def _corners(instances: Any) -> np.ndarray:
 
 
 def _scene(item: dict[str, Any], found: Sequence[ShownBoxes]) -> Scene:
-    """The network's input without its padding, and what belongs to it."""
+    """Build a scene from the unpadded network input, ground truth and detections."""
     sample = item["data_samples"]
     pixels = item["inputs"].flip(0).permute(1, 2, 0).numpy(force=True)  # BGR to RGB
     height, width = sample.ori_shape[:2]
@@ -191,7 +191,7 @@ def _scene(item: dict[str, Any], found: Sequence[ShownBoxes]) -> Scene:
 
 
 def _content(item: dict[str, Any], whole: np.ndarray) -> np.ndarray:
-    """The part of a map [h, w, ...] over the network's input that is no padding."""
+    """Crop the padding from a map [h, w, ...] over the network's input."""
     sample = item["data_samples"]
     (height, width), (scale_x, scale_y) = sample.ori_shape[:2], sample.scale_factor
     return whole[: round(height * scale_y), : round(width * scale_x)]

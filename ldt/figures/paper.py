@@ -1,6 +1,6 @@
-"""The paper's figures by name, drawn from the directories of runs.
+"""The paper's figures by name, drawn from run directories.
 
-A run is given by its directory (at its last round) or by one of its round-<t>.ckpt files.
+A run is given by its directory (last round) or by one of its round-<t>.ckpt files.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +29,12 @@ from ldt.runs.run import Run, load_config, open_run
 
 @dataclass(frozen=True)
 class Options:
-    """How a figure is drawn.
+    """Options of a figure.
 
     Attributes:
-        out: the file; None means ``pictures/<name>.png`` of the run or study.
-        images: how many are shown or looked at.
-        scale: of the neck, for ``discriminants``; None means the strongest.
+        out: output file; None: ``pictures/<name>.png`` of the run or study.
+        images: number of images shown or analysed.
+        scale: scale of the neck for ``discriminants``; None: the strongest.
     """
 
     out: Path | None = None
@@ -58,14 +58,14 @@ def discriminants(runs: Sequence[Run], given: Options) -> Figure:
 
 
 def attention(runs: Sequence[Run], given: Options) -> Figure:
-    """Fig. 4: what detectors look at, on the same images; of a single run, base and last round."""
+    """Fig. 4: Grad-CAM on the same images; for a single run, base and last round."""
     runs = _ends(runs)
     views = from_runs.views([run.checkpoint() for run in runs], data_of(runs[0]), given.images or 3)
     return draw_attention(views, _titles(runs))
 
 
 def detections(runs: Sequence[Run], given: Options) -> Figure:
-    """Fig. 5: what detectors find, on the same images; of a single run, base and last round."""
+    """Fig. 5: detections on the same images; for a single run, base and last round."""
     runs = _ends(runs)
     data, files = data_of(runs[0]), [run.checkpoint() for run in runs]
     scenes = from_runs.scenes(files, data, given.images or 4)
@@ -73,7 +73,7 @@ def detections(runs: Sequence[Run], given: Options) -> Figure:
 
 
 def stability(runs: Sequence[Run], given: Options) -> Figure:
-    """Fig. 6: utilities of the base's channels in every batch of calibration images."""
+    """Fig. 6: utilities of the base's channels per batch of calibration images."""
     (run,) = runs
     run = run if run.named else run.at(0)
     config = load_config(run.folder)
@@ -88,7 +88,7 @@ def stability(runs: Sequence[Run], given: Options) -> Figure:
 
 
 def channels(runs: Sequence[Run], given: Options) -> Figure:
-    """Channels of every layer that a run kept."""
+    """Channels kept in each layer."""
     (run,) = runs
     return draw_channels(
         from_runs.channels(run.checkpoint(0)), from_runs.channels(run.checkpoint())
@@ -96,7 +96,7 @@ def channels(runs: Sequence[Run], given: Options) -> Figure:
 
 
 def shrinking(runs: Sequence[Run], given: Options) -> Figure:
-    """The width of every layer from round to round."""
+    """Draw the width of each layer over the rounds."""
     return draw_shrinking(*_rounds(runs[0]))
 
 
@@ -104,25 +104,25 @@ DRAWN: dict[str, Callable[[Sequence[Run], Options], Figure]] = {
     function.__name__: function
     for function in (discriminants, attention, detections, stability, channels, shrinking)
 }
-ALONE = ("stability", "channels", "shrinking")  # drawn of one run
+ALONE = ("stability", "channels", "shrinking")  # figures of exactly one run
 
 
 def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
-    """Networks and names of a run's rounds."""
+    """Channels per layer and titles of a run's rounds."""
     rounds = [run.at(row["round"]) for row in run.rows]
     names = [from_runs.side_title(each.measured, run.metric) for each in rounds]
     return [from_runs.channels(each.checkpoint()) for each in rounds], names
 
 
 def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
-    """The runs of a figure, as many as it shows."""
+    """Open the runs of a figure and check their number."""
     if name in ALONE and len(paths) != 1:
-        raise ValueError(f"{len(paths)} runs; this figure is drawn of one")
+        raise ValueError(f"{len(paths)} runs given; this figure shows one")
     if name == "discriminants" and len(paths) > 2:
-        raise ValueError(f"{len(paths)} runs; discriminants are drawn of one or two")
+        raise ValueError(f"{len(paths)} runs given; discriminants shows one or two")
     runs = [open_run(path) for path in paths]
     for run in runs:
-        run.checkpoint()  # told before anything is drawn
+        run.checkpoint()  # raises before anything is drawn
     return runs
 
 
@@ -132,13 +132,13 @@ def _ends(runs: Sequence[Run]) -> Sequence[Run]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """``without LDT`` and ``with LDT`` where that tells runs apart, else what they are."""
+    """``without LDT`` and ``with LDT`` if that distinguishes the runs, else their folder names."""
     kinds = ["with LDT" if run.config["ldt"]["enabled"] else "without LDT" for run in runs]
     return kinds if len(set(kinds)) == len(runs) else [run.folder.name for run in runs]
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
-    """Method (or base), metric and size of each run."""
+    """Format method (or base), metric and size of each run."""
     names = ["base" if run.round == 0 else run.config["method"]["name"] for run in runs]
     names = [
         f"{name}, LDT" if run.config["ldt"]["enabled"] and name != "ldt" else name
@@ -156,13 +156,13 @@ def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
     Args:
         name: one of :data:`ldt.figures.NAMES`.
         paths: runs, or studies for ``curves``.
-        given: how.
+        given: options of the figure.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
-        FileNotFoundError: there is no run or no checkpoint.
+        FileNotFoundError: a run or checkpoint does not exist.
         ValueError: too many or too few runs, or nothing to draw.
         ImportError: the figure needs a package that is not installed; the message names the extra.
     """

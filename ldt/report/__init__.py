@@ -1,4 +1,4 @@
-"""Runs told and compared: on the terminal, as a page, as tables for papers, in notebooks.
+"""Reports on runs and studies: terminal tables, HTML page, tables for papers, notebook figures.
 
 The command `ldt report runs/<study>` writes the page or prints a table.
 """
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # keeps a run's start free of pandas
+def __getattr__(name: str) -> Any:  # avoids importing pandas when a run starts
     if name in ("Cell", "cells", "summarise"):
         from ldt.runs import aggregate
 

@@ -1,4 +1,4 @@
-"""`python -m ldt.report` is `ldt report`."""
+"""Entry point of `python -m ldt.report`, the same as `ldt report`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The pictures of runs, small enough for one page."""
+"""Pictures of runs, scaled down for embedding in one page."""
 
 import base64
 import io
@@ -10,13 +10,13 @@ from PIL import Image
 from ldt.runs import files
 from ldt.runs.run import Run
 
-WIDEST = 1400  # pixels of an embedded picture
+WIDEST = 1400  # maximum width of an embedded picture in pixels
 QUALITY = 82  # of WebP
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded picture: its file's name, its run, and its data as an URL."""
+    """An embedded picture: file name, run, and content as a data URL."""
 
     name: str
     run: Run
@@ -25,20 +25,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class Album:
-    """Pictures by file name, and how many more there are than the page may hold."""
+    """Pictures by file name, and the number of pictures omitted for size."""
 
     pictures: dict[str, list[Picture]]
     left_out: int
 
 
 def album(runs: Iterable[Run], megabytes: float) -> Album:
-    """All pictures of the runs' ``pictures/`` folders, scaled down, up to a total size.
+    """Collect the pictures of the runs' ``pictures/`` folders, scaled down, up to a total size.
 
-    Where they are too many, each kind gets the same number of runs, in the order of the runs.
+    If they exceed the limit, each kind of picture is shown for the same number of runs.
 
     Args:
-        runs: in order.
-        megabytes: of all pictures as they stand in the page.
+        runs: the runs in order.
+        megabytes: limit on the total size of the embedded pictures.
     """
     drawn = [(file, run) for run in runs for file in files.pictures(run.folder)]
     kinds = dict.fromkeys(sorted(file.name for file, _ in drawn))
@@ -58,7 +58,7 @@ def album(runs: Iterable[Run], megabytes: float) -> Album:
 
 
 def _url(file: str | io.BytesIO | object) -> str:
-    """A picture as WebP in a data URL."""
+    """Encode a picture as WebP in a data URL."""
     with Image.open(file) as image:  # type: ignore[arg-type]
         image.thumbnail((WIDEST, 4 * WIDEST))
         data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A study as one HTML page that needs no network."""
+"""Report of a study as a self-contained HTML page."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,15 +28,15 @@ CONFIG = {
 
 
 def page(study: Path, runs: Sequence[Run], megabytes: float) -> str:
-    """The report of a study.
+    """Render the report of a study.
 
     Args:
-        study: its folder; the title has its name.
-        runs: of the study, at least one of them finished.
-        megabytes: of pictures; the number of those that are left out is told.
+        study: directory of the study; its name is the title.
+        runs: runs of the study, at least one of them finished.
+        megabytes: limit on the size of embedded pictures; the page states how many are omitted.
 
     Returns:
-        HTML with everything inside: plotly's JavaScript once, figures, tables, pictures.
+        Self-contained HTML with plotly's JavaScript, figures, tables and pictures.
     """
     found = cells(runs)
     environment = Environment(
@@ -73,7 +73,7 @@ def _html(figure: go.Figure) -> Markup:
 
 
 def _facts(runs: Sequence[Run], found: Sequence[Cell]) -> dict[str, str]:
-    """Terms and what the study has of them."""
+    """Summary of the study as terms and descriptions."""
     done = [run for run in runs if run.finished]
     states = [run.row["status"] for run in runs]
     counts = (
@@ -106,7 +106,7 @@ def _code(run: Run) -> str:
 
 
 def _places(found: Sequence[Cell]) -> list[str]:
-    """Where latencies were measured; of several places they cannot be compared."""
+    """Devices and threads of the latencies, which are comparable only if there is one of each."""
     rows = (run.row for cell in found for run in cell.runs)
     places = (f"{row['device']}, {_threads(row['threads'])}" for row in rows if "device" in row)
     return list(dict.fromkeys(places))
@@ -120,7 +120,7 @@ def _threads(count: int) -> str:
 
 
 def _row(cell: Cell, run: Run) -> dict[str, Value]:
-    """A run as a line of the table of runs."""
+    """Return one row of the table of runs."""
     row = run.row
     names = dict.fromkeys((*METRICS, cell.metric))
     before = row.get(f"base_{cell.metric}")
@@ -147,7 +147,7 @@ def _number(value: float | None, column: Column) -> Value:
 
 
 def _pairs(found: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The cells of each detector and data set; only these share axes."""
+    """Group the cells by detector and data set; only these share axes."""
     pairs: dict[str, list[Cell]] = defaultdict(list)
     for cell in found:
         pairs[f"{cell.detector} · {cell.dataset}"].append(cell)
@@ -155,7 +155,7 @@ def _pairs(found: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def _panels(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The figures of each detector and data set."""
+    """Draw the figures of each detector and data set."""
     return [
         {
             "name": name,
@@ -167,7 +167,7 @@ def _panels(found: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _losses(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The loss terms of each detector and data set that has a log."""
+    """Draw the loss terms of each detector and data set with a training log."""
     return [
         {"name": name, "figure": study_figures.training(own)}
         for name, own in _pairs(found).items()
@@ -179,9 +179,9 @@ def _losses(found: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _differing(found: Sequence[Cell]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Keys in which the finished runs differ, with the runs of each value, the most first.
+    """Keys in which the finished runs differ, with the runs per value in descending order.
 
-    What follows from another detector or data set is left out but for their names.
+    For detectors and data sets only the names are listed.
     """
     keys = {"detector.name", "dataset.name"}
     for own in _pairs(found).values():
@@ -196,5 +196,5 @@ def _configs(found: Sequence[Cell]) -> list[tuple[dict[str, Any], int]]:
 
 
 def _variants(found: Sequence[Cell]) -> list[Cell]:
-    """One cell for each label that stands for a variant of a method."""
+    """One cell for each label of a method variant."""
     return list({(cell.label, cell.detector): cell for cell in found if cell.changed}.values())

@@ -1,4 +1,4 @@
-"""What the interactive figures share: colours, bands, and how they are laid out."""
+"""Shared style of the interactive figures: colours, bands and layout."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,16 +11,20 @@ from ldt.figures.style import DARK, GREY
 
 INK, GRID = "#22303C", "#E6EBEF"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-# as told apart by colour-blind readers; dark blue is left to LDT
+# distinguishable for colour-blind readers; dark blue is reserved for LDT
 PALETTE = ("#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#B8860B", "#7A5195", "#8C564B", "#5B8C5A")
 SYMBOLS = ("square", "diamond", "triangle-up", "cross", "star", "circle", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 OURS = "ldt"
-LEGEND_WIDTH, ROW, GAP = 1150, 25, 25  # pixels of the legend: a line, and between its entries
+LEGEND_WIDTH, ROW, GAP = (
+    1150,
+    25,
+    25,
+)  # pixels of the legend: width, row height, gap between entries
 
 
 class Look(NamedTuple):
-    """How a label is drawn everywhere in a report."""
+    """Style of a label throughout a report."""
 
     colour: str
     symbol: str
@@ -28,7 +32,7 @@ class Look(NamedTuple):
 
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """A look for each label, LDT itself in dark blue; colours repeat with other symbols."""
+    """Assign a style to each label; LDT is dark blue, repeated colours get other symbols."""
     others = [label for label in dict.fromkeys(labels) if label != OURS]
     count = len(PALETTE)
     found = {
@@ -43,7 +47,7 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
 
 
 def faded(colour: str, share: float) -> str:
-    """A colour of #rrggbb with an opacity."""
+    """Return a colour given as #rrggbb with an opacity."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{share})"
 
@@ -51,7 +55,7 @@ def faded(colour: str, share: float) -> str:
 def band(
     x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str
 ) -> go.Scatter:
-    """The area between two lines, without an outline of its own."""
+    """Draw the area between two lines, without an outline."""
     return go.Scatter(
         x=[*x, *reversed(x)],
         y=[*high, *reversed(low)],
@@ -77,12 +81,12 @@ def line(x: Sequence[float], y: Sequence[float], look: Look, **more: Any) -> go.
 
 
 def text(*parts: str) -> str:
-    """Lines of a hover text; plotly reads tags in them, so names are escaped."""
+    """Lines of a hover text, escaped because plotly interprets tags."""
     return "<br>".join(escape(part) for part in parts)
 
 
 def lay_out(figure: go.Figure, height: int) -> go.Figure:
-    """A calm white figure, so many pixels high, with a legend of its own height below it."""
+    """Apply the layout: plot height in pixels, white background, legend below the plot."""
     traces: Any = figure.data
     names = [trace.name or "" for trace in traces if trace.showlegend]
     entry = 45 + 6 * max(map(len, names), default=0)  # pixels

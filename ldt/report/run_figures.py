@@ -1,4 +1,4 @@
-"""Interactive figures of one run: what its cuts were based on, and what they left."""
+"""Interactive figures of one run: scores, kept channels and layer costs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,10 +18,10 @@ COSTS = {"params": "parameters", "multiply_adds": "multiply-adds"}
 
 
 def kept_channels(run: Run) -> go.Figure:
-    """The channels of every coupled group: bars of the base, and what each round left of them.
+    """Draw the channels of each coupled group in the base and after each round.
 
     Raises:
-        ValueError: the run has cut nothing.
+        ValueError: the run has pruned nothing.
     """
     cuts = _cuts(run)
     names = sorted(cuts[min(cuts)])
@@ -34,12 +34,14 @@ def kept_channels(run: Run) -> go.Figure:
 
 def _cuts(run: Run) -> Mapping[int, Mapping[str, Cut]]:
     if not run.cuts:
-        raise ValueError(f"{run.name} has cut nothing: there is no scores-<t>.npz in {run.folder}")
+        raise ValueError(
+            f"{run.name} has pruned nothing: there is no scores-<t>.npz in {run.folder}"
+        )
     return run.cuts
 
 
 def _left(cuts: Mapping[int, Mapping[str, Cut]]) -> dict[str, dict[str, int]]:
-    """The channels of each group, before the first round and after each."""
+    """Count the channels of each group before the first and after each round."""
     first = cuts[min(cuts)]
     left = {"base": {name: len(cut.scores) for name, cut in first.items()}}
     for index, groups in cuts.items():
@@ -51,7 +53,7 @@ def _left(cuts: Mapping[int, Mapping[str, Cut]]) -> dict[str, dict[str, int]]:
 def _overlaid(
     names: Sequence[str], bars: Iterable[tuple[str, Any, str]], title: str, told: str
 ) -> go.Figure:
-    """Bars (label, length per layer, colour) over each other; ``told`` when pointed at."""
+    """Overlaid bars (label, length per layer, colour) with the hover text ``told``."""
     figure = go.Figure()
     for label, lengths, colour in bars:
         figure.add_bar(
@@ -69,25 +71,27 @@ def _overlaid(
 
 
 def _of_layers(figure: go.Figure, count: int) -> go.Figure:
-    """A figure with a row per layer, the input on top."""
+    """Apply the layout of figures with one row per layer, the input on top."""
     lay_out(figure, 110 + ROW * count)
     figure.update_yaxes(autorange="reversed", ticks="", showgrid=False, automargin=True)
     return figure
 
 
 def utilities(run: Run, cut: int = 1) -> go.Figure:
-    """The scores that a round ranked channels by, group by group, in shares of a group's mean.
+    """Draw the channel scores of a round by group, divided by the group's mean.
 
     Args:
-        run: with ``scores-<cut>.npz``.
-        cut: the round.
+        run: a run with ``scores-<cut>.npz``.
+        cut: the pruning round.
 
     Raises:
-        ValueError: the run has not cut in this round.
+        ValueError: the run has not pruned in this round.
     """
     cuts = _cuts(run)
     if cut not in cuts:
-        raise ValueError(f"{run.name} has not cut in round {cut}; its rounds are {list(cuts)}")
+        raise ValueError(
+            f"{run.name} has not pruned in round {cut}; its pruning rounds are {list(cuts)}"
+        )
     kept, gone = [], []
     for name, (scores, removed) in sorted(cuts[cut].items()):
         relative = scores / (np.abs(scores).mean() or 1.0)
@@ -112,7 +116,7 @@ def utilities(run: Run, cut: int = 1) -> go.Figure:
 
 
 def layer_channels(run: Run) -> go.Figure:
-    """Output channels of every layer before pruning and after the last round.
+    """Output channels of each layer before pruning and after the last round.
 
     Raises:
         FileNotFoundError: there is no ``structure.json``.
@@ -121,7 +125,7 @@ def layer_channels(run: Run) -> go.Figure:
 
 
 def layer_costs(run: Run, cost: str = "params") -> go.Figure:
-    """``params`` or ``multiply_adds`` of every layer before pruning and after the last round."""
+    """``params`` or ``multiply_adds`` of each layer before pruning and after the last round."""
     return _before_after(run, cost, COSTS[cost])
 
 
@@ -139,8 +143,8 @@ def parts(run: Run) -> pd.DataFrame:
     """Parameters and multiply-adds of each part of the network, before and after.
 
     Returns:
-        A row per part and one for the ``whole``; columns (cost, ``before`` | ``after`` |
-        ``removed``), the last one a share.
+        One row per part and one for the ``whole``; columns (cost, ``before`` | ``after`` |
+        ``removed``), the last one as a share.
 
     Raises:
         FileNotFoundError: there is no ``structure.json``.
@@ -161,15 +165,15 @@ def parts(run: Run) -> pd.DataFrame:
 
 
 def part_costs(runs: Sequence[Run], cost: str = "params") -> go.Figure:
-    """What is left of each part of the network, a bar per run; the first is the unpruned network.
+    """Draw the remaining cost of each network part, one bar per run after the unpruned network.
 
     Args:
         runs: pruned versions of one network.
         cost: ``params`` or ``multiply_adds``.
 
     Raises:
-        ValueError: no run was given.
-        FileNotFoundError: one has no ``structure.json``.
+        ValueError: there are no runs.
+        FileNotFoundError: a run has no ``structure.json``.
     """
     if not runs:
         raise ValueError("no runs to draw; give pruned versions of one network")

@@ -1,4 +1,4 @@
-"""Interactive figures that compare the cells of a study."""
+"""Interactive figures comparing the cells of a study."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from ldt.report.tables import SIZES, Column, percent
 from ldt.runs.aggregate import Cell
 from ldt.runs.run import Run
 
-MOST_POINTS = 200  # of a training curve; more are averaged in blocks
+MOST_POINTS = 200  # maximum points of a training curve; longer ones are averaged in blocks
 NO_DEVIATION = 0.0
 
 
 class Mean(NamedTuple):
-    """A point of a line: means over seeds, the metric's deviation, and what it tells."""
+    """A point of a line: means over seeds, the metric's deviation, and its hover text."""
 
     x: float
     y: float
@@ -31,17 +31,17 @@ class Mean(NamedTuple):
 
 
 def trade_off(found: Sequence[Cell]) -> go.Figure:
-    """The headline metric against parameters, multiply-adds and latency, one panel each.
+    """Draw the headline metric over parameters, multiply-adds and latency, one panel each.
 
-    Every round of every run is a dot; a line joins the means of a label's last rounds, from its
-    base to its highest rate, in a band of one standard deviation over seeds; unpruned detectors
-    are dashed; circles and a grey line mark the Pareto front of all dots.
+    Dots are the rounds of all runs; lines connect the means of a label's last rounds from the base
+    to the highest rate, with bands of one standard deviation over seeds. Dashed lines are unpruned
+    detectors; circles and a grey line mark the Pareto front of all dots.
 
     Args:
         found: cells of one data set and detector.
 
     Raises:
-        ValueError: there is no cell.
+        ValueError: there are no cells.
     """
     metric = _metric(found)
     sizes = [column for column in SIZES if any(_has(run, column.key) for run in _runs(found))]
@@ -76,7 +76,7 @@ def _has(run: Run, key: str) -> bool:
 
 
 def _dots(found: Iterable[Cell], column: Column) -> pd.DataFrame:
-    """Every measured round: ``x``, ``y`` and what it tells."""
+    """Every measured round: ``x``, ``y`` and hover text."""
     rows = [
         (row[column.key] * column.scale, row[cell.metric], _told(cell, run, row))
         for cell in found
@@ -168,8 +168,13 @@ def _unpruned(found: Sequence[Cell], column: Column) -> Iterable[go.Scatter]:
 
 
 def pareto(x: Sequence[float], y: Sequence[float]) -> list[int]:
-    """Indices of the points that no other beats: none has less x and as much y, or as little x
-    and more y. Sorted by x; of equal points the first.
+    """Find the Pareto front: the points for which no other point has lower x and higher y.
+
+    A point with equal x and higher y, or lower x and equal y, dominates as well. Of equal points
+    the first is kept.
+
+    Returns:
+        Indices sorted by x.
     """
     front: list[int] = []
     best = -np.inf
@@ -199,13 +204,13 @@ def _front(found: Sequence[Cell], column: Column) -> Iterable[go.Scatter]:
 
 
 def by_round(found: Sequence[Cell]) -> go.Figure:
-    """The headline metric, parameters, multiply-adds and latency after each round.
+    """Draw the headline metric, parameters, multiply-adds and latency after each round.
 
-    Means over seeds in a band of one standard deviation, for the pruned cells of one data set and
-    detector.
+    Lines are means over seeds with bands of one standard deviation, for the pruned cells of one
+    data set and detector.
 
     Raises:
-        ValueError: there is no cell.
+        ValueError: there are no cells.
     """
     metric = _metric(found)
     shown = [Column(metric, LABELS.get(metric, metric), 3), *SIZES]
@@ -243,18 +248,18 @@ def _over_rounds(cell: Cell, column: Column, look: Look) -> Iterable[go.Scatter]
 
 
 def training(found: Sequence[Cell], prefix: str = "train/loss") -> go.Figure:
-    """Logged quantities against the training step, a panel for each and a line for each run.
+    """Plot logged quantities over training steps, one panel per quantity and one line per run.
 
     Args:
-        found: cells whose runs are shown; a run without a log has no line.
-        prefix: of the logged names, e.g. ``train/eigenvalue``.
+        found: cells whose runs are shown; runs without a log are skipped.
+        prefix: prefix of the logged names, e.g. ``train/eigenvalue``.
 
     Raises:
         ValueError: no run has logged such a quantity.
     """
     names = sorted({name for run in _runs(found) for name in run.log if name.startswith(prefix)})
     if not names:
-        raise ValueError(f"no run has logged {prefix}*; logs/metrics.csv has what was logged")
+        raise ValueError(f"no run has logged {prefix}*; see logs/metrics.csv for the logged names")
     wide = min(3, len(names))
     titles = [text(name.removeprefix("train/")) for name in names]
     rows = ceil(len(names) / wide)

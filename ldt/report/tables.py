@@ -1,4 +1,4 @@
-"""The comparison as a table: text cells for the page, Markdown and LaTeX; numbers for CSV."""
+"""Comparison tables: text for the page, Markdown and LaTeX; numbers for CSV."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ldt.runs.formatting import number
 
 
 class Column(NamedTuple):
-    """A measured column: where it comes from, how it is written, and which way is better."""
+    """A measured column: key, format, and whether higher or lower is better."""
 
     key: str
     title: str
@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A cell of a table: its text, what it is sorted by, whether it is the best of its block."""
+    """A table cell: text, sort key, and whether it is the best of its block."""
 
     text: str
     sort: float | str
@@ -35,26 +35,26 @@ SIZES = (
     Column("latency_ms", "latency (ms)", 1, 1.0, -1),
 )
 TEXTS = ("dataset", "detector", "method", "removed", "seeds")
-Table = list[dict[str, Value]]  # a row per cell, by column title
+Table = list[dict[str, Value]]  # one row per cell, by column title
 
 
 def percent(share: float) -> str:
-    """A share of 1 as it was asked for."""
+    """Format a requested rate as a percentage."""
     return f"{share * 100:g} %"
 
 
 def columns(found: Sequence[Cell]) -> list[Column]:
-    """What is shown: the headline metric before, the metrics after, and the costs."""
+    """Return the shown columns: headline metric before, metrics after pruning, and costs."""
     names = dict.fromkeys((*METRICS, *(cell.metric for cell in found)))
     after = [Column(name, name, 3, 1.0, 1) for name in names]
     return [Column("base", "before", 3), *after, *SIZES]
 
 
 def compare(found: Sequence[Cell]) -> Table:
-    """A row per cell: mean ± standard deviation over its seeds.
+    """Build a table with one row per cell: mean ± standard deviation over its seeds.
 
-    Best are, in each column, the pruned cells whose mean is the best, at the shown precision, of
-    those with the same data set, detector, budget and rate; the budget itself is not compared.
+    In each column, the best of the pruned cells with the same data set, detector, budget and rate
+    is marked, at the displayed precision; the budget itself is not compared.
     """
     means = summarise(found)
     shown = [column for column in columns(found) if column.key in means]
@@ -83,14 +83,14 @@ def _plus_minus(means: dict[str, Any], column: Column) -> str:
     mean, deviation = (
         number(means[key], column.digits, column.scale) for key in (column.key, f"{column.key}_std")
     )
-    constant = column in SIZES and not deviation.strip("0.")  # sizes are often all the same
+    constant = column in SIZES and not deviation.strip("0.")  # sizes are often equal for all seeds
     return mean if deviation == "-" or constant else f"{mean} ± {deviation}"
 
 
 def _best(
     found: Sequence[Cell], means: pd.DataFrame, shown: Sequence[Column]
 ) -> set[tuple[int, str]]:
-    """(row, column key) of the best pruned cells of each block that has several."""
+    """(row, column key) of the best pruned cells in each block with several."""
     blocks: dict[Any, list[int]] = defaultdict(list)
     for index, cell in enumerate(found):
         if cell.pruned:
@@ -110,9 +110,9 @@ def _best(
 
 
 def write(found: Sequence[Cell], kind: str) -> str:
-    """The comparison as ``markdown``, ``latex`` or ``csv``.
+    """Format the comparison as ``markdown``, ``latex`` or ``csv``.
 
-    CSV has all numbers of :func:`ldt.runs.aggregate.summarise`, unrounded, in plain units.
+    CSV has all numbers of :func:`ldt.runs.aggregate.summarise`, unrounded and in base units.
     """
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[kind](found)
 

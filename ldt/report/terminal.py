@@ -1,4 +1,4 @@
-"""What a run and a study show at their end: tables on the terminal."""
+"""Terminal tables printed at the end of a run or study."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
 BUDGETS = {"params": "parameters", "macs": "multiply-adds", "flops": "multiply-adds"}
-PLAIN_WIDTH = 200  # characters, where the output is no terminal: nothing is cut off
+PLAIN_WIDTH = 200  # characters if the output is not a terminal, so that nothing is truncated
 
 
 def print_run(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print the base against each round, and where the pictures and the pruned detector are.
+    """Print the base and each round, and the paths of pictures and pruned detector.
 
     Args:
-        summary: of a finished run (``summary.json``).
+        summary: ``summary.json`` of a finished run.
         folder: the run's directory.
     """
     rows, metric = summary["rounds"], summary["metric"]
@@ -78,7 +78,7 @@ def _rounds_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Threads and device of the latencies; several if the run moved between machines."""
+    """Threads and device of the latencies; several if the run was moved between machines."""
     found = [
         f"{row['threads']} thread{'s' * (row['threads'] != 1)}, {row['device']}"
         for row in rows
@@ -88,10 +88,10 @@ def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def print_study(study: Path) -> int:
-    """Print one line for each run of a study, the failed ones last and in red.
+    """Print one line per run of a study, failed ones last and in red.
 
     Returns:
-        How many runs failed; unfinished ones do not count.
+        The number of failed runs; unfinished ones are not counted.
 
     Raises:
         FileNotFoundError: there is no such directory.

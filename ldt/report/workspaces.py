@@ -1,7 +1,7 @@
-"""A study on Weights & Biases: the command `ldt dashboard` saves a workspace and a report.
+"""Weights & Biases workspace and report of a study; the command `ldt dashboard`.
 
-Both compare the runs of the study: mAP against parameters, multiply-adds and latency, every round,
-every loss term, a table. Each call saves new ones and prints their addresses.
+Both compare the runs of the study: mAP over parameters, multiply-adds and latency, all rounds, all
+loss terms, and a table. Each call saves new ones and prints their URLs.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ TABLE = "What differs between the configurations, and a table of all runs."
 
 @dataclass(frozen=True)
 class Study:
-    """A study on a W&B server, with the names of its training-loss terms."""
+    """A study on a W&B server, with the names of its loss terms."""
 
     entity: str
     project: str
@@ -45,11 +45,11 @@ class Study:
 
     @property
     def filters(self) -> str:
-        """What picks its runs, as the library's expression: it would not escape a name itself."""
+        """Filter expression for its runs; the library does not escape names itself."""
         return f"Metric('Group') == {self.name!r}"
 
     def panels(self) -> dict[str, tuple[str, list[Any]]]:
-        """By heading: an explaining sentence, and new panels."""
+        """Return new panels with an explanation, by heading."""
         return {
             "Accuracy against cost": (FRONT, [_scatter(key) for key in COSTS]),
             "Rounds": (BY_ROUND, [_line("round/round", f"round/{k}", ROUNDS[k]) for k in ROUNDS]),
@@ -74,18 +74,18 @@ def _line(x: str, y: str, title: str) -> wr.LinePlot:
 
 @contextlib.contextmanager
 def _asking(what: str) -> Iterator[None]:
-    """ValueError for whatever the server answers but a result: W&B has no one class for it."""
+    """Convert server errors to ValueError; W&B has no common exception class for them."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"the W&B server was asked {what}, and failed: {error}. Check --project, --entity and "
+            f"the W&B server was asked {what} and failed: {error}. Check --project, --entity and "
             "WANDB_BASE_URL; servers that only imitate W&B's uploads have no workspaces"
         ) from error
 
 
 def find(study: str, project: str, entity: str | None = None) -> Study:
-    """A study on the W&B server that is set up here.
+    """Find a study on the configured W&B server.
 
     Raises:
         ValueError: there is no account, no such project, or no run of the study in it.
@@ -106,7 +106,7 @@ def find(study: str, project: str, entity: str | None = None) -> Study:
 
 
 def workspace(study: Study) -> ws.Workspace:
-    """The study as a saved view of its project."""
+    """Build a saved view of the study's project."""
     return ws.Workspace(
         entity=study.entity,
         project=study.project,
@@ -121,7 +121,7 @@ def workspace(study: Study) -> ws.Workspace:
 
 
 def report(study: Study) -> wr.Report:
-    """The study as a page with explaining text; below the last panels is the table of its runs."""
+    """Build a report with explanations; the table of runs follows the last panels."""
     blocks: list[Any] = [wr.TableOfContents()]
     for name, (text, panels) in study.panels().items():
         runs = wr.Runset(name=study.name, filters=study.filters, pinned_columns=list(COLUMNS))
@@ -141,15 +141,15 @@ def save(study: str, project: str, entity: str | None = None) -> dict[str, str]:
     """Save a workspace and a report of a study.
 
     Args:
-        study: W&B's group of the runs.
-        project: that the runs are in.
-        entity: user or team; None means the account's own.
+        study: W&B group of the runs.
+        project: project of the runs.
+        entity: user or team; None: the account's default.
 
     Returns:
-        The addresses of ``workspace`` and ``report``.
+        The URLs of ``workspace`` and ``report``.
 
     Raises:
-        ValueError: as :func:`find`, or the server fails.
+        ValueError: see :func:`find`, or the server fails.
     """
     with refusing():
         found = find(study, project, entity)
