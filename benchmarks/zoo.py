@@ -490,7 +490,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def write(path: Path, found: list[str]) -> None:
-    """Make the table anew; rows of models that were not run stay as they are."""
+    """Rewrite the table; rows of models that were not run are kept."""
     known = path.read_text().splitlines() if path.exists() else []
     rows = {tuple(row.split(" | ")[:2]): row for row in known + found if row.startswith("| ")}
     keys = [(f"| {family}", m.file) for family, models in FAMILIES.items() for m in models]

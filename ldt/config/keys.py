@@ -31,7 +31,7 @@ OWNED = {
     "gradient_clip_val": "type recipe.clip_grad=<norm>",
     "enable_checkpointing": "every run writes last.ckpt, with which it is resumed",
     "barebones": "the loop needs its callbacks; type trainer.fast_dev_run=1 for a quick try",
-    "reload_dataloaders_every_n_epochs": "images are shuffled and augmented anew in every epoch",
+    "reload_dataloaders_every_n_epochs": "images are reshuffled and augmented again in every epoch",
     "model_registry": "type logger=wandb, which takes the last checkpoint along",
     "limit_test_batches": "nothing is tested; type trainer.limit_val_batches=<n>",
     "limit_predict_batches": "nothing is predicted; type trainer.limit_val_batches=<n>",

@@ -40,9 +40,9 @@ SMALL = 9.0  # canvas pixels per metre below which the finest details are left o
 
 @dataclass(frozen=True)
 class Body:
-    """A thing on the ground. kind: a KITTI class or a prop; shape: a key of `CAR_SHAPES`, else "".
+    """An object on the ground. kind: KITTI class or prop; shape: a key of `CAR_SHAPES`, else "".
 
-    size: (height, width, length) in metres, in KITTI's order; pose says where it stands.
+    size: (height, width, length) in metres, in KITTI's order; pose: its position and heading.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Body:
 
 
 def cast(kind: str, rng: np.random.Generator) -> Body:
-    """Draw the size and the heading of a `kind` of road user, standing nowhere yet (0, 0)."""
+    """Sample size and heading of a `kind` of road user, at the position (0, 0)."""
     # cars mostly follow the road or cross it; the others walk and ride wherever they like
     along = float(rng.choice([-np.pi / 2, np.pi / 2, 0.0, np.pi], p=[0.32, 0.32, 0.18, 0.18]))
     yaw = float(along + rng.normal(0.0, 0.22) if kind == "Car" else rng.uniform(-np.pi, np.pi))
@@ -69,7 +69,7 @@ def cast(kind: str, rng: np.random.Generator) -> Body:
 
 
 def draw_actor(canvas: Canvas, actor: Body, owner: int, rng: np.random.Generator) -> None:
-    """Draw a road user on top of what is there; its silhouette becomes `owner`'s."""
+    """Draw a road user over the canvas and assign its silhouette to `owner`."""
     pen = Pen(canvas, actor.pose.z, owner)
     painter = {"Car": draw_car, "Pedestrian": draw_pedestrian, "Cyclist": draw_cyclist}
     painter[actor.kind](pen, actor, rng)
@@ -85,7 +85,7 @@ def draw_car(pen: Pen, car: Body, rng: np.random.Generator) -> None:
     wheels = _wheels(pen, car)
     pen.areas(wheels, RUBBER)
     left, right = draw_prism(pen, car.pose, profile, half, paint)
-    for wheel in wheels:  # the body has hidden them all: those of the near side come back
+    for wheel in wheels:  # the body covers all wheels: redraw those of the near side
         if turned_to_camera(wheel):
             pen.area(wheel, RUBBER)
             pen.area(_shrunk(wheel, 0.5), (150, 150, 150))
@@ -219,7 +219,7 @@ def draw_cyclist(pen: Pen, rider: Body, rng: np.random.Generator) -> None:
 
 
 def draw_bicycle(pen: Pen, pose: Pose, colour: Colour) -> None:
-    """Draw a bicycle; alone, it is one of the things that resemble a road user."""
+    """Draw a bicycle; without a rider it is a distractor that resembles a road user."""
     angles = np.linspace(0, 2 * np.pi, 17)
     for ahead in (-0.53, 0.53):
         local = np.column_stack(

@@ -38,7 +38,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """What the air does to colours: `tint` multiplies, `haze` takes over with distance.
+    """Lighting and atmosphere: `tint` multiplies colours, `haze` replaces them with distance.
 
     visibility: metres at which 63 % of a colour is lost to the haze.
     """
@@ -51,7 +51,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing stands: ground point (x, z) in metres, KITTI yaw `ry` (0 = heading right)."""
+    """Pose of an object: ground point (x, z) in metres, KITTI yaw `ry` (0 = heading right)."""
 
     x: float
     z: float
@@ -88,9 +88,9 @@ class Canvas:
 
 
 class Pen:
-    """Draws one thing at one depth (metres), on top of what is there and in its owner's name.
+    """Draw one object at one depth (metres) over the canvas and assign its pixels to the owner.
 
-    Things that are not road users draw as owner 0 and so hide the road users behind them.
+    Objects that are not road users have owner 0 and so occlude the road users behind them.
     """
 
     def __init__(self, canvas: Canvas, depth: float, owner: int = 0) -> None:
@@ -174,7 +174,7 @@ def draw_prism(
         corners = [i, i + 1, count + i + 1, count + i]
         along = abs(outline[i + 1][0] - outline[i][0])
         rise = abs(outline[i + 1][1] - outline[i][1])
-        gain = 0.72 + 0.38 * along / (along + rise + 1e-6)  # what looks up is brighter
+        gain = 0.72 + 0.38 * along / (along + rise + 1e-6)  # upward faces are brighter
         faces.append((sum(depth[c] for c in corners) / 4, pixels[corners], gain))
     for _, face, gain in sorted(faces, key=lambda item: -item[0]):
         if turned_to_camera(face):
@@ -183,7 +183,7 @@ def draw_prism(
 
 
 def turned_to_camera(face_n2: np.ndarray) -> bool:
-    """Tell whether a projected face is seen from its outside (clockwise on the screen)."""
+    """Return whether a projected face is seen from outside (clockwise on the screen)."""
     corners = face_n2.tolist()
     area, (x0, y0) = 0.0, corners[-1]
     for x, y in corners:

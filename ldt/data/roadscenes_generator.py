@@ -1,8 +1,8 @@
-"""Synthetic road scenes in KITTI's folder layout: the data set that needs no download.
+"""Synthetic road scenes in KITTI's folder layout: a data set that needs no download.
 
 Everything is drawn: a perspective road with houses, trees, signs and clutter; cars, pedestrians and
-cyclists as small 3-D bodies under day, dusk, night, fog or hard shadows. An image is a function of
-the options and its index alone.
+cyclists as small 3-D bodies under day, dusk, night, fog or hard shadows. An image depends only
+on the options and its index.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ldt.data.roadscenes_scenery import (
     throw_shadows,
 )
 
-VERSION = 5  # raise it with every change of the pictures: it is part of the folder's name
+VERSION = 5  # increment it with every change of the pictures; part of the folder name
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 SHARES = (0.48, 0.28, 0.24)
@@ -53,10 +53,12 @@ SMALLEST = 7.0  # pixels, sqrt(w * h): smaller road users are DontCare
 
 @dataclass(frozen=True)
 class RoadScenes:
-    """How many scenes, how large (pixels), from which seed and how hard.
+    """Number of scenes, image size in pixels, seed and difficulty.
 
     difficulty scales clutter, crowding, bad light, noise and low contrast: 0 = clean, 1 = hard.
-    Raises ValueError for a value that cannot be drawn.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     train: int = 512
@@ -107,7 +109,7 @@ class Label:
 
 
 def render(scenes: RoadScenes, index: int) -> tuple[np.ndarray, list[Label]]:
-    """Draw scene `index`, the same at every call: (H, W, 3) uint8 BGR, and its labels."""
+    """Draw scene `index` deterministically: (H, W, 3) uint8 BGR, and its labels."""
     rng = np.random.default_rng([scenes.seed, index])
     scale = SUPERSAMPLING
     light = _choose_light(scenes, rng)
@@ -141,9 +143,9 @@ class _Stage:
         self.placed: list[tuple[Body, Box]] = []
 
     def settle(self, body: Body, aim: float, verge: float, crowd: float) -> None:
-        """Stand `body` where sqrt(w * h) of its box is about `aim` canvas pixels, or give it up.
+        """Place `body` where sqrt(w * h) of its box is about `aim` canvas pixels, or drop it.
 
-        verge: largest |x|, metres; crowd: largest share of one body's box that another may cover.
+        verge: largest |x|, metres; crowd: maximum share of a body's box covered by another.
         """
         camera = self.canvas.camera
         nearest, yaw = 1.3 + body.size[2] / 2, body.pose.ry
@@ -195,7 +197,7 @@ def outline(camera: Camera, size: tuple[float, float, float], pose: Pose) -> Box
 
 
 def _shared(a: Box, b: Box) -> float:
-    """Return the area that two boxes share; most share none, and are told apart at once."""
+    """Return the intersection area of two boxes, with an early exit for disjoint boxes."""
     if a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]:
         return 0.0
     return (min(a[2], b[2]) - max(a[0], b[0])) * (min(a[3], b[3]) - max(a[1], b[1]))
@@ -213,10 +215,10 @@ def _populate(scenes: RoadScenes, stage: _Stage, verge: float) -> list[Body]:
     bounds = np.log(SIZES)[rng.choice(len(SIZES), users, p=SIZE_SHARES)]
     aims = unit * np.exp(rng.uniform(bounds[:, 0], bounds[:, 1]))
     kinds = rng.choice(CLASSES, users, p=SHARES).tolist()
-    for kind, aim in zip(kinds, -np.sort(-aims), strict=True):  # the large ones need the room
+    for kind, aim in zip(kinds, -np.sort(-aims), strict=True):  # place the large ones first
         stage.settle(cast(kind, rng), float(aim), min(verge - 1, 20.0), crowd)
     for _ in range(int(rng.integers(2, 6)) if rng.random() < 0.35 else 0):
-        # far away, too small to tell apart: they end up as DontCare
+        # far away and too small to recognise: labelled DontCare
         kind = str(rng.choice(CLASSES, p=SHARES))
         stage.settle(cast(kind, rng), unit * float(rng.uniform(3.0, 5.5)), verge, 0.9)
     for kind in rng.choice(list(PROPS), int(rng.poisson(2 + 4.5 * scenes.difficulty))).tolist():
@@ -226,13 +228,13 @@ def _populate(scenes: RoadScenes, stage: _Stage, verge: float) -> list[Body]:
 
 
 def _draw_bodies(canvas: Canvas, bodies: list[Body], rng: np.random.Generator) -> list[Label]:
-    """Draw from far to near, then label every road user by what is left of its silhouette."""
+    """Draw from far to near, then label every road user by its visible silhouette."""
     users = [body for body in bodies if body.kind in CLASSES]
     silhouettes: list[tuple[Box, int]] = []
     for body in bodies:
         if body.kind in CLASSES:
             draw_actor(canvas, body, len(silhouettes) + 1, rng)
-            # just drawn, nothing hides it yet: this is its whole silhouette
+            # just drawn and not occluded yet: the full silhouette
             silhouettes.append(_measure(canvas, body, len(silhouettes) + 1))
         else:
             draw_prop(canvas, body, rng)
@@ -280,17 +282,17 @@ def _wrapped(angle: float) -> float:
 
 
 def folder_name(scenes: RoadScenes) -> str:
-    """Return `roadscenes-<hash>`, the hash being of all options and of the generator's version."""
+    """Return `roadscenes-<hash>` with a hash of all options and the generator version."""
     options = {**asdict(scenes), "difficulty": float(scenes.difficulty)}  # 1 draws what 1.0 draws
     text = json.dumps({"version": VERSION, **options}, sort_keys=True)
     return f"roadscenes-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def write(scenes: RoadScenes, cache: Path) -> Path:
-    """Write the data set below `cache` unless it is there, and return its root.
+    """Write the data set below `cache` unless it exists, and return its root.
 
-    The root appears complete or not at all: everything is drawn into a sibling folder that is
-    renamed at the end. Of two processes at once, the slower one throws its copy away.
+    The write is atomic: everything is drawn into a sibling folder that is renamed at the end. If
+    two processes write at once, the slower one discards its copy.
     """
     root = Path(cache) / folder_name(scenes)
     if root.is_dir():
@@ -300,7 +302,7 @@ def write(scenes: RoadScenes, cache: Path) -> Path:
         _write_all(scenes, draft)
         try:
             draft.rename(root)
-        except OSError:  # a folder that is not empty cannot be replaced: another one was faster
+        except OSError:  # the target is not empty: another process was faster
             if not root.is_dir():
                 raise
     finally:

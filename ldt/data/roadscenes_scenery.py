@@ -1,4 +1,4 @@
-"""What surrounds the road users of the synthetic scenes: light, houses, clutter, lens."""
+"""Surroundings of the road users in the synthetic scenes: light, houses, clutter, lens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SKIES: dict[str, Colour] = {
     "day": (225, 170, 110), "shadow": (220, 155, 90), "dusk": (120, 75, 75),
     "fog": (205, 205, 203), "night": (22, 14, 10),
 }  # fmt: skip
-# Things that resemble road users or hide them: (height, width, length) in metres
+# Objects that resemble or occlude road users: (height, width, length) in metres
 PROPS: dict[str, tuple[float, float, float]] = {
     "bin": (1.05, 0.6, 0.6), "crate": (1.5, 1.7, 3.2), "bollard": (1.1, 0.3, 0.3),
     "bush": (1.2, 1.6, 1.6), "bicycle": (1.05, 0.5, 1.7), "kiosk": (2.3, 1.2, 1.2),
@@ -114,7 +114,7 @@ def _roughen(canvas: Canvas, rng: np.random.Generator) -> None:
     coarse = rng.integers(116, 141, (height // 6 + 1, width // 14 + 1, 1), dtype=np.uint8)
     coarse = np.concatenate([coarse, coarse, coarse, np.full_like(coarse, 128)], axis=2)
     stains = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
-    cv2.addWeighted(ground, 1.0, stains, 1.0, -128.0, dst=ground)  # 128 leaves things as they are
+    cv2.addWeighted(ground, 1.0, stains, 1.0, -128.0, dst=ground)  # 128 means no change
 
 
 def _paint_houses(canvas: Canvas, verge: float, rng: np.random.Generator) -> None:
@@ -179,12 +179,12 @@ def throw_shadows(canvas: Canvas, bodies: list[Body], patches: bool, sun: float)
 
 
 def prop(kind: str, rng: np.random.Generator) -> Body:
-    """Draw the heading of a `kind` of prop, standing nowhere yet."""
+    """Sample the heading of a `kind` of prop, at the position (0, 0)."""
     return Body(kind, "", PROPS[kind], Pose(0.0, 0.0, float(rng.uniform(-np.pi, np.pi))))
 
 
 def draw_prop(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """Draw a prop on top of what is there; it hides road users but belongs to none (owner 0)."""
+    """Draw a prop over the canvas with owner 0, so that it occludes road users."""
     pen, height = Pen(canvas, body.pose.z), body.size[0]
     at = pen.project(body.pose, np.array([(0, y * height, 0) for y in (0, 0.25, 0.5, 0.75, 1)]))
     if body.kind == "tree":

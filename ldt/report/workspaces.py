@@ -30,7 +30,7 @@ FRONT = (
 )
 BY_ROUND = "Round 0 is the unpruned detector; every later round has cut and retrained it."
 LOSSES = "The terms of the training loss, at every logged step of all rounds."
-SHOWN = "Detections beside the ground truth, channels kept per layer, and a run's own rounds."
+SHOWN = "Detections beside the ground truth, channels kept per layer, and the rounds of each run."
 TABLE = "What differs between the configurations, and a table of all runs."
 
 

@@ -98,7 +98,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Flat:
 
 
 def essence(config: Mapping[str, Any]) -> Flat:
-    """Return everything that decides a run's result, flat.
+    """Return all settings that affect a run's result, flat.
 
     Args:
         config: the resolved configuration, also one of an earlier version.
