@@ -100,7 +100,7 @@ def test_an_older_address_is_the_same_command(name, tmp_path, capsys):
     ("arguments", "told"),
     [
         (["report", "{here}/no"], "no study at {here}/no; {here} has: nothing"),
-        (["report", "{here}"], "no finished run in {here}, which holds 0 runs"),
+        (["report", "{here}"], "no finished run in {here}, which has 0 runs"),
         (["figures", "channels", "{here}"], "give the directory of a run, runs/<study>/<run>"),
         (["figures", "curves", "{here}/no"], "no study at {here}/no"),
         (["export", "{here}/no.ckpt", "{here}/out"], "no checkpoint at '{here}/no.ckpt'"),
@@ -226,9 +226,13 @@ def interrupted():
     ("function", "code", "told"),
     [
         (raised_by_ours, 1, "error: no image or folder at '/nowhere/at/all'"),
-        (wrong_value, 1, "error: threshold=7: a score from 0 to 1, for example 0.3"),
+        (wrong_value, 1, "error: threshold=7; allowed: a score from 0 to 1, for example 0.3"),
         (disk_full, 1, "error: [Errno 28] No space left on device"),
-        (refused_wrong_value, 2, "error: threshold=7: a score from 0 to 1, for example 0.3"),
+        (
+            refused_wrong_value,
+            2,
+            "error: threshold=7; allowed: a score from 0 to 1, for example 0.3",
+        ),
         (refused_lines, 2, "error: one two"),
         (interrupted, 130, "error: interrupted"),
         (raised_by_a_library, 1, None),

@@ -157,7 +157,7 @@ def test_a_study_without_runs_on_the_server_says_how_they_come_there(service, ca
 def test_a_server_that_fails_is_told_with_what_it_was_asked(service, monkeypatch, capsys):
     monkeypatch.setattr(service, "execute_graphql", lambda *_, **__: {}["upsertView"])
     told = refused(capsys, STUDY.name, code=1)
-    assert "was asked to save a workspace and a report, and failed: 'upsertView'" in told
+    assert "was asked to save a workspace and a report and failed: 'upsertView'" in told
 
 
 @pytest.mark.slow
@@ -171,5 +171,5 @@ def test_a_server_without_workspaces_is_told(tmp_path, monkeypatch, capsys):
     finally:
         process.terminate()
         process.wait()
-    assert "was asked for the runs of the default entity/ldt, and failed" in told
+    assert "was asked for the runs of the default entity/ldt and failed" in told
     assert "only imitate W&B's uploads have no workspaces" in told

@@ -146,7 +146,7 @@ def ended(capsys, *arguments):
 
 
 def test_a_threshold_is_a_score(checkpoint, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"threshold=30.0: a score from 0 to 1"):
+    with pytest.raises(ValueError, match=r"threshold=30.0; allowed: a score from 0 to 1"):
         predict(checkpoint, [folder], tmp_path / "out", threshold=30.0)
 
 

@@ -120,7 +120,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_training(tmp_path):
     done = command(*options(tmp_path, "odd", *TWO, "recipe.batch_size=5"), cwd=tmp_path)
     assert done.returncode != 0
     assert (
-        "recipe.batch_size=5 images of an optimizer step cannot be shared by 2 processes x "
+        "recipe.batch_size=5 images per optimizer step cannot be split among 2 processes x "
         "trainer.accumulate_grad_batches=1; allowed: multiples of 2 (e.g. recipe.batch_size=4)"
     ) in done.stderr
     assert not list((tmp_path / "odd").glob("*.ckpt"))

@@ -138,7 +138,7 @@ def test_checking_keys_imports_nothing_heavy():
         ("method=chip +method.criterion.nomalise=true", r"method.criterion.normalise=True"),
         ("method=group_fisher_gradual +method.gradual.intervall=3", r"method.gradual.interval=3"),
         ("logger=wandb +logger.projekt=x", r"did you mean logger.project\?"),
-        ("+logger.mode=online", r"logger has keys \(mode\), but names no class: type logger="),
+        ("+logger.mode=online", r"logger has keys \(mode\) but no class: type logger="),
         ("logger=wandb +logger.save_dir=x", r"logger.save_dir=x: unknown key"),
         ("+recipe.optimizer.momentun=0.9", r"recipe.optimizer.momentun=0.9: unknown key"),
         ("recipe=paper +recipe.optimizer.momentun=0.9", r"Type recipe.optimizer.momentum=0.9"),

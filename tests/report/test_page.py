@@ -171,7 +171,7 @@ def test_tables_are_printed_or_written(study, capsys, tmp_path):
     [
         ("nowhere", "no study at .*nowhere; .* has: .*broken"),
         ("ldt-s0", "ldt-s0 is a run; give its study"),
-        ("empty", "no finished run in .*empty, which holds 0 runs"),
+        ("empty", "no finished run in .*empty, which has 0 runs"),
     ],
 )
 def test_what_cannot_be_compared_is_told(study, capsys, place, told):
