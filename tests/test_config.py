@@ -104,7 +104,7 @@ def test_a_mistake_is_named(mistake):
         ("ldt.memory=-1", r"ldt.memory=-1; allowed: a whole number of at least 0"),
         ("recipe.schedule=poly", r"recipe.schedule='poly'; allowed: step, cosine, constant"),
         ("recipe.optimizer.lr=abc", r"recipe.optimizer.lr='abc'"),
-        ("report.latency_runs=5", r"report.latency_runs=5; at least 30"),
+        ("report.latency_runs=5", r"report.latency_runs=5 must be at least 30"),
         ("trainer.devices=abc", r"`devices` .* should be an int"),
         ("trainer.precision=half", r"half"),
         ("recipe.augment=mosaics", r"recipe.augment='mosaics'; allowed: none, flip, shift,"),

@@ -329,7 +329,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_recorded_then(begun, caplog,
     for file in (root / "training").rglob("90000?.*"):
         file.unlink()
     experiment.run(kitti_config(root), folder)
-    assert "made by an earlier version" in caplog.text
+    assert "created by an earlier version" in caplog.text
     record = json.loads((folder / files.INPUTS).read_text())
     assert record["begun_by_earlier_version"]
     assert record["data"] == print_of(root)
