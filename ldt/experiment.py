@@ -179,13 +179,9 @@ def _execute(
 def _train(
     config: DictConfig, claimed: dict[str, Any], folder: Path, logger: Logger | None
 ) -> dict[str, Any]:
-    """The summary of a run that is trained to its end.
+    """The summary of a run that is trained to its end, from a shared base on where there is one.
 
-    Args:
-        config: what is trained: from a shared base on where there is one.
-        claimed: the configuration that the folder is claimed for.
-        folder: the run's directory.
-        logger: beside the CSV files.
+    The folder is `claimed` for a configuration that knows nothing of the base's weights.
     """
     with refusing(*REFUSALS):
         plan = build_schedule(config)
