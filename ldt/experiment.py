@@ -179,14 +179,9 @@ def _execute(
 def _train(
     config: DictConfig, claimed: dict[str, Any], folder: Path, logger: Logger | None
 ) -> dict[str, Any]:
-    """Train the run to completion and return its summary.
+    """Train the run to completion, from a shared base where there is one; return its summary.
 
-    Args:
-        config: the configuration to train with; it starts from the weights of a shared base if
-            there is one.
-        claimed: the configuration that the folder was claimed for.
-        folder: the run's directory.
-        logger: additional logger besides the CSV logger.
+    The folder is ``claimed`` for a configuration that does not name the base's weights.
     """
     with refusing(*REFUSALS):
         plan = build_schedule(config)

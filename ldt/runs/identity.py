@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldt.runs import files
 from ldt.runs.differences import differences
+from ldt.runs.run import stored_config
 
 Flat = dict[str, Any]  # dotted key -> value
 Relation = Literal["same run", "same cell", "other run"]
@@ -222,7 +223,7 @@ def find(study: Path, config: Mapping[str, Any], prefix: str = "") -> Path | Non
     wanted = essence(config)
     for file in sorted(study.glob(f"{prefix}*/{files.CONFIG}")):
         with contextlib.suppress(ValueError):  # skip damaged configurations
-            known = files.read_config(file.parent)
+            known = stored_config(file.parent)
             if known and essence(known) == wanted:
                 return file.parent
     return None

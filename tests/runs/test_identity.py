@@ -238,6 +238,10 @@ def test_the_run_of_a_configuration_is_found_whatever_it_is_called(command, tmp_
     for name, line in (("base-x", "method=l1"), ("b", "method=px")):
         (tmp_path / name).mkdir()
         (tmp_path / name / files.CONFIG).write_text(yaml.safe_dump(command(line)[0]))
+    file = tmp_path / "base-x" / files.CONFIG  # as an earlier version wrote it
+    target = "ldt.data.{}.RoadScenesDataModule"
+    file.write_text(file.read_text().replace(target.format("roadscenes"), target.format("kitti")))
+    assert target.format("kitti") in file.read_text()
     assert identity.find(tmp_path, known) == tmp_path / "base-x"
     assert identity.find(tmp_path, known, "base-") == tmp_path / "base-x"
     assert identity.find(tmp_path, command("method=px")[0], "base-") is None
