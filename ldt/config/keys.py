@@ -1,4 +1,8 @@
-"""Keys that nobody reads are refused, with the nearest one that is known."""
+"""Keys that nobody reads are refused, with the nearest one that is known.
+
+Groups that the schema calls a dict (``recipe.optimizer``, ``method.criterion``, ``logger``, ...)
+are read by other libraries and classes: :func:`ldt.build.check_classes` checks these.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,16 +41,6 @@ OWNED = {
     "limit_predict_batches": "nothing is predicted; type trainer.limit_val_batches=<n>",
 }
 # fmt: on
-# What somebody else reads: any key goes. Those of classes are checked when these are imported.
-FREE = (
-    "detector.options",
-    "recipe.optimizer",
-    "recipe.paramwise",
-    "dataset.scales",
-    "method.criterion",
-    "method.gradual",
-    "logger",
-)  # fmt: skip
 DATASETS = {
     "ldt.data.coco.CocoDataModule": CocoConfig,
     "ldt.data.kitti.KittiDataModule": KittiConfig,
