@@ -1,4 +1,8 @@
-"""Rejection of unknown configuration keys, with a suggestion of the closest known key."""
+"""Rejection of unknown configuration keys, with a suggestion of the closest known key.
+
+Groups that the schema declares as a dict (``recipe.optimizer``, ``method.criterion``, ``logger``, ...)
+are read by other libraries and classes: :func:`ldt.build.check_classes` checks these.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,16 +41,6 @@ OWNED = {
     "limit_predict_batches": "nothing is predicted; type trainer.limit_val_batches=<n>",
 }
 # fmt: on
-# Groups that accept any key: read by other libraries, or checked once their class is imported.
-FREE = (
-    "detector.options",
-    "recipe.optimizer",
-    "recipe.paramwise",
-    "dataset.scales",
-    "method.criterion",
-    "method.gradual",
-    "logger",
-)  # fmt: skip
 DATASETS = {
     "ldt.data.coco.CocoDataModule": CocoConfig,
     "ldt.data.kitti.KittiDataModule": KittiConfig,
