@@ -35,6 +35,7 @@ from ldt.pruning.dependency import ModulatedDeformConv2dPack
 from ldt.pruning.graph import Forward, PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS, NORMS
 
+register()
 CONF = str(Path(__file__).parents[1] / "conf")
 REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")
 SCOPE = ("backbone", "neck")
@@ -366,7 +367,6 @@ def _small(name: str, seed: int) -> Case:
 
 def composed(*overrides: str) -> Any:
     """The configuration of a run with these overrides."""
-    register()
     with initialize_config_dir(CONF, version_base="1.3"):
         return compose("config", overrides=list(overrides))
 

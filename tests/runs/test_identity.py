@@ -1,6 +1,7 @@
 """What a run is: commands that are the same run, seeds of one cell, or other runs; their names."""
 
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def command():
     config.register()
     before = HydraConfig.instance().cfg
 
+    @cache
     def composed(line):
         with initialize_config_dir(CONF, version_base="1.3"):
             found = compose("config", overrides=line.split(), return_hydra_config=True)

@@ -18,7 +18,7 @@ from mmcv import _ext  # noqa: E402
 pytestmark = pytest.mark.skipif(
     not _ext.__file__.endswith("mmcv_ext.py"), reason="a compiled mmcv is installed and in use"
 )
-INSTALL_FILE = Path(__file__).parents[1] / "ldt" / "detectors" / "mmcv_ops.py"
+INSTALL_FILE = Path(__file__).parents[2] / "ldt" / "detectors" / "mmcv_ops.py"
 
 
 @pytest.fixture(autouse=True)
