@@ -145,7 +145,7 @@ def refused(capsys, study, code=2):
 def test_without_an_account_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     wandb_here.seal(monkeypatch, tmp_path)
     told = refused(capsys, "compare")
-    assert "Type `wandb login`, or set WANDB_API_KEY" in told
+    assert "Run `wandb login`, or set WANDB_API_KEY" in told
 
 
 def test_a_study_without_runs_on_the_server_says_how_they_come_there(service, capsys):

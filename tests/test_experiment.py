@@ -113,10 +113,10 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    plain = LDTLoss._rise
+    plain = LDTLoss._warmup_factor
     monkeypatch.setattr(
         LDTLoss,
-        "_rise",
+        "_warmup_factor",
         lambda terms: float("nan") if terms._module.global_step > 2 else plain(terms),
     )
     config = tiny(tmp_path, "method=none", "ldt.enabled=true", "recipe.epochs=3")

@@ -167,7 +167,7 @@ def test_utilities_are_the_criterions_own_batch_by_batch(run):
     [
         ("channels", "nowhere", "give the directory of a run"),
         ("channels", "tiny/round-7.ckpt", "the run has round-0.ckpt, round-1.ckpt"),
-        ("channels", "tiny/last.ckpt", "no round's checkpoint; give .*round-<t>.ckpt"),
+        ("channels", "tiny/last.ckpt", "not the checkpoint of a round; give .*round-<t>.ckpt"),
         ("curves", "nowhere", "no study at"),
         ("curves", "tiny/pictures", "no finished run that pruned something"),
     ],
