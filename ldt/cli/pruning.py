@@ -9,11 +9,14 @@ from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader, Subset
 
 from ldt.api import calibration_batches, evaluate, prune
+from ldt.criteria.methods import find_method
 from ldt.data.coco import CocoDataModule
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.kitti import KittiDataModule
 from ldt.detectors.models import input_settings
 from ldt.detectors.opening import OpenedDetector, open_detector
+from ldt.loop.schedule import PruningSchedule
+from ldt.pruning.costs import parse_budget
 from ldt.runs.refusal import refusing
 
 
@@ -52,6 +55,7 @@ class PruningCommand:
 def run(command: PruningCommand) -> None:
     """Prune the detector and print what was removed and the change in AP."""
     with refusing():
+        _check_options(command)
         data = _open_data(command)
         data.setup("fit")
         opened = replace(open_detector(command.config, command.weights), classes=data.classes)
@@ -81,6 +85,20 @@ def run(command: PruningCommand) -> None:
         )
     if command.out is not None:
         click.echo(f"written: {result.save(command.out)}")
+
+
+def _check_options(command: PruningCommand) -> None:
+    """Check what needs no image, before anything is measured."""
+    find_method(command.criterion, command.ranking)
+    PruningSchedule(
+        rate=command.rate,
+        rounds=1,
+        base_epochs=0,
+        retrain_epochs=1,
+        budget=parse_budget(command.budget),
+    )
+    if command.out is not None and not command.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {command.out}: there is no folder {command.out.parent}")
 
 
 def _open_data(command: PruningCommand) -> DetectionDataModule:
