@@ -28,9 +28,10 @@ from ldt.callbacks import checkpoint_io
 from ldt.detectors.adapter import Detector
 from ldt.evaluation import profiling
 from ldt.figures import from_runs
-from ldt.loop import prune_retrain, pruning_round
+from ldt.loop import pruning_round
 from ldt.module import DetectorModule
 from ldt.pruning.graph import PruningGraph
+from ldt.runs import files
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "training step": (DetectorModule, "training_step"),
@@ -41,7 +42,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "scoring": (Detector, "features"),
     "choosing": (pruning_round, "select_channels"),
     "cutting": (PruningGraph, "remove"),
-    "record of a round": (prune_retrain, "write_rows"),
+    "record of a round": (files, "write_rows"),
     "half a checkpoint": (checkpoint_io.torch, "save"),
     "moving a file": (os, "replace"),
     "summary": (experiment, "write_json"),
