@@ -16,7 +16,7 @@ from ldt.data.kitti import COLUMNS, TYPES, KittiObject, parse_label, read_image_
 
 WIDTH, HEIGHT = 100, 50
 FUZZ = settings(
-    max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
