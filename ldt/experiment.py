@@ -143,8 +143,9 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
     try:
         now = read_inputs(plain, build_data(config))
     except (*REFUSALS, OSError) as error:
-        if not finished:
-            raise
+        place = inputs.place_of(plain)
+        if not finished or place is None or Path(place).exists():
+            raise  # something of it is there and cannot be read: that is a change
         log.warning("%s: the inputs of the run cannot be checked: %s", folder, error)
     else:
         inputs.settle(folder, now, inputs.place_of(plain), finished, rank_zero_only.rank == 0)
