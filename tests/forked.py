@@ -113,6 +113,7 @@ def _work(
 ) -> None:
     """Become the command, in a forked process."""
     os.setsid()
+    atexit._clear()  # the server's: W&B would remove a temporary folder that all of them share
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     multiprocessing.set_start_method(None, force=True)  # not this process's, but the default
     os.environ.clear()
