@@ -83,6 +83,7 @@ def test_packages_and_configurations_come_from_the_wheel(installed, tmp_path):
         "from ldt.config import conf_dir; import hydra_plugins.ldt_grids as grids; "
         "print(ldt.__file__, conf_dir(), grids.__file__, callable(ldt.load_pruned), sep='\\n')"
     )
+    code += "; from ldt.criteria.methods import find_method; find_method('ldt')"
     *files, has_api = called(installed / "python", "-c", code, cwd=tmp_path).splitlines()
     assert all(Path(file).is_relative_to(installed.parent) for file in files)
     assert has_api == "True"

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import yaml
 from torch_pruning.pruner.importance import Importance
 
+from ldt.config import conf_dir
 from ldt.pruning.budget import RANKINGS
-
-CONF = Path(__file__).parents[2] / "conf" / "method"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def find_method(criterion: str | Importance, ranking: str | None = None) -> Meth
 
 
 def _read(name: str) -> dict[str, Any]:
-    known = {file.stem: file for file in CONF.glob("*.yaml")}
+    known = {file.stem: file for file in (conf_dir() / "method").glob("*.yaml")}
     usable = {}
     for stem, file in known.items():
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
