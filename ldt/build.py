@@ -18,6 +18,7 @@ from torch_pruning.pruner.importance import Importance
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.callbacks.lightning_internals import lift_step_limit, set_max_epochs
 from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
@@ -230,8 +231,8 @@ def build_trainer(
             default_root_dir=folder,
         )
     if trainer.fast_dev_run:  # applies to each phase; Lightning would stop after the first epoch
-        trainer.fit_loop.max_epochs = plan.total_epochs
-        trainer.fit_loop.epoch_loop.max_steps = -1
+        set_max_epochs(trainer, plan.total_epochs)
+        lift_step_limit(trainer)
     micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     return trainer
 

@@ -30,6 +30,7 @@ from ldt.build import (
     read_inputs,
 )
 from ldt.callbacks.checkpoint_io import resumable
+from ldt.callbacks.lightning_internals import was_interrupted
 from ldt.config import MethodConfig, PruneConfig, conf_dir, register
 from ldt.config.keys import check_keys
 from ldt.config.paths import expand_home, quote_paths
@@ -140,15 +141,15 @@ def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
 
 def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finished: bool) -> None:
     """Raise if the run used different inputs; all ranks check, only rank zero records them."""
+    place = inputs.place_of(plain)
     try:
         now = read_inputs(plain, build_data(config))
     except (*REFUSALS, OSError) as error:
-        place = inputs.place_of(plain)
         if not finished or place is None or Path(place).exists():
             raise  # something of it is there and cannot be read: that is a change
         log.warning("%s: the inputs of the run cannot be checked: %s", folder, error)
     else:
-        inputs.settle(folder, now, inputs.place_of(plain), finished, rank_zero_only.rank == 0)
+        inputs.settle(folder, now, place, finished, rank_zero_only.rank == 0)
 
 
 @rank_zero_only
@@ -194,7 +195,7 @@ def _train(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit as error:
-        if trainer.interrupted:  # Lightning exits this way after Ctrl-C
+        if was_interrupted(trainer):
             raise KeyboardInterrupt from error
         raise
     if len(loop.rows) <= plan.rounds:
@@ -279,7 +280,7 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     base.prune = PruneConfig(rate=0.5, rounds=0)
     base.base, base.run_name = "own", ""
     own: Any = OmegaConf.to_container(base, resolve=True)
-    facts = identity.digest(identity.essence(own))
+    facts = identity.short_hash(identity.essence(own))
     kind = "ldt" if base.ldt.enabled else "plain"
     name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{facts}"
     folder = identity.find(study, own, "base-") or study / name

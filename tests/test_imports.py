@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldt.pruning.names import below
+from ldt.config.names import below
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])

@@ -29,6 +29,11 @@ def set_max_epochs(trainer: L.Trainer, epochs: int) -> None:
     trainer.fit_loop.max_epochs = epochs
 
 
+def lift_step_limit(trainer: L.Trainer) -> None:
+    """Let a fit take as many steps as its epochs have (``fast_dev_run`` limits it to its own)."""
+    trainer.fit_loop.epoch_loop.max_steps = -1
+
+
 def copy_average(averaging: WeightAveraging, module: L.LightningModule) -> None:
     """Copy the averaged weights into the module."""
     averaging._copy_average_to_current(module)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldt.pruning.names import below
+from ldt.config.names import below
 
 log = logging.getLogger(__name__)
 

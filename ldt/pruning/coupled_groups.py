@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
+from ldt.config.names import below
 from ldt.pruning.dependency import (
     FixedChannels,
     depthwise,
@@ -16,7 +17,6 @@ from ldt.pruning.dependency import (
     num_split_parts,
 )
 from ldt.pruning.layer_types import CONVOLUTIONS, Side, width_of
-from ldt.pruning.names import below
 from ldt.pruning.torch_pruning_internals import (
     OPTYPE,
     Group,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ldt.config.names import below
 from ldt.pruning.coupled_groups import (
     CoupledGroup,
     Member,
@@ -21,7 +22,6 @@ from ldt.pruning.coupled_groups import (
 )
 from ldt.pruning.dependency import SplitPart, Tracer, update_split_widths
 from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, Side, width_of
-from ldt.pruning.names import below
 from ldt.pruning.torch_pruning_internals import Dependency, Group, group_items
 from ldt.pruning.trial import trial_failure
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ldt.config.names import below
 from ldt.runs import files
 from ldt.runs.differences import differences
 from ldt.runs.run import stored_config
@@ -117,7 +118,7 @@ def essence(config: Mapping[str, Any]) -> Flat:
     if _prunes_nothing(config):
         flat["method.name"] = "none"
     aside = (*FREE, *SOURCES, *idle(config))
-    found = {key: value for key, value in flat.items() if not _below(key, aside)}
+    found = {key: value for key, value in flat.items() if not below(key, aside)}
     return {key: value for key, value in sorted(found.items()) if value is not None}
 
 
@@ -144,14 +145,13 @@ def canonical_budget(name: str) -> str:
     return BUDGET_ALIASES.get(name, name)
 
 
-def digest(facts: Any) -> str:
-    """Return a hash of plain data as 8 hex digits."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+def short_hash(facts: Any) -> str:
+    """Return an 8-digit hexadecimal hash of plain data."""
+    return _hex(json.dumps(facts, sort_keys=True, default=str))
 
 
-def _below(key: str, groups: Iterable[str]) -> bool:
-    """Whether a dotted key is one of the groups or lies below one."""
-    return f"{key}.".startswith(tuple(f"{group}." for group in groups))
+def _hex(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _number(key: str, value: Any) -> Any:
@@ -263,7 +263,7 @@ def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:
         name = override.key_or_group
         if name == "trainer":  # compare the values it sets, not its name
             kept |= _trainer_keys(config)
-        elif name not in (*SPELT, *UNNAMED) and not _below(name, aside):
+        elif name not in (*SPELT, *UNNAMED) and not below(name, aside):
             key = override.get_key_element().lstrip("+")
             kept[key] = key if key[0] == "~" else f"{key}={override.get_value_element_as_str()}"
     return _hashed(kept.values())
@@ -275,7 +275,7 @@ def _trainer_keys(config: Mapping[str, Any]) -> dict[str, str]:
 
     usual = flatten({"trainer": OmegaConf.to_container(OmegaConf.structured(TrainerConfig))})  # type: ignore[dict-item]
     own = flatten({"trainer": config["trainer"]})
-    changed = (key for key in own if own[key] != usual.get(key) and not _below(key, FREE))
+    changed = (key for key in own if own[key] != usual.get(key) and not below(key, FREE))
     return {key: f"{key}={own[key]}" for key in changed}
 
 
@@ -289,4 +289,4 @@ def _suffix_before(overrides: Iterable[str]) -> str:
 
 def _hashed(lines: Iterable[str]) -> str:
     text = ",".join(sorted(lines))
-    return "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""
+    return f"-{_hex(text)}" if text else ""
