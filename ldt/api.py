@@ -32,7 +32,6 @@ from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
-from ldt.pruning.costs import parse_budget
 
 
 class CalibrationData(Protocol):
@@ -189,12 +188,9 @@ def prune(
         0.3
     """
     method = find_method(criterion, ranking)
-    schedule = PruningSchedule(
-        rate=_rate(rate, keep),
-        rounds=1,
-        base_epochs=0,
-        retrain_epochs=1,
-        budget=parse_budget(budget),
+    schedule = PruningSchedule.one_shot(
+        _rate(rate, keep),
+        budget=budget,
         ranking=method.ranking,
         inner_rounds=method.inner_rounds,
         scope=tuple(scope),

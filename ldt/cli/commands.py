@@ -206,11 +206,18 @@ def prune(
     from ldt.detectors.models import quiet
 
     quiet()
-    given = {name: file for name, file in files.items() if file is not None}
     pruning.run(
-        pruning.PruningCommand(
-            config, weights, data, rate, criterion, budget, ranking, images, val, out, given
-        )
+        config,
+        weights,
+        data,
+        images=images,
+        val=val,
+        out=out,
+        files={name: file for name, file in files.items() if file is not None},
+        rate=rate,
+        criterion=criterion,
+        budget=budget,
+        ranking=ranking,
     )
 
 

@@ -1,7 +1,9 @@
 """The pruning schedule and its validation."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
@@ -81,6 +83,16 @@ class PruningSchedule:
             raise ValueError(
                 "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"
             )
+
+    @classmethod
+    def one_shot(cls, rate: float, **options: Any) -> PruningSchedule:
+        """Return the schedule of a single round without any training.
+
+        Args:
+            rate: share of the budget to remove.
+            options: further fields.
+        """
+        return cls(rate, rounds=1, base_epochs=0, retrain_epochs=1, **options)
 
     @property
     def total_epochs(self) -> int:
