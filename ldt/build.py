@@ -5,10 +5,9 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
-import torch
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -23,14 +22,14 @@ from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config.keys import check_names
-from ldt.config.values import check_arguments
+from ldt.config.values import check_arguments, check_value
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import read
 from ldt.detectors.models import model_config
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
-from ldt.module import DetectorModule, restored
+from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch
 from ldt.runs import files, inputs
@@ -41,25 +40,28 @@ LABELS_OF_DATA = (
     "metric",
     "scales",
 )  # keys of dataset that are not passed to the data module
+Objective = Literal["AP", "AP50", "AP75", "mAP", "params", "multiply_adds", "latency_ms"]
 OURS = ("validate_every", "threads")  # keys of trainer that Lightning does not have
 
 
-def check_classes(config: DictConfig) -> None:
-    """Check that the configured classes accept the keys given for them, before anything is built.
+def check_config(config: DictConfig) -> None:
+    """Check choices, and that the configured classes accept their keys, before anything is built.
 
     Raises:
-        ValueError: a class does not accept a key; the message names the closest argument.
+        ValueError: a value is not allowed or a class does not accept a key; the message names the
+            key and what is allowed or the closest argument.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     method, recipe = plain["method"], plain["recipe"]
+    check_value("base", plain["base"], Literal["own", "shared"])
+    check_value("objectives", plain["objectives"], list[Objective], ["AP", "params"])
     _check_target("method.criterion", method["criterion"])
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
-    optimizer = getattr(torch.optim, str(recipe["optimizer"].get("type")), None)
-    if optimizer is not None:
-        check_arguments("recipe.optimizer", optimizer, recipe["optimizer"], ["type"], ["params"])
+    optimizer = find_optimizer(recipe["optimizer"].get("type"))
+    check_arguments("recipe.optimizer", optimizer, recipe["optimizer"], ["type"], ["params"])
 
 
 def _check_target(where: str, given: dict[str, Any] | None, passed: Iterable[str] = ()) -> None:

@@ -25,7 +25,7 @@ from ldt.build import (
     build_module,
     build_schedule,
     build_trainer,
-    check_classes,
+    check_config,
     opened_logger,
     read_inputs,
 )
@@ -49,8 +49,6 @@ from ldt.runs.run import Run, open_run, stored_config
 log = logging.getLogger(__name__)
 REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # user errors during setup
 
-OBJECTIVES = ("AP", "AP50", "AP75", "mAP", "params", "multiply_adds", "latency_ms")
-
 
 def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tuple[float, ...]:
     """Train, prune, retrain, measure and report one configuration in its run directory.
@@ -71,41 +69,51 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
             or with different data, weights or code; it is not modified.
         ValueError: the configuration is invalid or a file of the run is damaged.
     """
-    with refusing():
-        check_keys(config)
-    expand_home(config)
-    with files.alone(folder, waits=rank_zero_only.rank == 0):
-        try:
-            with refusing(*REFUSALS):
-                plain, summary = _claim(config, folder), read_json(folder / files.SUMMARY)
-        except REFUSALS as error:
-            if in_sweep:
-                log.error("%s was rejected: %s", folder.name, error)
-                return _result(config, {})
-            raise
-        try:
-            summary = _finish(config, plain, folder, summary)
-        except KeyboardInterrupt:
-            _record(folder, {"status": "interrupted"})
-            log.warning("interrupted; the same command resumes from the last finished epoch")
-            sys.exit(130)
-        except Exception as error:
-            if not isinstance(error, identity.OtherRunError):
-                _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
-            if in_sweep:
-                log.error("%s failed: %s", folder.name, error, exc_info=not is_refusal(error))
-                return _result(config, {})  # the sweep continues with its other jobs
-            raise
+    fresh = not files.holds_run(folder)
+    try:
+        with refusing(*REFUSALS):
+            _check(config)
+        expand_home(config)
+        with files.alone(folder, waits=rank_zero_only.rank == 0):
+            summary = _finish(config, folder)
+    except KeyboardInterrupt:
+        _record(folder, {"status": "interrupted"})
+        log.warning("interrupted; the same command resumes from the last finished epoch")
+        sys.exit(130)
+    except Exception as error:
+        refused = is_refusal(error)
+        if in_sweep:
+            what = "was rejected" if refused else "failed"
+            log.error("%s %s: %s", folder.name, what, error, exc_info=not refused)
+        if refused and fresh and rank_zero_only.rank == 0:
+            files.discard(folder)
+        if not refused or (in_sweep and fresh):  # the table after a sweep shows it
+            _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        if in_sweep:
+            return _result(config, {})  # the sweep continues with its other jobs
+        raise
     return _result(config, summary["rounds"][-1])
 
 
-def _finish(
-    config: DictConfig, plain: dict[str, Any], folder: Path, summary: dict[str, Any]
-) -> dict[str, Any]:
+def _check(config: DictConfig) -> None:
+    """Check all that needs neither data nor model, before anything is written."""
+    check_keys(config)
+    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    check_config(config)
+    build_schedule(config)
+
+
+def _finish(config: DictConfig, folder: Path) -> dict[str, Any]:
     """Complete the run (training, figures) where needed and return its summary."""
-    finished = summary.get("status") == "finished"
-    if finished or files.has_checkpoint(folder):
-        with refusing(*REFUSALS):
+    with refusing(*REFUSALS):
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        known = stored_config(folder)
+        if not known and (folder / files.CONFIG).exists():
+            raise ValueError(f"{folder / files.CONFIG} is empty; remove the folder to run it again")
+        identity.claim(folder, plain, known)
+        summary = read_json(folder / files.SUMMARY)
+        finished = summary.get("status") == "finished"
+        if finished or files.has_checkpoint(folder):
             _check_inputs(config, plain, folder, finished)
     if summary.get("drawn"):
         log.info("%s is already finished", folder)
@@ -113,7 +121,6 @@ def _finish(
         return summary
     with contextlib.ExitStack() as opened:
         with refusing(*REFUSALS):
-            check_classes(config)
             logger = opened.enter_context(opened_logger(config, folder))
         if not finished:
             summary = _execute(config, plain, folder, logger)
@@ -125,18 +132,6 @@ def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float
     names = config.objectives or [config.dataset.metric]
     values = [float(row.get(name, float("nan"))) for name in names]
     return tuple(values) if len(values) > 1 else values[0]
-
-
-def _claim(config: DictConfig, folder: Path) -> dict[str, Any]:
-    """Claim the folder by writing the configuration into it, and return it resolved."""
-    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    known = stored_config(folder)
-    identity.claim(folder, plain, known)
-    if not known and (folder / files.CONFIG).exists():
-        raise ValueError(f"{folder / files.CONFIG} is empty; remove the folder to run it again")
-    if not known and rank_zero_only.rank == 0:
-        write_text(folder / files.CONFIG, OmegaConf.to_yaml(plain))
-    return plain
 
 
 def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finished: bool) -> None:
@@ -155,6 +150,7 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
 @rank_zero_only
 def _record(folder: Path, state: dict[str, str]) -> None:
     """Record that a run ended early; a finished run keeps its summary."""
+    folder.mkdir(parents=True, exist_ok=True)
     if read_json(folder / files.SUMMARY).get("status") != "finished":
         write_json(folder / files.SUMMARY, state)
 
@@ -162,13 +158,11 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 def _execute(
     config: DictConfig, plain: dict[str, Any], folder: Path, logger: Logger | None
 ) -> dict[str, Any]:
-    with refusing(*REFUSALS):
-        plan = build_schedule(config)
-        _check_choices(config)
+    plan = build_schedule(config)
     if config.base == "shared" and plan.base_epochs:
         base = _shared_base(config, plain, folder.parent)
         if not plan.rounds:
-            return _adopt(base, folder)
+            return _adopt(base, folder, plain)
         continued = {
             "recipe": {"epochs": 0},
             "detector": {"checkpoint": str(base / files.round_checkpoint(0))},
@@ -188,7 +182,7 @@ def _train(
     with refusing(*REFUSALS):
         plan = build_schedule(config)
         loop, trainer, data, module = _set_up(config, plan, folder, logger)
-        about = _record_provenance(claimed, data, folder)
+        about = _claim(claimed, data, folder)
     resume = resumable(folder)
     if plan.base_epochs == 0 and resume is None:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -250,26 +244,25 @@ def _set_up(
     return loop, trainer, data, build_module(config, plain, data)
 
 
-def _record_provenance(
-    plain: dict[str, Any], data: DetectionDataModule, folder: Path
-) -> dict[str, Any]:
-    """Record software, hardware, commit, splits and input fingerprints; return the first three."""
+def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> dict[str, Any]:
+    """Claim the folder for a run that is about to start: write what it is and what it reads.
+
+    Returns:
+        Software, hardware and commit, for the summary.
+    """
     about = provenance.about(Path(__file__).parent)
     if rank_zero_only.rank == 0:
-        write_json(folder / files.SPLIT, data.split_ids())
-        write_json(folder / files.ENVIRONMENT, about)
         if not files.has_checkpoint(folder):  # otherwise already checked and recorded
             inputs.write(folder, read_inputs(plain, data), inputs.place_of(plain))
+        write_json(folder / files.SPLIT, data.split_ids())
+        write_json(folder / files.ENVIRONMENT, about)
+        _write_config(plain, folder)
     return about
 
 
-def _check_choices(config: DictConfig) -> None:
-    for name in config.objectives:
-        if name not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise ValueError(f"unknown objectives={name!r}; choose from {known}")
-    if config.base not in ("own", "shared"):
-        raise ValueError(f"base={config.base!r}; choose own or shared")
+def _write_config(plain: dict[str, Any], folder: Path) -> None:
+    if not (folder / files.CONFIG).is_file():  # that of an earlier start is kept as it is
+        write_text(folder / files.CONFIG, OmegaConf.to_yaml(plain))
 
 
 def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path:
@@ -293,7 +286,7 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     return folder
 
 
-def _adopt(base: Path, folder: Path) -> dict[str, Any]:
+def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
     """Copy the shared base's files to a run that prunes nothing; return its summary."""
     summary = read_json(base / files.SUMMARY) | {"run": folder.name, "drawn": False}
     if rank_zero_only.rank == 0:
@@ -303,6 +296,7 @@ def _adopt(base: Path, folder: Path) -> dict[str, Any]:
             shutil.copyfile(base / name, folder / name)
         for logs in files.log_folders(base):
             shutil.copytree(logs, folder / logs.name, dirs_exist_ok=True)
+        _write_config(plain, folder)
         write_json(folder / files.SUMMARY, summary)
     return summary
 

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from mmengine.logging import MessageHub
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OPTIMIZERS, build_optim_wrapper
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,6 +30,20 @@ LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
 
 class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the term and the step."""
+
+
+def find_optimizer(name: str | None) -> type[Optimizer]:
+    """Return an optimizer class of mmengine's registry, which has those of ``torch.optim``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if found := OPTIMIZERS.get(str(name)):
+        return found
+    by_case = {known.lower(): known for known in OPTIMIZERS.module_dict}
+    near = [by_case[match] for match in get_close_matches(str(name).lower(), by_case, 1)]
+    meant = f"did you mean {near[0]}?" if near else "e.g. SGD or AdamW"
+    raise ValueError(f"recipe.optimizer.type={name}: unknown optimizer; {meant}")
 
 
 class DetectorModule(L.LightningModule):

@@ -173,6 +173,9 @@ def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, mo
             with pytest.raises(ValueError, match="no") as raised:
                 experiment.run(tiny(tmp_path), tmp_path / name)
         assert is_refusal(raised.value) == expected, name
+        if expected:
+            assert not (tmp_path / name).exists()
+            continue
         found = json.loads((tmp_path / name / "summary.json").read_text())
         assert found == {"status": "failed", "error": "ValueError: no"}
 

@@ -61,7 +61,7 @@ def test_a_model_config_cannot_call_what_is_not_registered(tmp_path: Path, part:
     assert MODELS.get("subprocess.run") is subprocess.run  # mmengine alone would call it
     about = {"model": evil[part], "classes": [], "structure": {}}
     torch.save({"state_dict": {}, "ldt": about}, tmp_path / "evil.ckpt")
-    with pytest.raises(KeyError, match=r"is not in|Cannot find"):
+    with pytest.raises(ValueError, match=r"is not in|Cannot find"):
         ldt.load_pruned(tmp_path / "evil.ckpt")
     assert not trap.exists()
 

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             copyreg.pickle(ConfigStore, lambda _: (ConfigStore.instance, ()))
         try:
             utils._run_hydra(given, parser, job, str(conf_dir()), "config")
-        except (HydraException, *KINDS) as error:
+        except Exception as error:  # composing may fail with any type, e.g. of PyYAML
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
 
 
@@ -105,6 +105,9 @@ def explained(error: Exception) -> str:
         return f"{group}={option}: {_allowed(option, error.options)}"
     if told := explain_key(error):
         return told
+    if not isinstance(error, (HydraException, *KINDS)):
+        kind = type(error).__name__
+        return f"the configuration cannot be composed ({kind}: {_first(str(error))})"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; type {error.full_key}=<value>"
     told = _first(str(error))

@@ -1,7 +1,7 @@
 """Rejection of unknown configuration keys, with a suggestion of the closest known key.
 
 Groups that the schema declares as a dict (``recipe.optimizer``, ``method.criterion``, ...) are read
-by other libraries and classes: :func:`ldt.build.check_classes` checks these.
+by other libraries and classes: :func:`ldt.build.check_config` checks these.
 """
 
 import dataclasses

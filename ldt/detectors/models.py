@@ -155,15 +155,18 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
         initialise: run mmdet's weight initialisation (False if weights are loaded next).
 
     Raises:
-        KeyError: a ``type`` is not registered.
+        ValueError: a ``type`` is not registered, or does not take an argument.
         RuntimeError: pretrained weights are requested and cannot be loaded.
         ImportError: a module of its ``custom_imports`` cannot be imported.
     """
     use_mmdet()
     parts = {key: value for key, value in model.items() if key != "custom_imports"}
     _import(model.get("custom_imports", {"imports": []}))
-    with _registered_types_only():
-        detector = MODELS.build(ConfigDict(parts))
+    try:
+        with _registered_types_only():
+            detector = MODELS.build(ConfigDict(parts))
+    except (KeyError, TypeError) as error:  # an unknown type or argument
+        raise ValueError(f"mmdet cannot build the detector from its config: {error}") from error
     if initialise:
         try:
             detector.init_weights()

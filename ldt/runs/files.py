@@ -31,6 +31,7 @@ LAST = "last.ckpt"  # from which an unfinished run resumes
 PREVIOUS = "last.ckpt.previous"  # the previous one, in case LAST is damaged
 INTERRUPTED = "interrupted.ckpt"  # the weights at Ctrl-C
 LOCK = ".lock"  # held while a command works on the run
+RUN_LOG = "run.log"  # messages; Hydra writes it
 LOGS = "logs"  # logs, logs-2, logs-3 ...: one folder per start
 METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
@@ -115,6 +116,21 @@ def alone(folder: Path, waits: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def discard(folder: Path) -> None:
+    """Remove what a refused command has left in a directory that holds no run.
+
+    The directory is removed too if nothing else is in it, and so are its parents below the working
+    directory.
+    """
+    for file in (folder / LOCK, folder / RUN_LOG):
+        file.unlink(missing_ok=True)
+    here, folder = Path.cwd(), folder.absolute()
+    parents = [parent for parent in folder.parents if here in parent.parents]
+    for place in (*log_folders(folder), folder, *parents):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

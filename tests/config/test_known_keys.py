@@ -170,11 +170,11 @@ def test_a_data_set_of_ones_own_has_the_keys_of_its_constructor(more, told):
     config = OmegaConf.create(plain | {"dataset": dataset | more})
     check_keys(config)  # knows nothing of the class
     if told is None:
-        build.check_classes(config)
+        build.check_config(config)
         assert build.build_data(config).photos == more["photos"]
     else:
         with pytest.raises(ValueError, match=told):
-            build.check_classes(config)
+            build.check_config(config)
 
 
 def test_mmengine_reads_the_paramwise_keys_that_are_allowed():
