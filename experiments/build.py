@@ -273,6 +273,7 @@ def build(
     fill(cells, runs)
     suffix = "" if size == "full" else "_small"
     rows = [line for metric in cells[0].paper for line in results(size, cells, metric)]
+    folder.mkdir(exist_ok=True)
     write_rows(folder / f"results{suffix}.csv", rows)
     text = report(name, size, cells, runs)
     write_text(folder / f"results{suffix}.md", text)

@@ -6,6 +6,7 @@
 >>> result.save("pruned.ckpt")
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ import pandas as pd
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch_pruning.pruner.importance import Importance
 
+from ldt.config.values import Count, Share, check_value
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.batch_norm import reestimate_batch_norms
@@ -32,6 +34,7 @@ from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
+from ldt.pruning.costs import parse_budget
 
 
 class CalibrationData(Protocol):
@@ -187,10 +190,11 @@ def prune(
         >>> print(f"{1 - network['macs_kept'] / network['macs']:.1f}")
         0.3
     """
+    _check_arguments(scope, calibration_images, batch_size, input_size)
     method = find_method(criterion, ranking)
     schedule = PruningSchedule.one_shot(
         _rate(rate, keep),
-        budget=budget,
+        budget=parse_budget(budget, "budget"),
         ranking=method.ranking,
         inner_rounds=method.inner_rounds,
         scope=tuple(scope),
@@ -199,6 +203,8 @@ def prune(
         batch_size=batch_size,
     )
     opened = open_detector(detector, weights, classes or getattr(images, "classes", None), config)
+    if opened.untrained:
+        warnings.warn(f"{detector}: the detector has random weights; give weights=", stacklevel=2)
     if isinstance(detector, nn.Module) and not inplace:
         opened.model = deepcopy(opened.model)
     batches = calibration_batches(images, calibration_images, batch_size)
@@ -237,7 +243,23 @@ def _prune(
 def _rate(rate: float | None, keep: float | None) -> float:
     if (rate is None) == (keep is None):
         raise ValueError("give either rate= (the share to remove) or keep= (the share to keep)")
-    return rate if rate is not None else 1 - (keep or 0.0)
+    name, given = ("rate", rate) if keep is None else ("keep", keep)
+    check_value(name, given, Share, 0.3)
+    return 1 - keep if keep is not None else rate  # type: ignore[return-value]
+
+
+def _check_arguments(
+    scope: Sequence[str],
+    calibration_images: int,
+    batch_size: int,
+    input_size: tuple[int, int] | None,
+) -> None:
+    """Check what the schedule would call by its keys of the configuration."""
+    if isinstance(scope, str):
+        raise ValueError(f"scope={scope!r}; give a list of parts, e.g. scope=[{scope!r}]")
+    check_value("calibration_images", calibration_images, Count, 32)
+    check_value("batch_size", batch_size, Count, 16)
+    check_value("input_size", input_size, tuple[Count, Count] | None, (480, 640))
 
 
 def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoader:
@@ -251,12 +273,17 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
         batch_size: where ``images`` are not batches already.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there is no image, or ``images`` is something else.
     """
     module: Any = images
     if hasattr(images, "calibration_dataloader"):
         module.setup("fit")
         return module.calibration_dataloader(limit, batch_size)
+    if not isinstance(images, Iterable | Dataset) or isinstance(images, str | Mapping | Tensor):
+        raise ValueError(
+            f"images is a {type(images).__name__}; give a data loader of mmdet's batches, a data "
+            "set of mmdet's, or a data module of ldt"
+        )
     if hasattr(images, "__len__") and not len(module):
         raise ValueError("images holds no image; criteria need some labelled ones")
     if hasattr(images, "__getitem__") and not isinstance(module[0]["data_samples"], list):
@@ -269,6 +296,8 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
         found.append({key: list(islice(value, room)) for key, value in batch.items()})
         if len(found[-1]["data_samples"]) == room:
             break
+    if not found:
+        raise ValueError("images holds no image; criteria need some labelled ones")
     # copies, for mmdet's preprocessors change the samples that they are given
     return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 

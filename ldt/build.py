@@ -143,7 +143,7 @@ def build_module(
             "recipe.epochs=0 skips base training, so weights are needed: detector.checkpoint=<file>"
         )
     return DetectorModule(
-        _model_config(plain, data),
+        _model_config(plain, len(data.classes)),
         data.classes,
         plain["recipe"],
         (-(-height // 32) * 32, -(-width // 32) * 32),  # as batches are padded
@@ -154,9 +154,9 @@ def build_module(
     )
 
 
-def _model_config(plain: dict[str, Any], data: DetectionDataModule) -> dict[str, Any]:
+def _model_config(plain: dict[str, Any], n_classes: int) -> dict[str, Any]:
     own = plain["detector"]
-    return model_config(own["config"], own["options"], len(data.classes), own["pretrained"])
+    return model_config(own["config"], own["options"], n_classes, own["pretrained"])
 
 
 def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inputs:
@@ -166,8 +166,20 @@ def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inpu
         FileNotFoundError: an input is missing.
         ValueError: an input cannot be read.
     """
-    model, weights = _model_config(plain, data), plain["detector"]["checkpoint"]
-    return inputs.record(data.fingerprint(), model, weights)
+    model = _model_config(plain, len(data.classes))
+    return inputs.record(data.fingerprint(), model, plain["detector"]["checkpoint"])
+
+
+def read_inputs_without_data(plain: dict[str, Any], run: Run) -> inputs.Inputs:
+    """Compute the fingerprints of a finished run's inputs, taking those of its data as recorded.
+
+    Raises:
+        FileNotFoundError: an input is missing.
+        ValueError: an input cannot be read.
+    """
+    classes = read(run.checkpoint())["ldt"]["classes"]
+    data, model = inputs.recorded(run.folder).get("data", {}), _model_config(plain, len(classes))
+    return inputs.record(data, model, plain["detector"]["checkpoint"])
 
 
 def data_of(run: Run) -> DetectionDataModule:

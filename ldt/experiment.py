@@ -28,6 +28,7 @@ from ldt.build import (
     check_config,
     opened_logger,
     read_inputs,
+    read_inputs_without_data,
 )
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.callbacks.lightning_internals import was_interrupted
@@ -88,7 +89,8 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         if refused and fresh and rank_zero_only.rank == 0:
             files.discard(folder)
         if not refused or (in_sweep and fresh):  # the table after a sweep shows it
-            _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+            state = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            _record(folder, state | {"refused": True} if refused else state)
         if in_sweep:
             return _result(config, {})  # the sweep continues with its other jobs
         raise
@@ -142,13 +144,14 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
     except (*REFUSALS, OSError) as error:
         if not finished or place is None or Path(place).exists():
             raise  # something of it is there and cannot be read: that is a change
-        log.warning("%s: the inputs of the run cannot be checked: %s", folder, error)
+        log.warning("%s: the data of the run cannot be checked: %s", folder, error)
+        inputs.check(folder, read_inputs_without_data(plain, open_run(folder)))
     else:
         inputs.settle(folder, now, place, finished, rank_zero_only.rank == 0)
 
 
 @rank_zero_only
-def _record(folder: Path, state: dict[str, str]) -> None:
+def _record(folder: Path, state: dict[str, Any]) -> None:
     """Record that a run ended early; a finished run keeps its summary."""
     folder.mkdir(parents=True, exist_ok=True)
     if read_json(folder / files.SUMMARY).get("status") != "finished":

@@ -231,12 +231,30 @@ def test_random_scores_depend_on_the_seed_only(detector, data):
         ({"rate": 0.3, "scope": ["head"]}, r"has no part 'head'. Its parts are: .*backbone"),
         ({"rate": 0.3, "neck": "nek"}, r"'nek'.*has no such module"),
         ({"rate": 0.3, "images": []}, r"holds no image"),
+        ({"rate": 0.3, "images": iter(())}, r"holds no image"),
+        ({"rate": 0.3, "images": None}, r"images is a NoneType; give a data loader"),
+        ({"rate": 0.3, "images": "/data"}, r"images is a str; give a data loader"),
+        ({"rate": 0.3, "images": torch.ones(1)}, r"images is a Tensor; give a data loader"),
+        ({"keep": 1.0}, r"keep=1.0; allowed: a number above 0 and below 1"),
+        ({"rate": "half"}, r"^rate='half'; allowed: a number above 0 and below 1"),
+        ({"rate": 0.3, "criterion": None}, r"criterion=None; give a name such as 'ldt'"),
+        ({"rate": 0.3, "criterion": 3}, r"criterion=3; give a name such as 'ldt'"),
+        ({"rate": 0.3, "scope": "neck"}, r"scope='neck'; give a list of parts, e.g. .*\['neck'\]"),
+        ({"rate": 0.3, "input_size": 128}, r"^input_size=128; allowed"),
+        ({"rate": 0.3, "calibration_images": 0}, r"^calibration_images=0; allowed"),
+        ({"rate": 0.3, "batch_size": 0}, r"^batch_size=0; allowed"),
     ],
 )
 def test_what_is_wrong_is_told(detector, data, wrong, message):
     given = {"images": data, **wrong}
     with pytest.raises(ValueError, match=message):
         ldt.prune(detector, given.pop("images"), **given)
+
+
+def test_what_is_no_detector_is_told(data):
+    for other, kind in ((torch.nn.Linear(2, 2), "Linear"), (3, "int")):
+        with pytest.raises(ValueError, match=rf"detector is a {kind}; give an mmdet detector"):
+            ldt.prune(other, data, rate=0.3)
 
 
 def test_an_unreachable_rate_names_itself_and_its_unit(detector, data):

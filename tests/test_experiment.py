@@ -254,7 +254,10 @@ def test_a_failed_job_of_a_sweep_is_shown_and_the_others_run(tmp_path):
 
 def test_a_refused_job_of_a_sweep_is_an_error_at_its_end(tmp_path, capsys):
     table = StudyTable()
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    place = str(tmp_path)
+    config = OmegaConf.create(
+        {"hydra": {"sweep": {"dir": place}, "runtime": {"output_dir": place}}}
+    )
     for value in (0.5, float("nan")):
         table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
     with pytest.raises(SystemExit):

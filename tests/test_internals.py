@@ -14,6 +14,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from mmengine.config import config
 from mmengine.registry import registry
 from torch import nn
 
@@ -22,7 +23,7 @@ from ldt.pruning import torch_pruning_internals as internals
 
 TORCH_PRUNING = "ldt/pruning/torch_pruning_internals.py and ldt/pruning/dependency.py"
 LIGHTNING = "ldt/callbacks/lightning_internals.py"
-MMENGINE = "ldt/detectors/models.py"
+MMENGINE = "ldt/detectors/mmengine_internals.py"
 HYDRA, SWEEPER = "ldt/cli/hydra_app.py", "hydra_plugins/ldt_grids.py"
 
 
@@ -46,6 +47,8 @@ def parameters(function):
         (DDPStrategy, "configure_ddp", ["self"], LIGHTNING),
         (WeightAveraging, "_copy_average_to_current", ["self", "pl_module"], LIGHTNING),
         (registry, "get_object_from_string", ["obj_name"], MMENGINE),
+        (config, "is_installed", ["package"], MMENGINE),
+        (config, "get_installed_path", ["package"], MMENGINE),
         (utils, "get_args_parser", [], HYDRA),
         (utils, "run_and_report", ["func"], HYDRA),
         (hydra, "ConfigLoaderImpl", ["config_search_path"], HYDRA),

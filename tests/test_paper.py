@@ -37,7 +37,9 @@ def composed_once(monkeypatch):
 
 
 def test_every_table_and_figure_of_the_paper_is_here_in_two_sizes():
-    assert len(PAPER) == 9
+    tables = {"table1_coco", "table2_ldt", "table3_utility", "table4_latency"}
+    curves_and_pictures = {"fig1_discriminants", "fig3_kitti", "fig4_attention"}
+    assert tables | curves_and_pictures | {"fig5_detections", "fig6_stability"} <= set(PAPER)
     options = {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
     assert set(PAPER) | {f"{name}_small" for name in PAPER} <= options
     for name in PAPER:

@@ -235,7 +235,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     from ldt.detectors.models import quiet
 
     quiet()
-    with refusing(FileNotFoundError):
+    with refusing():
         written = to_mmdet.export(checkpoint, folder)
     click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
 
@@ -264,8 +264,7 @@ def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: fl
     from ldt.detectors.models import quiet
 
     quiet()
-    with refusing(FileNotFoundError):
-        prediction.predict(checkpoint, images, out, threshold, "cuda" if is_available() else "cpu")
+    prediction.predict(checkpoint, images, out, threshold, "cuda" if is_available() else "cpu")
     click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
 
 
@@ -318,6 +317,6 @@ def layers(runs: tuple[Path, ...]) -> None:
 
     quiet()
     for folder in runs:
-        with refusing(FileNotFoundError):
+        with refusing():
             write_inventory(folder)
         click.echo(folder / STRUCTURE)

@@ -16,14 +16,17 @@ class StudyTable(Callback):
 
     def __init__(self) -> None:
         self.jobs = 0
-        self.refused = 0  # jobs without a result
+        self.without_result = 0
+        self.refused = 0  # before any work
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Count jobs and rejected jobs; Hydra calls it after each job."""
         self.jobs += 1
         value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
         values = value if isinstance(value, tuple) else (value,)
-        self.refused += any(isinstance(v, float) and math.isnan(v) for v in values)
+        missing = any(isinstance(v, float) and math.isnan(v) for v in values)
+        self.without_result += missing
+        self.refused += missing and _was_refused(Path(config.hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the study; Hydra calls it in the launching process."""
@@ -31,5 +34,13 @@ class StudyTable(Callback):
 
         with contextlib.suppress(FileNotFoundError):
             failed = report.print_study(Path(config.hydra.sweep.dir))
-            if failed or self.refused:
-                sys.exit(1 if failed or self.refused < self.jobs else 2)
+            if failed or self.without_result:
+                sys.exit(2 if self.refused == self.jobs > 0 else 1)
+
+
+def _was_refused(folder: Path) -> bool:
+    from ldt.runs.files import SUMMARY, read_json
+
+    with contextlib.suppress(ValueError):
+        return bool(read_json(folder / SUMMARY).get("refused"))
+    return False

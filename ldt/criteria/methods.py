@@ -42,6 +42,11 @@ def find_method(criterion: str | Importance, ranking: str | None = None) -> Meth
     Raises:
         ValueError: there is no such method, or its criterion works only while training.
     """
+    if not isinstance(criterion, (str, Importance)):
+        raise ValueError(
+            f"criterion={criterion!r}; give a name such as 'ldt', or an instance of one of ours or "
+            "of an importance of Torch-Pruning"
+        )
     if not isinstance(criterion, str):
         return Method(criterion, ranking or Method.ranking)
     content = _read(criterion)

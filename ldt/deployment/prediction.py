@@ -20,6 +20,7 @@ from ldt.data.datamodule import test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
 from ldt.runs.files import write_json
+from ldt.runs.refusal import refusing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -104,10 +105,11 @@ def predict(
         FileNotFoundError, ValueError, ImportError: see :class:`Predictor` and :func:`find_images`.
         ValueError: ``threshold`` is not in [0, 1], or a file is not an image or damaged.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, for example 0.3")
-    paths, out = find_images(sources), Path(out)
-    predictor = Predictor(checkpoint, device)
+    with refusing():
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, e.g. 0.3")
+        paths, out = find_images(sources), Path(out)
+        predictor = Predictor(checkpoint, device)
     out.mkdir(parents=True, exist_ok=True)
     draw = _painter(predictor.classes, threshold)
     images, boxes = [], []

@@ -100,7 +100,8 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for truncated or foreign files
-        raise ValueError(f"{str(path)!r} is damaged or not a checkpoint: {error}") from error
+        kind = type(error).__name__
+        raise ValueError(f"{str(path)!r} is damaged or not a checkpoint ({kind})") from error
     if not isinstance(checkpoint, dict) or "ldt" not in checkpoint:
         raise ValueError(f"{str(path)!r} was not written by ldt: it has no structure record")
     return checkpoint

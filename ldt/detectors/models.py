@@ -3,9 +3,6 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +11,21 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import ConfigParsingError
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope, registry
+from mmengine.registry import DefaultScope
 from mmengine.utils import import_modules_from_strings
 
+from ldt.detectors.mmengine_internals import (
+    package_folder,
+    packages_by_importlib,
+    registered_types_only,
+)
+
 PlainConfig = dict[str, Any]
+UNREADABLE = (  # raised by mmengine for files that are not configs
+    *(OSError, KeyError, ImportError, SyntaxError, AssertionError, ConfigParsingError),
+)
 Plain = dict | list | tuple | str | float | int | bool | None
 
 
@@ -87,20 +94,22 @@ def input_settings(config: str) -> dict[str, Any]:
 def _read_config(config: str) -> Config:
     use_mmdet()
     try:
-        return Config.fromfile(_config_file(config))
-    except (OSError, KeyError, ImportError, SyntaxError) as error:
+        with packages_by_importlib():
+            return Config.fromfile(_config_file(config))
+    except UNREADABLE as error:
+        reason = str(error).partition(", the current sys.path")[0]
         raise ValueError(
-            f"detector.config={config!r} cannot be read ({error}). Give a file, or a packaged "
+            f"detector.config={config!r} cannot be read ({reason}). Give a file, or a packaged "
             "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
         ) from error
 
 
 def _config_file(config: str) -> str:
-    """Return the path of ``package::family/file``; mmengine's own lookup needs pkg_resources."""
+    """Return the path of a file, or of ``package::family/file``."""
     package, separator, file = config.partition("::")
     if not separator:
         return config
-    return str(Path(import_module(package).__path__[0]) / ".mim" / "configs" / file)
+    return str(Path(package_folder(package)) / ".mim" / "configs" / file)
 
 
 def _set_num_classes(node: object, n_classes: int) -> None:
@@ -163,7 +172,7 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
     parts = {key: value for key, value in model.items() if key != "custom_imports"}
     _import(model.get("custom_imports", {"imports": []}))
     try:
-        with _registered_types_only():
+        with registered_types_only():
             detector = MODELS.build(ConfigDict(parts))
     except (KeyError, TypeError) as error:  # an unknown type or argument
         raise ValueError(f"mmdet cannot build the detector from its config: {error}") from error
@@ -178,20 +187,6 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
                 "detector.pretrained=false"
             ) from error
     return detector
-
-
-@contextmanager
-def _registered_types_only() -> Iterator[None]:
-    """Keep mmengine from resolving a ``type`` as the path of any Python object, in the context.
-
-    It would import and call ``os.system``, so a checkpoint's model config could run any code.
-    """
-    look_up = registry.get_object_from_string
-    registry.get_object_from_string = lambda _: None
-    try:
-        yield
-    finally:
-        registry.get_object_from_string = look_up
 
 
 def _import(custom: dict[str, Any]) -> None:

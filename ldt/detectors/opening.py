@@ -13,6 +13,8 @@ from ldt.detectors.checkpoints import RECORD, load_pruned
 from ldt.detectors.models import PlainConfig, build, drop_pretrained, model_config
 from ldt.detectors.weights import load_weights
 
+ALLOWED = "give an mmdet detector, a config file, an mmengine Config, or a .ckpt file of ldt"
+
 
 @dataclass
 class OpenedDetector:
@@ -23,12 +25,14 @@ class OpenedDetector:
         config: the config that the unpruned detector is built from; None if unknown.
         classes: class names in label order.
         record: metadata of its checkpoint (neck, predictors, input size, resize transforms).
+        untrained: whether its weights are random, as built from a config.
     """
 
     model: BaseDetector
     config: PlainConfig | None
     classes: tuple[str, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
+    untrained: bool = False
 
 
 def open_detector(
@@ -54,10 +58,12 @@ def open_detector(
     if isinstance(detector, nn.Module):
         if weights is not None:
             raise ValueError("weights are for a config; this detector is built already")
+        if not isinstance(detector, BaseDetector):
+            raise ValueError(f"detector is a {type(detector).__name__}; {ALLOWED}")
         record = getattr(detector, RECORD, {})
         if config is not None:
             record = {**record, "model": _read_config(config)}
-        return _opened(cast(BaseDetector, detector), record, classes)
+        return _opened(detector, record, classes)
     if isinstance(detector, (str, Path)) and str(detector).endswith(".ckpt"):
         loaded = load_pruned(detector)
         return _opened(loaded, getattr(loaded, RECORD), classes)
@@ -66,7 +72,8 @@ def open_detector(
     if weights is not None:
         load_weights(model, weights, ())
     model.eval()
-    return OpenedDetector(model, plain, _classes(model, plain, classes))
+    names = _classes(model, plain, classes)
+    return OpenedDetector(model, plain, names, untrained=weights is None)
 
 
 def _opened(
@@ -84,10 +91,7 @@ def _read_config(detector: object) -> PlainConfig:
         return model_config(str(detector), {}, None, pretrained=False)
     if isinstance(detector, (Config, Mapping)):
         return _plain_model(detector)
-    raise ValueError(
-        f"detector is a {type(detector).__name__}; give an mmdet detector, a config file, an "
-        "mmengine Config, or a .ckpt file of ldt"
-    )
+    raise ValueError(f"detector is a {type(detector).__name__}; {ALLOWED}")
 
 
 def _plain_model(config: Config | Mapping[str, Any]) -> PlainConfig:

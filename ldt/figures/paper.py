@@ -117,7 +117,7 @@ def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
 def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
     """Open the runs of a figure and check their number."""
     if name in ALONE and len(paths) != 1:
-        raise ValueError(f"{len(paths)} runs given; this figure shows one")
+        raise ValueError(f"{len(paths)} runs given; {name} shows one: give a single RUN")
     if name == "discriminants" and len(paths) > 2:
         raise ValueError(f"{len(paths)} runs given; discriminants shows one or two")
     runs = [open_run(path) for path in paths]

@@ -10,14 +10,18 @@ from torch import nn
 from ldt.pruning.dependency import depthwise
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
-from ldt.runs.identity import canonical_budget
+from ldt.runs.identity import BUDGET_ALIASES, canonical_budget
 
 Budget = Literal["params", "macs"]
 UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
 
 
-def parse_budget(name: str) -> Budget:
+def parse_budget(name: str, key: str = "prune.budget") -> Budget:
     """Return the budget of a name or alias.
+
+    Args:
+        name: as given by the user.
+        key: what the user calls it, for the error message.
 
     Raises:
         ValueError: unknown name.
@@ -25,7 +29,8 @@ def parse_budget(name: str) -> Budget:
     for budget in get_args(Budget):
         if canonical_budget(name) == budget:
             return budget
-    raise ValueError(f"prune.budget={name!r}; choose params, macs or flops (the same as macs)")
+    aliases = " or ".join(f"{alias} (the same as {same})" for alias, same in BUDGET_ALIASES.items())
+    raise ValueError(f"{key}={name!r}; choose {', '.join(get_args(Budget))} or {aliases}")
 
 
 @dataclass(frozen=True)

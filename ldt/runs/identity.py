@@ -15,6 +15,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldt.config.names import below
+from ldt.config.paths import expand_home
 from ldt.runs import files
 from ldt.runs.differences import differences
 from ldt.runs.run import stored_config
@@ -57,6 +58,7 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "trainer.deterministic": "warn",
     "trainer.sync_batchnorm": False,
     "trainer.accumulate_grad_batches": 1,
+    "trainer.gradient_clip_algorithm": "norm",
     "trainer.fast_dev_run": False,
     "trainer.max_steps": -1,
     "trainer.overfit_batches": 0,
@@ -64,6 +66,7 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "trainer.use_distributed_sampler": True,
 }
 BUDGET_ALIASES = {"flops": "macs"}  # the paper's tables say FLOPs but count MACs
+PRECISION_ALIASES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 IN_NAMES = {"macs": "flops"}  # spelling of a budget in run names
 
 RUNS = Path("runs")  # parent of all studies
@@ -112,9 +115,7 @@ def essence(config: Mapping[str, Any]) -> Flat:
         True
     """
     flat = {key: _number(key, value) for key, value in {**BEFORE, **flatten(config)}.items()}
-    flat |= _batch_of_a_step(config, flat)
-    if "prune.budget" in flat:
-        flat["prune.budget"] = canonical_budget(flat["prune.budget"])
+    flat |= _batch_of_a_step(config, flat) | _canonical(flat)
     if _prunes_nothing(config):
         flat["method.name"] = "none"
     aside = (*FREE, *SOURCES, *idle(config))
@@ -138,6 +139,17 @@ def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> Relation:
     if essence(one) == essence(other):
         return "same run"
     return "same cell" if cell(one) == cell(other) else "other run"
+
+
+def _canonical(flat: Flat) -> Flat:
+    """Return the values that can be spelt in several ways, in one of them."""
+    precision = str(flat["trainer.precision"])
+    found: Flat = {"trainer.precision": PRECISION_ALIASES.get(precision, precision)}
+    if "prune.budget" in flat:
+        found["prune.budget"] = canonical_budget(flat["prune.budget"])
+    if "prune.scope" in flat:
+        found["prune.scope"] = sorted(flat["prune.scope"])
+    return found
 
 
 def canonical_budget(name: str) -> str:
@@ -233,8 +245,8 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
     """Return the name of a run's directory; the resolver ``run_name`` of ``conf/config.yaml``.
 
     It consists of data set, detector, method, budget, rate and seed, followed by a hash of other
-    overrides that are part of the run's identity. Existing directories named by an earlier version
-    are found as well.
+    overrides that are part of the run's identity. A directory of the study that already holds the
+    run is found, also if an earlier version named it or its overrides were spelt otherwise.
     """
     given: Any = OmegaConf.to_container(overrides, resolve=False)
     stem = "-".join(root[group].name for group in ("dataset", "detector", "method"))
@@ -245,7 +257,20 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
     config: Any = {g: OmegaConf.to_container(root[g], resolve=True) for g in groups}
     names = [stem + suffix for suffix in (suffix_of(given, config), _suffix_before(given))]
     study = RUNS / root.study
-    return next((name for name in names if (study / name / files.CONFIG).is_file()), names[0])
+    for name in names:
+        if (study / name / files.CONFIG).is_file():
+            return name
+    found = find(study, _without_names(root), stem) if study.is_dir() else None
+    return names[0] if found is None else found.name
+
+
+def _without_names(root: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration without the keys that contain the run's name."""
+    names: Any = [key for key in root if key not in ("hydra", "logger", "run_name")]
+    config = OmegaConf.masked_copy(root, names)
+    expand_home(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return plain
 
 
 def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def record(
 def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
     """Local files loaded by ``init_cfg`` entries of a model config, by dotted key."""
     found: dict[str, str] = {}
-    for key, value in node.items() if isinstance(node, Mapping) else ():
+    for key, value in _children(node):
         file = value.get("checkpoint") if key == "init_cfg" and isinstance(value, Mapping) else None
         if isinstance(file, str) and Path(file).is_file():
             found[f"{name}.init_cfg.checkpoint"] = file
@@ -142,18 +143,43 @@ def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
     return found
 
 
+def _children(node: Any) -> Iterable[tuple[str, Any]]:
+    """Keys and values of a dict, or indices and items of a list."""
+    if isinstance(node, Mapping):
+        return node.items()
+    return enumerate(node) if isinstance(node, (list, tuple)) else ()  # type: ignore[return-value]
+
+
 def _code(module: str) -> str | None:
-    """Hash the source of a module or of a whole package; None if it is not found."""
+    """Hash the source of a module, its whole package and what it imports from the same folder.
+
+    Returns:
+        The hash; None if the module is not found.
+    """
+    package, _, _ = module.partition(".")
     try:
-        spec = find_spec(module)
+        spec = find_spec(package)
     except (ImportError, ValueError):
         return None  # building the detector raises a specific error
     if spec is None or not spec.origin:
         return None
     origin = Path(spec.origin)
-    package = spec.submodule_search_locations is not None
-    sources = sorted(origin.parent.rglob("*.py")) if package else [origin]
-    return digest(part for s in sources for part in (s.relative_to(origin.parent), _hash(s)))
+    if spec.submodule_search_locations is None:
+        root, sources = origin.parent, {origin}
+    else:
+        root, sources = origin.parent.parent, set(origin.parent.rglob("*.py"))
+    if root.name not in ("site-packages", "dist-packages"):  # installed: versions change together
+        sources |= {file for source in sources for file in _imported(source, root)}
+    return digest(part for s in sorted(sources) for part in (s.relative_to(root), _hash(s)))
+
+
+def _imported(source: Path, root: Path) -> set[Path]:
+    """Python files below ``root`` that a file imports, directly or not; nothing is executed."""
+    finder = ModuleFinder([str(root)])
+    with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # told when the detector is built
+        finder.run_script(str(source))
+    found = (getattr(module, "__file__", None) for module in finder.modules.values())
+    return {Path(file) for file in found if file and Path(file).suffix == ".py"}
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str | None:
@@ -171,13 +197,31 @@ def check(folder: Path, now: Mapping[str, Any]) -> None:
 
     Raises:
         OtherRunError: its inputs differ.
+        ValueError: their record is damaged.
     """
-    known = files.read_json(folder / files.INPUTS)
+    known = recorded(folder)
     if told := changes(known, now) if known else _other_images(folder, now["data"]):
         raise OtherRunError(
             f"{folder} holds a run with other inputs: {'; '.join(told)}. Restore them, or "
             "choose another study=<name> or run_name=<name>"
         )
+
+
+def recorded(folder: Path) -> Inputs:
+    """Return the recorded inputs of a run; empty if an earlier version made it.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    file = folder / files.INPUTS
+    known = files.read_json(file)
+    missing = [part for part in PARTS if not isinstance(known.get(part), dict)]
+    if missing and file.is_file():
+        raise ValueError(
+            f"{file} is damaged (it lacks {', '.join(missing)}): restore it, or choose another "
+            "study=<name> or run_name=<name>"
+        )
+    return known
 
 
 def _other_images(folder: Path, data: Mapping[str, Any]) -> list[str]:
@@ -216,16 +260,16 @@ def settle(
     Raises:
         OtherRunError: see :func:`check`.
     """
-    recorded = (folder / files.INPUTS).is_file()
     check(folder, now)
-    if not recorded:
+    earlier = not (folder / files.INPUTS).is_file()
+    if earlier:
         log.warning(
             "%s was created by an earlier version, which did not record the inputs of a run: "
             "changes of them cannot be detected",
             folder,
         )
-    if writes and (recorded or not finished):
-        write(folder, now, place, **({} if recorded else {BEGUN_EARLIER: True}))
+    if writes and not (earlier and finished):
+        write(folder, now, place, **({BEGUN_EARLIER: True} if earlier else {}))
 
 
 def place_of(config: Mapping[str, Any]) -> str | None:

@@ -172,6 +172,21 @@ def test_modules_that_a_config_imports_are_imported_where_it_is_built(tmp_path, 
         model_config(str(file), {}, 3, pretrained=False)
 
 
+def test_the_base_of_a_config_may_be_a_packaged_one(tmp_path):
+    packaged = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+    (tmp_path / "own.py").write_text(f"_base_ = '{packaged}'\nmodel = dict(neck=dict(num_outs=4))")
+    own = model_config(str(tmp_path / "own.py"), {}, 3, pretrained=False)
+    assert own.pop("_scope_") == "mmdet"
+    assert own == model_config(packaged, {"neck": {"num_outs": 4}}, 3, pretrained=False)
+    lazy = "from mmengine.config import read_base\nwith read_base():\n    from mmdet.configs."
+    (tmp_path / "lazy.py").write_text(f"{lazy}retinanet.retinanet_r50_fpn_1x_coco import *\n")
+    with pytest.raises(ValueError, match=r"lazy.py' cannot be read .*retinanet_r50"):
+        model_config(str(tmp_path / "lazy.py"), {}, 3, pretrained=False)
+    (tmp_path / "away.py").write_text("_base_ = 'mmnothing::gfl/x.py'")
+    with pytest.raises(ValueError, match=r"away.py' cannot be read .*mmnothing"):
+        model_config(str(tmp_path / "away.py"), {}, 3, pretrained=False)
+
+
 def test_options_change_the_model_and_classes_every_head():
     config = config_of("gfl", 7, neck={"out_channels": 64}, bbox_head={"in_channels": 64})
     assert (config["neck"]["out_channels"], config["neck"]["type"]) == (64, "FPN")

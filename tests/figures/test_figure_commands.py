@@ -189,7 +189,7 @@ def refused(capsys, *arguments, code=2, **options):
 def test_wrong_numbers_are_told(run, tmp_path, capsys):
     for told, name, runs, options in (
         ("3 runs given; discriminants shows one or two", "discriminants", 3, {}),
-        ("2 runs given; this figure shows one", "stability", 2, {}),
+        ("2 runs given; stability shows one: give a single RUN", "stability", 2, {}),
         ("--scale 9; the neck has the scales 0 to 3", "discriminants", 1, {"scale": 9}),
         ("'--images': 0 is not in the range x>=1", "detections", 1, {"images": 0}),
         ("'nose' is not one of 'curves', 'discriminants'", "nose", 1, {}),

@@ -66,6 +66,11 @@ PAIRS = [
     ("recipe.epochs=3", "++recipe.epochs=3", "same run"),
     ("trainer=debug", "trainer.limit_train_batches=2 trainer.limit_val_batches=2", "same run"),
     ("", "trainer.limit_val_batches=1.0", "same run"),
+    ("", "trainer.precision=32", "same run"),
+    ("trainer.precision=bf16", "trainer.precision=bf16-mixed", "same run"),
+    ("", "trainer.gradient_clip_algorithm=norm", "same run"),
+    ("prune.scope=[neck,backbone]", "prune.scope=[backbone,neck]", "same run"),
+    ("", "prune.rounds=2", "same run"),
     ("experiment=table2_ldt_small method=none", "experiment=fig6_stability_small", "same run"),
     # chance
     ("seed=0", "seed=1", "same cell"),
@@ -82,6 +87,9 @@ PAIRS = [
     ("", "recipe.batch_size=4", "other run"),
     ("", "trainer.precision=bf16-mixed", "other run"),
     ("", "trainer.deterministic=true", "other run"),
+    ("", "trainer.precision=bf16", "other run"),
+    ("", "trainer.gradient_clip_algorithm=value", "other run"),
+    ("", "prune.scope=[neck]", "other run"),
     ("", "trainer.sync_batchnorm=true", "other run"),
     ("", "trainer.limit_train_batches=2", "other run"),
     ("", "trainer.accumulate_grad_batches=2", "other run"),
@@ -94,10 +102,10 @@ PAIRS = [
     ("", "seed=1 prune.rate=0.5", "other run"),
 ]
 OTHER_NAMES = {  # the same run in another folder: it is shown as one run, but trained again
-    *("run_name=another", "trainer.limit_val_batches=1.0", "experiment=fig6_stability_small"),
-    *(UNPRUNED + "prune.rate=0.2 prune=oneshot", UNPRUNED + "prune.budget=macs recipe.retrain_"
-    "epochs=7", "method=l1 prune.rounds=0"),
-}  # fmt: skip
+    *("study=another", "run_name=another", "method=l1 prune.rounds=0"),
+    *(UNPRUNED + "prune.rate=0.2 prune=oneshot", "experiment=fig6_stability_small"),
+    UNPRUNED + "prune.budget=macs recipe.retrain_epochs=7",
+}
 
 
 def lines(pair):
@@ -105,11 +113,15 @@ def lines(pair):
 
 
 @pytest.mark.parametrize(("one", "other", "relation"), PAIRS, ids=map(lines, PAIRS))
-def test_two_commands(command, one, other, relation):
-    (first, first_name), (second, second_name) = command(one), command(other)
+def test_two_commands(command, one, other, relation, tmp_path, monkeypatch):
+    (first, first_name), (second, _) = command(one), command(other)
     assert identity.compare(first, second) == identity.compare(second, first) == relation
-    if relation != "same cell" and other not in OTHER_NAMES:  # a command finds its run by the name
-        assert (first_name == second_name) is (relation == "same run")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs", first["study"], first_name)
+    folder.mkdir(parents=True)
+    (folder / files.CONFIG).write_text(yaml.safe_dump(first))
+    if other not in OTHER_NAMES:  # a command finds the directory of its run, however it is spelt
+        assert (command.__wrapped__(other)[1] == first_name) is (relation == "same run")
 
 
 def test_a_folder_is_claimed_by_the_same_run_only(command, tmp_path):

@@ -214,9 +214,15 @@ def test_what_a_large_file_holds_is_remembered_until_it_changes(tmp_path, monkey
 
 CONFIG = """
 _base_ = './base.py'
-custom_imports = dict(imports=['my_parts'], allow_failed_imports=False)
+custom_imports = dict(imports=['my_parts.head'], allow_failed_imports=False)
 """
-BASE = "model = dict(type='Any', neck=dict(type='FPN', out_channels={}))\n"
+BASE = """
+model = dict(
+    type='Any',
+    neck=dict(type='FPN', out_channels={}),
+    head=[dict(init_cfg=dict(type='Pretrained', checkpoint='backbone.pth'))],
+)
+"""
 
 
 @pytest.fixture
@@ -227,22 +233,32 @@ def own_model(tmp_path, monkeypatch):
     (tmp_path / "my_parts").mkdir()
     (tmp_path / "my_parts/__init__.py").write_text("")
     (tmp_path / "my_parts/neck.py").write_text("x = 1\n")
+    (tmp_path / "my_parts/head.py").write_text("import beside\n")
+    (tmp_path / "beside.py").write_text("def later():\n    import further\n")
+    (tmp_path / "further.py").write_text("x = 1\n")
+    (tmp_path / "backbone.pth").write_bytes(b"one")
     (tmp_path / "weights.pth").write_bytes(b"one")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     yield tiny(
         tmp_path,
         "detector=mmdet",
+        "detector.pretrained=true",
         f"detector.config={tmp_path / 'own.py'}",
         f"detector.checkpoint={tmp_path / 'weights.pth'}",
     )
-    sys.modules.pop("my_parts", None)
+    for name in ("my_parts", "my_parts.head", "beside"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
         ("base.py", BASE.format(16), "detector.config: neck.out_channels 8 there, 16 now"),
-        ("my_parts/neck.py", "x = 2\n", "other code in my_parts"),
+        ("my_parts/neck.py", "x = 2\n", "other code in my_parts.head"),
+        ("beside.py", "x = 2\n", "other code in my_parts.head"),
+        ("further.py", "x = 2\n", "other code in my_parts.head"),
+        ("backbone.pth", "two", "other weights in model.head.0.init_cfg.checkpoint"),
         ("weights.pth", "two", "other weights in detector.checkpoint"),
     ],
 )
