@@ -138,6 +138,11 @@ def build_module(
 ) -> DetectorModule:
     """Build the detector module for the classes of the data."""
     detector, (width, height) = plain["detector"], data.scale
+    if not data.classes:
+        raise ValueError(
+            f"{type(data).__name__} has no classes after setup: set its `classes`, the names in "
+            "label order"
+        )
     if plain["recipe"]["epochs"] == 0 and detector["checkpoint"] is None:
         raise ValueError(
             "recipe.epochs=0 skips base training, so weights are needed: detector.checkpoint=<file>"

@@ -7,6 +7,7 @@ import copyreg
 import difflib
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,12 +19,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.cli.exit_codes import exit_codes
 from ldt.config import conf_dir, register
-from ldt.config.keys import check_keys, explain_key
+from ldt.config.keys import check_keys, check_names, explain_key
 from ldt.config.paths import quote_paths
 from ldt.runs.refusal import KINDS, refused
 
@@ -37,7 +38,20 @@ class StrictLoader(ConfigLoaderImpl):
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
         config = super().load_configuration(*args, **kwargs)
         check_keys(config)
+        _check_hydra_keys(config.hydra, "hydra")
         return config
+
+
+def _check_hydra_keys(node: Any, where: str) -> None:
+    """Reject keys that were added to Hydra's own node and its groups."""
+    kind = OmegaConf.get_type(node)
+    if isinstance(node, DictConfig) and is_dataclass(kind):
+        given = {str(key): None for key in node}
+        known = [key.name for key in fields(kind)]
+        check_names(where, given, [*known, "env"])  # a group of Hydra without a schema
+        for key in given:
+            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                _check_hydra_keys(node[key], f"{where}.{key}")
 
 
 hydra.ConfigLoaderImpl = StrictLoader  # type: ignore[misc]
@@ -82,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         register()
         parser, job = utils.get_args_parser(), Job()
         parser.error = _wrong_flag
-        given = parser.parse_args(quote_paths(sys.argv[1:] if arguments is None else arguments))
+        given = parser.parse_intermixed_args(
+            quote_paths(sys.argv[1:] if arguments is None else arguments)
+        )
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
         if given.help:  # Hydra deep-copies all schemas per listed group, which takes a second
@@ -111,6 +127,11 @@ def explained(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; type {error.full_key}=<value>"
     told = _first(str(error))
+    if told.startswith("Config group override must be"):
+        return "a group cannot be null: choose one of its options; --help lists them"
+    if told.startswith("Could not append to config. An item is already at"):
+        key = told.split("'")[1]
+        return f"+{key}: the key is there already; type {key}=... without +"
     return f"{told}: {_first(str(cause))}" if isinstance(cause, OmegaConfBaseException) else told
 
 
@@ -124,4 +145,5 @@ def _first(message: str) -> str:
     """Strip the search path, schema types and documentation link from a Hydra message."""
     for aside in ("Config search path:", "\n    full_key:", "\nSee https://hydra.cc"):
         message = message.partition(aside)[0]
-    return message.strip().rstrip(".")
+    message = message.strip()
+    return message if message.endswith("...") else message.removesuffix(".")

@@ -166,9 +166,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to run again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); remove it to run again")
+    return found
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -338,6 +338,14 @@ def test_a_finished_run_is_shown_where_its_data_are_gone(begun, caplog, capsys):
     assert experiment.run(kitti_config(root), folder) == rows(folder)[-1]["mAP"]
     assert "cannot be checked: no folder" in caplog.text
     assert "base" in capsys.readouterr().out
+    record = json.loads((folder / files.INPUTS).read_text())
+    for damaged in ({}, {"data": {}}, {**record, "model": []}):
+        (folder / files.INPUTS).write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"inputs.json is damaged \(it lacks .*model"):
+            experiment.run(kitti_config(root), folder)
+    (folder / files.INPUTS).write_text(json.dumps({**record, "model": {"type": "Another"}}))
+    with pytest.raises(OtherRunError, match=r"other inputs: detector.config: "):
+        experiment.run(kitti_config(root), folder)  # the rest is compared without the data
 
 
 @pytest.mark.slow
