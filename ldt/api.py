@@ -25,12 +25,11 @@ from torch_pruning.pruner.importance import Importance
 from ldt.config.values import Count, Share, check_value
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
-from ldt.detectors.batch_norm import reestimate_batch_norms
 from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import DetectionMetrics
-from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round
+from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
@@ -201,6 +200,7 @@ def prune(
         limits=limits or Limits(),
         images=calibration_images,
         batch_size=batch_size,
+        repair="bn" if reestimate_bn else "none",
     )
     opened = open_detector(detector, weights, classes or getattr(images, "classes", None), config)
     if opened.untrained:
@@ -211,7 +211,7 @@ def prune(
     if steps := resize or getattr(images, "resize", None):
         opened.record = {**opened.record, "resize": steps}
     adapter = _adapter(opened, batches, input_size, neck, predictors)
-    return _prune(adapter, opened, batches, schedule, method.criterion, reestimate_bn, seed)
+    return _prune(adapter, opened, batches, schedule, method.criterion, seed)
 
 
 def _prune(
@@ -220,7 +220,6 @@ def _prune(
     batches: DataLoader,
     schedule: PruningSchedule,
     criterion: Importance,
-    reestimate_bn: bool,
     seed: int,
 ) -> PruningResult:
     calibration = Calibration(detector, batches)
@@ -230,8 +229,7 @@ def _prune(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         record = prune_round(detector, criterion, calibration, schedule, 1, unpruned)
-    if reestimate_bn:
-        reestimate_batch_norms(detector, calibration)
+    repair(detector, calibration, schedule)
     about = None
     if opened.config is not None:
         resize = opened.record.get("resize", ())

@@ -90,6 +90,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
         images=prune.images,
         batch_size=prune.batch_size,
         retrain_lr=recipe.retrain_lr,
+        repair=prune.repair,
     )
 
 
@@ -241,7 +242,7 @@ def build_trainer(
         warnings.simplefilter("ignore")
         trainer: Any = L.Trainer(
             **given,
-            max_epochs=plan.total_epochs,
+            max_epochs=max(1, plan.total_epochs),  # with 0, a fit would end before it begins
             gradient_clip_val=config.recipe.clip_grad,
             callbacks=_callbacks(config, loop, folder),
             logger=loggers,

@@ -34,6 +34,13 @@ def lift_step_limit(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop.max_steps = -1
 
 
+def validate(trainer: L.Trainer) -> None:
+    """Run the validation of a running fit, between two of its epochs."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
 def copy_average(averaging: WeightAveraging, module: L.LightningModule) -> None:
     """Copy the averaged weights into the module."""
     averaging._copy_average_to_current(module)

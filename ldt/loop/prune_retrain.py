@@ -15,10 +15,12 @@ from ldt.callbacks.lightning_internals import (
     rebuild_optimizers,
     rewrap_ddp,
     set_max_epochs,
+    validate,
 )
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.adapter import Calibration, RawBatch
 from ldt.detectors.forward import eval_with_gradients
+from ldt.detectors.freezing import thaw
 from ldt.evaluation import profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
 from ldt.loop.distributed import check_same_channels
@@ -29,6 +31,7 @@ from ldt.loop.pruning_round import (
     check_rate,
     check_schedule,
     prune_round,
+    repair,
     selection_arguments,
 )
 from ldt.loop.round_record import RoundRecord
@@ -134,7 +137,10 @@ class PruneRetrain(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Load the state early: other callbacks need the ends of phases and of the run."""
+        assert isinstance(pl_module, DetectorModule)
         self.load_state_dict(checkpoint["callbacks"][self.state_key])
+        if self.round and not self._masking:
+            thaw(pl_module.detector, self.schedule.scope)
         self._set_end(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -145,10 +151,12 @@ class PruneRetrain(L.Callback):
             self._begin_masking(pl_module).restore(state)
         if self.schedule.base_epochs == 0 and self.round == 0:
             self._finish_round(trainer, pl_module)
-            self._begin_round(trainer, pl_module)
+            self._begin_rounds(trainer, pl_module)
 
     def _set_end(self, trainer: L.Trainer) -> None:
-        set_max_epochs(trainer, self.schedule.total_epochs + self._masking_epochs)
+        # while masking, the number of its epochs is not known: at least one more
+        epochs = self.schedule.total_epochs + self._masking_epochs
+        set_max_epochs(trainer, epochs + bool(self._masking))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Schedule validations: at the end of each phase and every ``validate_every`` epochs."""
@@ -185,12 +193,14 @@ class PruneRetrain(L.Callback):
         assert isinstance(pl_module, DetectorModule)
         if self._masking:
             self._remove_masked(trainer, pl_module)
+            if not self._masking and not self.schedule.retrain_epochs:
+                self._begin_rounds(trainer, pl_module)
+            self._set_end(trainer)
         elif self.is_last_epoch(trainer.current_epoch):
             for callback in _averages(trainer):
                 callback.finish(pl_module)
             self._finish_round(trainer, pl_module)
-            if self.round < self.schedule.rounds:
-                self._begin_round(trainer, pl_module)
+            self._begin_rounds(trainer, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -227,6 +237,14 @@ class PruneRetrain(L.Callback):
         if trainer.is_global_zero:
             log.info(format_round(row, module.adapter.input_size))
 
+    def _begin_rounds(self, trainer: L.Trainer, module: DetectorModule) -> None:
+        """Begin the next round; without retraining it ends at once, and the next one begins."""
+        while self.round < self.schedule.rounds:
+            self._begin_round(trainer, module)
+            if self._masking or self.schedule.retrain_epochs:
+                break
+        self._set_end(trainer)
+
     def _begin_round(self, trainer: L.Trainer, module: DetectorModule) -> None:
         self.round += 1
         self._started = time.perf_counter()
@@ -240,13 +258,11 @@ class PruneRetrain(L.Callback):
     def _prune(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Score, select and remove channels, then prepare the retraining."""
         assert self.criterion is not None
-        schedule = self.schedule
-        loader = _data(trainer).calibration_dataloader(schedule.images, schedule.batch_size)
         record = prune_round(
             module.adapter,
             self.criterion,
-            Calibration(module.adapter, loader),
-            schedule,
+            self._calibration(trainer, module),
+            self.schedule,
             self.round,
             self._unpruned,
             # batch statistics differ between ranks, but the removed channels must not
@@ -255,6 +271,11 @@ class PruneRetrain(L.Callback):
         self.excluded = record.excluded
         self._notes = dict(getattr(self.criterion, "notes", {}))
         self._begin_retraining(trainer, module, record)
+
+    def _calibration(self, trainer: L.Trainer, module: DetectorModule) -> Calibration:
+        images, batch_size = self.schedule.images, self.schedule.batch_size
+        loader = _data(trainer).calibration_dataloader(images, batch_size)
+        return Calibration(module.adapter, loader)
 
     def _begin_masking(self, module: DetectorModule) -> GradualPruning:
         assert self.gradual is not None
@@ -287,10 +308,15 @@ class PruneRetrain(L.Callback):
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
         check_rate(module.adapter, self.schedule, self.round, self._unpruned)
+        repair(module.adapter, self._calibration(trainer, module), self.schedule)
+        thaw(module.detector, self.schedule.scope)
         module.phase_epochs = self.schedule.retrain_epochs
         module.lr_scale = self.schedule.retrain_lr
         module.schedule = module.recipe["schedule"]
         self._rebuild(trainer, module)
+        if not self.schedule.retrain_epochs:
+            validate(trainer)
+            self._finish_round(trainer, module)
 
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Rebuild optimizer, LR scheduler, EMA and DDP wrapper after pruning."""

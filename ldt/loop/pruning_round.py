@@ -11,6 +11,7 @@ from torch_pruning.pruner.importance import Importance
 
 from ldt.criteria.base import score_groups
 from ldt.detectors.adapter import Detector, PreparedBatch
+from ldt.detectors.batch_norm import reestimate_batch_norms
 from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.loop.round_record import RoundRecord
@@ -97,6 +98,12 @@ def prune_round(
     record.excluded = dict(graph.excluded)
     check_rate(detector, schedule, round_, unpruned)
     return record
+
+
+def repair(detector: Detector, batches: Iterable[PreparedBatch], schedule: PruningSchedule) -> None:
+    """Adapt a pruned detector to its new inputs, without training, as the schedule says."""
+    if schedule.repair == "bn":
+        reestimate_batch_norms(detector, batches)
 
 
 class SelectionArguments(TypedDict):

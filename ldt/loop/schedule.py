@@ -27,7 +27,9 @@ KEYS = {  # what the user types for each field
     "images": "prune.images",
     "batch_size": "prune.batch_size",
     "retrain_lr": "recipe.retrain_lr",
+    "repair": "prune.repair",
 }
+Repair = Literal["bn", "none"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PruningSchedule:
         rounds: number of pruning rounds; 0 trains only.
         budget: ``params`` or ``macs``.
         base_epochs: epochs before the first round; 0 prunes before any training.
-        retrain_epochs: epochs after each round's pruning.
+        retrain_epochs: epochs after each round's pruning; 0 evaluates the pruned detector as it is.
         ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
         inner_rounds: how often a round scores and prunes, without training in between.
         scope: name prefixes of the modules to prune.
@@ -47,6 +49,7 @@ class PruningSchedule:
         images: number of calibration images.
         batch_size: calibration images per forward pass.
         retrain_lr: factor on the learning rate after pruning.
+        repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
 
     Raises:
         ValueError: a value is not allowed; the message names its key.
@@ -64,6 +67,7 @@ class PruningSchedule:
     images: Count = 128
     batch_size: Count = 16
     retrain_lr: Positive = 1.0
+    repair: Repair = "bn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))
@@ -74,11 +78,6 @@ class PruningSchedule:
         allowed = Annotated[float, Gt(0), Le(1)]
         check_value("prune.max_layer_rate", most, allowed, default.max_layer_rate)
         check_value("prune.min_channels", least, Count, default.min_channels)
-        if self.rounds and self.retrain_epochs < 1:
-            raise ValueError(
-                f"recipe.retrain_epochs={self.retrain_epochs}; at least 1 epoch follows each round "
-                "(e.g. recipe.retrain_epochs=2)"
-            )
         if not self.rounds and not self.base_epochs:
             raise ValueError(
                 "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"
@@ -92,7 +91,7 @@ class PruningSchedule:
             rate: share of the budget to remove.
             options: further fields.
         """
-        return cls(rate, rounds=1, base_epochs=0, retrain_epochs=1, **options)
+        return cls(rate, rounds=1, base_epochs=0, retrain_epochs=0, **options)
 
     @property
     def total_epochs(self) -> int:
@@ -102,7 +101,8 @@ class PruningSchedule:
     def is_last_epoch(self, epoch: int) -> bool:
         """Return whether a phase ends with this epoch (counted from 0)."""
         after = epoch + 1 - self.base_epochs
-        return after == 0 or (after > 0 and after % self.retrain_epochs == 0)
+        every = self.retrain_epochs
+        return after == 0 or (after > 0 and every > 0 and after % every == 0)
 
     def removed_share(self, round_: float) -> float:
         """Return the share of the unpruned budget removed after a round: 1 - (1 - rate)^(t/T).

@@ -8,10 +8,14 @@ import pytest
 import torch
 from forked import draw_nothing
 from short_runs import python, rows, summary, tiny
+from small import SCOPE
 
 import ldt
 from ldt import experiment
+from ldt.build import build_data
 from ldt.criteria.base import Criterion
+from ldt.detectors.adapter import Calibration, Detector
+from ldt.detectors.batch_norm import reestimate_batch_norms
 from ldt.detectors.forward import raw_forward
 from ldt.evaluation.profiling import count_parameters
 from ldt.loop.gradual_masking import GradualPruning
@@ -36,7 +40,7 @@ def test_every_round_keeps_the_same_share_of_what_is_left(rate, rounds):
 
 
 @pytest.mark.parametrize(
-    ("base", "retrain", "rounds"), [(3, 2, 2), (0, 2, 3), (1, 1, 1), (4, 1, 0)]
+    ("base", "retrain", "rounds"), [(3, 2, 2), (0, 2, 3), (1, 1, 1), (4, 1, 0), (2, 0, 0)]
 )
 def test_phases_tile_the_run(base, retrain, rounds):
     plan = PruningSchedule(rate=0.5, rounds=rounds, base_epochs=base, retrain_epochs=retrain)
@@ -59,7 +63,11 @@ def test_phases_tile_the_run(base, retrain, rounds):
         ({"budget": "param"}, r"prune.budget='param'; choose params, macs or flops"),
         ({"rounds": -1}, r"prune.rounds"),
         ({"base_epochs": -1}, r"recipe.epochs"),
-        ({"retrain_epochs": 0}, r"recipe.retrain_epochs=0; at least 1"),
+        (
+            {"retrain_epochs": -1},
+            r"recipe.retrain_epochs=-1; allowed: a whole number of",
+        ),
+        ({"repair": "gn"}, r"prune.repair='gn'; allowed: bn, none"),
         ({"rounds": 0, "base_epochs": 0}, r"nothing to do"),
         ({"ranking": "local"}, r"method.ranking='local'; allowed: global,"),
         ({"inner_rounds": 0}, r"method.inner_rounds=0; allowed: a whole number of at least 1"),
@@ -252,6 +260,75 @@ def test_without_base_training_the_first_cut_comes_at_once(two_rounds, tmp_path,
     found, known = rows(tmp_path / "run"), rows(two_rounds[0])[0]
     assert {key: found[0][key] for key in known} == pytest.approx(known, nan_ok=True)
     assert found[2]["multiply_adds_rate"] == pytest.approx(0.3, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [0, 1])
+def test_without_retraining_each_round_is_cut_repaired_and_measured(
+    two_rounds, tmp_path, monkeypatch, base
+):
+    options = [f"recipe.epochs={base}", "recipe.retrain_epochs=0", "ldt.warmup_epochs=0"]
+    options += [f"detector.checkpoint={two_rounds[0] / 'round-0.ckpt'}"] * (base == 0)
+    config, watch = tiny(tmp_path, *options), Watch(monkeypatch)
+    experiment.run(config, tmp_path / "run")
+    assert len(watch.lrs) == 2 * base
+    found = rows(tmp_path / "run")
+    assert [row["round"] for row in found] == [0, 1, 2]
+    data = build_data(config)
+    data.setup("fit")
+    for row in found:
+        detector = ldt.load_pruned(tmp_path / f"run/round-{row['round']}.ckpt")
+        measured = ldt.evaluate(detector, data.val_dataloader(), data.classes)
+        assert {key: row[key] for key in measured} == pytest.approx(measured, nan_ok=True)
+        before = {key: value.clone() for key, value in detector.state_dict().items()}
+        adapter = Detector(detector, (64, 128))
+        batches = Calibration(adapter, data.calibration_dataloader(8, 16))
+        reestimate_batch_norms(adapter, batches)
+        close = [torch.allclose(before[k], v, atol=1e-5) for k, v in detector.state_dict().items()]
+        assert all(close) is (row["round"] > 0)
+
+
+@pytest.mark.slow
+def test_masking_without_retraining_ends_when_the_budget_is_saved(tmp_path):
+    config = tiny(tmp_path, *GRADUAL, "prune=iterative", "recipe.retrain_epochs=0")
+    experiment.run(config, tmp_path / "run")
+    plan = PruningSchedule(rate=0.5, rounds=2, base_epochs=1, retrain_epochs=0)
+    for row in rows(tmp_path / "run"):
+        assert row["rate"] == pytest.approx(plan.removed_share(row["round"]), abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_frozen_stages_train_from_the_first_cut_on(tmp_path, monkeypatch):
+    part = "++detector.options.backbone"
+    options = [f"{part}.frozen_stages=2", f"{part}.norm_eval=true"]
+    options += [f"{part}.norm_cfg={{type:BN,requires_grad:false}}"]
+    config = tiny(
+        tmp_path, *options, "prune=oneshot", "recipe.retrain_epochs=3", "ldt.enabled=false"
+    )
+    held: list[set[str]] = []  # of each epoch
+
+    def without_gradient(module, _):
+        parts = module.detector.named_parameters()
+        held[-1] |= {n for n, p in parts if n.startswith(SCOPE) and p.grad is None}
+
+    def still(module, batch, index, plain=DetectorModule.training_step):
+        assert not module.detector.backbone.bn1.training
+        if index == 0:
+            held.append(set())
+        return plain(module, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectorModule, "training_step", still)
+        patch.setattr(DetectorModule, "on_before_optimizer_step", without_gradient)
+        Watch(patch, at=5, then=lambda: copytree(tmp_path / "whole", tmp_path / "killed"))
+        experiment.run(config, tmp_path / "whole")
+    assert "backbone.layer1.0.conv1.weight" in held[0]
+    assert "backbone.bn1.weight" in held[0]
+    assert held[1:] == [set()] * 3
+    experiment.run(config, tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    one, two = (weights(tmp_path / run / "round-1.ckpt") for run in ("whole", "killed"))
+    assert equal(one, two)
 
 
 @pytest.mark.parametrize("budget", ["params", "flops"])
