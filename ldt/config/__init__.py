@@ -111,6 +111,9 @@ class DatasetConfig:
     keep_ratio: bool = True
     workers: int = 2
     val_batch_size: int = 16
+    group_shapes: bool = False  # batches of like shapes: little padding
+    filter_empty_gt: bool = False  # train on images with objects only
+    min_size: int = 0  # smallest side of a training image, in pixels
 
 
 @dataclass

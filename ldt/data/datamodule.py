@@ -23,7 +23,7 @@ from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from torch.utils.data import DataLoader, Subset
 
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
-from ldt.data.sampling import EpochSampler, TrainingImages
+from ldt.data.sampling import Batches, EpochSampler, SizeSampler, TrainingImages
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
@@ -151,6 +151,12 @@ class DetectionDataModule(LightningDataModule, ABC):
         pad: "square" pads every image to `scale` with grey, as YOLOX does; "none" does not.
         keep_ratio: fit the image inside `scale`; False stretches it to `scale`.
         classes: class names in label order; empty for the data set's default.
+        group_shapes: little padding: training batches hold either landscape or portrait images, as
+            in mmdet, and validation batches images of equal size, so that detections do not depend
+            on the batch size. The annotations need ``width`` and ``height``.
+        filter_empty_gt: leave out training images without objects, as mmdet's data sets do; not
+            where images are mixed (mosaic), as in mmdet's YOLOX.
+        min_size: leave out training images whose smaller side has fewer pixels.
 
     Attributes:
         resize: the transforms between loading and packing an image, as in mmdet's configs.
@@ -169,6 +175,9 @@ class DetectionDataModule(LightningDataModule, ABC):
     pad: Pad = "none"
     keep_ratio: bool = True
     classes: tuple[str, ...] = ()
+    group_shapes: bool = False
+    filter_empty_gt: bool = False
+    min_size: NaturalNumber = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -235,13 +244,26 @@ class DetectionDataModule(LightningDataModule, ABC):
         if trainer and trainer.overfit_batches:  # always the first images
             return self._loader(images, micro_batch(self.batch_size, world, parts))
         rank = trainer.global_rank if trainer else 0
-        self._sampler = EpochSampler(images, self.batch_size, rank, world, parts, self._mix)
+        shapes = self._sizes(self._training_set()) if self.group_shapes else []
+        portrait = [width < height for width, height in shapes]
+        self._sampler = EpochSampler(
+            images, self.batch_size, rank, world, parts, self._mix, portrait
+        )
         return self._loader(images, None, self._sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the validation images in order; ground truth in original-image coordinates."""
+        """Return the validation images; ground truth in original-image coordinates.
+
+        They are in order, unless images of equal size are grouped.
+        """
         images = with_pipeline(self.dataset("val"), test_steps(self.resize))
-        return self._loader(images, self.val_batch_size)
+        if not self.group_shapes:
+            return self._loader(images, self.val_batch_size)
+        trainer: Any = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        sizes = self._sizes(images)
+        sampler = SizeSampler(images, sizes, self.val_batch_size, rank, world)
+        return self._loader(Batches(images), None, sampler)
 
     def calibration_dataloader(self, images: int, batch_size: int) -> DataLoader:
         """Return the first `images` of a seeded permutation of the training set, not augmented.
@@ -254,7 +276,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         """
         if images < 1:
             raise ValueError(f"{images} calibration images requested; allowed: 1 or more")
-        training = self._plain("train")
+        training = with_pipeline(self._training_set(), plain_steps(self.resize))
         if images > len(training):
             available = f"all {len(training)} images of the training set are used"
             warnings.warn(f"{available}, {images} calibration images requested", stacklevel=2)
@@ -287,23 +309,53 @@ class DetectionDataModule(LightningDataModule, ABC):
     def _plain(self, split: Split) -> BaseDataset:
         return with_pipeline(self.dataset(split), plain_steps(self.resize))
 
+    def _training_set(self) -> BaseDataset:
+        """Return the annotations of the training images that pass the filter."""
+        dataset = self.dataset("train")
+        empty_go = self.filter_empty_gt and self.augment != "mosaic"
+        if not empty_go and not self.min_size:
+            return dataset
+        if "filtered" not in self._datasets:
+            infos = map(dataset.get_data_info, range(len(dataset)))
+            kept = [
+                index
+                for index, info in enumerate(infos)
+                if (info["instances"] or not empty_go)
+                and (not self.min_size or min(info["width"], info["height"]) >= self.min_size)
+            ]
+            if not kept:
+                raise ValueError(
+                    "no training image is left by dataset.filter_empty_gt and dataset.min_size="
+                    f"{self.min_size}; type dataset.filter_empty_gt=false or a smaller min_size"
+                )
+            self._datasets["filtered"] = dataset.get_subset(kept)
+        return self._datasets["filtered"]
+
+    def _sizes(self, dataset: BaseDataset) -> list[tuple[int, int]]:
+        """Return (width, height) of each image."""
+        infos = map(dataset.get_data_info, range(len(dataset)))
+        return [(info["width"], info["height"]) for info in infos]
+
     def _training_images(self) -> BaseDataset | MultiImageMixDataset:
         if self.augment != "mosaic":
             steps = plain_steps(self.resize, self.augment)
-            return with_pipeline(self.dataset("train"), steps)
+            return with_pipeline(self._training_set(), steps)
         load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
-        single = with_pipeline(self.dataset("train"), load)
+        single = with_pipeline(self._training_set(), load)
         return MultiImageMixDataset(single, mosaic_steps(self.scale, self.resize))
 
     def _loader(
-        self, dataset: Any, batch_size: int | None, sampler: EpochSampler | None = None
+        self,
+        dataset: Any,
+        batch_size: int | None,
+        sampler: EpochSampler | SizeSampler | None = None,
     ) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            persistent_workers=self.workers > 0 and sampler is not None,
+            persistent_workers=self.workers > 0 and isinstance(sampler, EpochSampler),
             collate_fn=pseudo_collate,
             worker_init_fn=one_thread,
             # Own generator: creating an iterator must not advance torch's global one.
