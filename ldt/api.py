@@ -33,7 +33,7 @@ from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
-from ldt.pruning.costs import parse_budget
+from ldt.runs.refusal import renaming
 
 
 class CalibrationData(Protocol):
@@ -47,6 +47,17 @@ class CalibrationData(Protocol):
 Images = Iterable[RawBatch] | Dataset | CalibrationData
 LayerSizes = dict[str, dict[str, int]]
 KEYS = ("out", "params", "multiply_adds")  # of a layer's sizes
+ARGUMENTS = {  # what messages about keys of the configuration name here
+    "prune.rate": "rate",
+    "prune.scope": "scope",
+    "prune.budget": "budget",
+    "prune.max_layer_rate": "limits.max_layer_rate",
+    "prune.min_channels": "limits.min_channels",
+    "detector.neck": "neck",
+    "detector.predictors": "predictors",
+    "detector.config": "config",
+    "detector.checkpoint": "weights",
+}
 
 
 @dataclass
@@ -120,6 +131,7 @@ class PruningResult:
         return Path(path)
 
 
+@renaming(ARGUMENTS)
 def prune(
     detector: nn.Module | Config | str | Path,
     images: Images,
@@ -193,7 +205,7 @@ def prune(
     method = find_method(criterion, ranking)
     schedule = PruningSchedule.one_shot(
         _rate(rate, keep),
-        budget=parse_budget(budget, "budget"),
+        budget=budget,
         ranking=method.ranking,
         inner_rounds=method.inner_rounds,
         scope=tuple(scope),

@@ -44,7 +44,7 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.runs import files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
-from ldt.runs.refusal import KINDS, is_refusal, refusing
+from ldt.runs.refusal import KINDS, is_refusal, one_line, refusing
 from ldt.runs.run import Run, open_run, stored_config
 
 log = logging.getLogger(__name__)
@@ -83,17 +83,17 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         sys.exit(130)
     except Exception as error:
         refused = is_refusal(error)
-        if in_sweep:
-            what = "was rejected" if refused else "failed"
-            log.error("%s %s: %s", folder.name, what, error, exc_info=not refused)
-        if refused and fresh and rank_zero_only.rank == 0:
+        if not refused:
+            _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        elif fresh and rank_zero_only.rank == 0:
             files.discard(folder)
-        if not refused or (in_sweep and fresh):  # the table after a sweep shows it
-            state = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-            _record(folder, state | {"refused": True} if refused else state)
-        if in_sweep:
-            return _result(config, {})  # the sweep continues with its other jobs
-        raise
+        if not in_sweep:
+            raise
+        if refused:  # not logged: the log file may be that of another run
+            print(f"error: {folder.name}: {one_line(error)}", file=sys.stderr)
+        else:
+            log.error("%s failed: %s", folder.name, error, exc_info=True)
+        return _result(config, {})  # the sweep continues with its other jobs
     return _result(config, summary["rounds"][-1])
 
 
@@ -151,9 +151,8 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
 
 
 @rank_zero_only
-def _record(folder: Path, state: dict[str, Any]) -> None:
+def _record(folder: Path, state: dict[str, str]) -> None:
     """Record that a run ended early; a finished run keeps its summary."""
-    folder.mkdir(parents=True, exist_ok=True)
     if read_json(folder / files.SUMMARY).get("status") != "finished":
         write_json(folder / files.SUMMARY, state)
 
@@ -244,7 +243,9 @@ def _set_up(
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")
-    return loop, trainer, data, build_module(config, plain, data)
+    module = build_module(config, plain, data)
+    loop.check(module.adapter)
+    return loop, trainer, data, module
 
 
 def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> dict[str, Any]:

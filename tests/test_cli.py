@@ -198,7 +198,7 @@ def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
     for jobs, code in (([1.0, "refused"], 1), (["refused"] * 2, 2), (["refused", "failed"], 1)):
         table = StudyTable()
         for job in jobs:
-            state = {"status": "failed", "refused": True} if job == "refused" else {}
+            state = {} if job == "refused" else {"status": "failed"}
             (tmp_path / "summary.json").write_text(json.dumps(state))
             value = NAN if isinstance(job, str) else job
             table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))

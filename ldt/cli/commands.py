@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ldt.figures import NAMES
-from ldt.runs.refusal import refusing
+from ldt.runs.refusal import refusing, renaming
 
 if TYPE_CHECKING:
     from ldt.runs.run import Run
@@ -206,19 +206,20 @@ def prune(
     from ldt.detectors.models import quiet
 
     quiet()
-    pruning.run(
-        config,
-        weights,
-        data,
-        images=images,
-        val=val,
-        out=out,
-        files={name: file for name, file in files.items() if file is not None},
-        rate=rate,
-        criterion=criterion,
-        budget=budget,
-        ranking=ranking,
-    )
+    with renaming(pruning.OPTIONS):
+        pruning.run(
+            config,
+            weights,
+            data,
+            images=images,
+            val=val,
+            out=out,
+            files={name: file for name, file in files.items() if file is not None},
+            rate=rate,
+            criterion=criterion,
+            budget=budget,
+            ranking=ranking,
+        )
 
 
 @ldt.command()

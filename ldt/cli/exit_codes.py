@@ -61,5 +61,5 @@ def _is_explained(error: Exception) -> bool:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

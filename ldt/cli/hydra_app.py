@@ -17,7 +17,7 @@ from hydra._internal import hydra, utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -26,20 +26,40 @@ from ldt.cli.exit_codes import exit_codes
 from ldt.config import conf_dir, register
 from ldt.config.keys import check_keys, check_names, explain_key
 from ldt.config.paths import quote_paths
+from ldt.runs.files import discard_sweep
 from ldt.runs.refusal import KINDS, refused
 
 utils.run_and_report = lambda func: func()  # let exceptions propagate to `exit_codes`
 
 
 class StrictLoader(ConfigLoaderImpl):
-    """Config loader that rejects unknown keys after composition, before a run folder is created."""
+    """Config loader that rejects unknown keys after composition, before a run folder is created.
+
+    Attributes:
+        study: directory of the study of a sweep.
+    """
+
+    study: Path | None = None
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
         config = super().load_configuration(*args, **kwargs)
+        StrictLoader.study = Path(config.hydra.sweep.dir)
+        _check_place(config)
         check_keys(config)
         _check_hydra_keys(config.hydra, "hydra")
         return config
+
+
+def _check_place(config: DictConfig) -> None:
+    """Keep runs below ``runs/<study>``."""
+    given = {"study": str(config.study)}
+    if not OmegaConf.is_interpolation(config, "run_name"):
+        given["run_name"] = str(config.run_name)
+    for key, name in given.items():
+        parts = name.split("/")
+        if not all(parts) or {".", ".."} & set(parts) or name != name.strip():
+            raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
 
 
 def _check_hydra_keys(node: Any, where: str) -> None:
@@ -106,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             utils._run_hydra(given, parser, job, str(conf_dir()), "config")
         except Exception as error:  # composing may fail with any type, e.g. of PyYAML
+            if not job.begun and given.multirun and StrictLoader.study is not None:
+                discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
 
 
@@ -121,6 +143,10 @@ def explained(error: Exception) -> str:
         return f"{group}={option}: {_allowed(option, error.options)}"
     if told := explain_key(error):
         return told
+    if isinstance(error, InstantiationException) and cause is not None:
+        return str(cause)
+    if type(error).__name__ == "MisconfigurationException":  # Lightning is not imported here
+        return f"Lightning refuses a key of trainer: {error}"
     if not isinstance(error, (HydraException, *KINDS)):
         kind = type(error).__name__
         return f"the configuration cannot be composed ({kind}: {_first(str(error))})"

@@ -16,6 +16,18 @@ from ldt.detectors.opening import open_detector
 from ldt.loop.schedule import PruningSchedule
 from ldt.runs.refusal import refusing
 
+OPTIONS = {  # what messages about keys of the configuration name here
+    "prune.rate": "--rate",
+    "prune.budget": "--budget",
+    "detector.config": "CONFIG",
+    "detector.checkpoint": "WEIGHTS",
+    "dataset.root": "DATA",
+    "dataset.train_ann": "--train-ann",
+    "dataset.train_img": "--train-img",
+    "dataset.val_ann": "--val-ann",
+    "dataset.val_img": "--val-img",
+}
+
 
 def run(
     config: str,

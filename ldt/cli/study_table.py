@@ -31,16 +31,21 @@ class StudyTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the study; Hydra calls it in the launching process."""
         from ldt import report
+        from ldt.runs.files import discard_sweep
 
+        study, failed = Path(config.hydra.sweep.dir), 0
+        if self.refused == self.jobs > 0:
+            discard_sweep(study)
+            sys.exit(2)
         with contextlib.suppress(FileNotFoundError):
-            failed = report.print_study(Path(config.hydra.sweep.dir))
-            if failed or self.without_result:
-                sys.exit(2 if self.refused == self.jobs > 0 else 1)
+            failed = report.print_study(study)
+        if failed or self.without_result:
+            sys.exit(1)
 
 
 def _was_refused(folder: Path) -> bool:
     from ldt.runs.files import SUMMARY, read_json
 
-    with contextlib.suppress(ValueError):
-        return bool(read_json(folder / SUMMARY).get("refused"))
+    with contextlib.suppress(ValueError):  # nothing is written, nor in a finished run
+        return read_json(folder / SUMMARY).get("status") in (None, "finished")
     return False

@@ -18,7 +18,7 @@ from ldt.callbacks.lightning_internals import (
     validate,
 )
 from ldt.data.datamodule import DetectionDataModule
-from ldt.detectors.adapter import Calibration, RawBatch
+from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.freezing import thaw
 from ldt.evaluation import profiling
@@ -117,13 +117,20 @@ class PruneRetrain(L.Callback):
     # Hooks: when to validate, record and prune --------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check scope and rate before any training, and measure the unpruned model's size."""
+        """Measure the unpruned model and check the schedule, unless already done."""
         assert isinstance(pl_module, DetectorModule)
-        if self._unpruned.costs:
-            return
-        self._unpruned = Unpruned.of(pl_module.adapter)
+        if not self._unpruned.costs:
+            self.check(pl_module.adapter)
+
+    def check(self, detector: Detector) -> None:
+        """Measure the unpruned detector's size, and check that it can be pruned as asked.
+
+        Raises:
+            ValueError: it has no part of a name in the scope, or the rate is not reachable.
+        """
+        self._unpruned = Unpruned.of(detector)
         if self.criterion is not None:
-            self.excluded = check_schedule(pl_module.adapter, self.schedule, self._unpruned)
+            self.excluded = check_schedule(detector, self.schedule, self._unpruned)
 
     def is_last_epoch(self, epoch: int) -> bool:
         """Return whether a phase ends with this epoch (counted from 0)."""

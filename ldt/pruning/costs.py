@@ -16,12 +16,8 @@ Budget = Literal["params", "macs"]
 UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
 
 
-def parse_budget(name: str, key: str = "prune.budget") -> Budget:
+def parse_budget(name: str) -> Budget:
     """Return the budget of a name or alias.
-
-    Args:
-        name: as given by the user.
-        key: what the user calls it, for the error message.
 
     Raises:
         ValueError: unknown name.
@@ -30,7 +26,7 @@ def parse_budget(name: str, key: str = "prune.budget") -> Budget:
         if canonical_budget(name) == budget:
             return budget
     aliases = " or ".join(f"{alias} (the same as {same})" for alias, same in BUDGET_ALIASES.items())
-    raise ValueError(f"{key}={name!r}; choose {', '.join(get_args(Budget))} or {aliases}")
+    raise ValueError(f"prune.budget={name!r}; choose {', '.join(get_args(Budget))} or {aliases}")
 
 
 @dataclass(frozen=True)

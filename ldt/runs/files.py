@@ -32,6 +32,7 @@ PREVIOUS = "last.ckpt.previous"  # the previous one, in case LAST is damaged
 INTERRUPTED = "interrupted.ckpt"  # the weights at Ctrl-C
 LOCK = ".lock"  # held while a command works on the run
 RUN_LOG = "run.log"  # messages; Hydra writes it
+MULTIRUN = "multirun.yaml"  # of a study: the last sweep; Hydra writes it
 LOGS = "logs"  # logs, logs-2, logs-3 ...: one folder per start
 METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
@@ -126,9 +127,24 @@ def discard(folder: Path) -> None:
     """
     for file in (folder / LOCK, folder / RUN_LOG):
         file.unlink(missing_ok=True)
-    here, folder = Path.cwd(), folder.absolute()
-    parents = [parent for parent in folder.parents if here in parent.parents]
-    for place in (*log_folders(folder), folder, *parents):
+    _remove_empty(*log_folders(folder), folder)
+
+
+def discard_sweep(study: Path) -> None:
+    """Remove what a refused sweep has left in the directory of a study, if nothing else is there.
+
+    Hydra writes ``multirun.yaml`` before it composes the jobs.
+    """
+    if study.is_dir() and {file.name for file in study.iterdir()} == {MULTIRUN}:
+        (study / MULTIRUN).unlink()
+    _remove_empty(study)
+
+
+def _remove_empty(*folders: Path) -> None:
+    """Remove empty directories, and then the last one's empty parents below the working one."""
+    here, last = Path.cwd(), folders[-1].absolute()
+    parents = [parent for parent in last.parents if here in parent.parents]
+    for place in (*folders, *parents):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
 

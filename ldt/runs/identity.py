@@ -8,6 +8,7 @@ is equal except for :data:`REPEATS`. Fingerprints of the data are in :mod:`ldt.r
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -151,6 +152,8 @@ def _canonical(flat: Flat) -> Flat:
     found: Flat = {"trainer.precision": PRECISION_ALIASES.get(precision, precision)}
     if "prune.budget" in flat:
         found["prune.budget"] = canonical_budget(flat["prune.budget"])
+    if "detector.checkpoint" in flat:
+        found["detector.checkpoint"] = os.path.abspath(flat["detector.checkpoint"])
     if "prune.scope" in flat:
         found["prune.scope"] = sorted(flat["prune.scope"])
     return found

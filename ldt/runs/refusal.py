@@ -1,7 +1,7 @@
 """Marking of user errors found before any work: exit code 2 and a one-line message."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,6 +36,28 @@ def refused(error: Exception) -> Exception:
     """Mark an exception as a refusal and return it."""
     setattr(error, "refused", True)  # noqa: B010 (an attribute that no type checker knows)
     return error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception without line breaks."""
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace keys of the configuration by what the caller calls them, in messages of the block.
+
+    Args:
+        names: what to call each key.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        for key in sorted(names, key=len, reverse=True):
+            text = text.replace(key, names[key])
+        error.args = (text,)
+        raise
 
 
 def is_refusal(error: BaseException) -> bool:

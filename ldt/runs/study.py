@@ -7,7 +7,7 @@ from typing import Any
 from ldt.runs import files
 
 
-def load_study(study: Path) -> list[dict[str, Any]]:
+def load_study(study: str | Path) -> list[dict[str, Any]]:
     """Load one flat row per run of a study, sorted by name.
 
     Args:
@@ -23,7 +23,7 @@ def load_study(study: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such directory.
     """
-    return [study_row(folder) for folder in folders(study)]
+    return [study_row(folder) for folder in folders(Path(study))]
 
 
 def folders(study: Path) -> list[Path]:
