@@ -12,8 +12,8 @@ class Objects(NamedTuple):
 
     Attributes:
         boxes: [K, 4], (x1, y1, x2, y2) in pixels of the padded network input.
-        labels: [K] int64.
-        image: [K] int64, index of the object's image in the batch.
+        labels: [K] int64, on the CPU for any device of the boxes.
+        image: [K] int64, index of the object's image in the batch, on the CPU too.
         shape: (height, width) of the padded input.
     """
 
@@ -41,20 +41,22 @@ class Sample(Protocol):
         ...
 
 
-def labelled_objects(samples: Sequence[Sample], shape: tuple[int, int]) -> Objects:
+def labelled_objects(
+    samples: Sequence[Sample], shape: tuple[int, int], loaded: Sequence[Sample] | None = None
+) -> Objects:
     """Collect the ground truth of mmdet's data samples, without ignored regions.
 
     Args:
         samples: ``DetDataSample`` with ``gt_instances`` in pixels of the network input.
         shape: (height, width) of the padded input.
+        loaded: the same samples as loaded, on the CPU; reading the labels from these does not wait
+            for the device of ``samples``.
     """
     boxes = [corners(sample.gt_instances) for sample in samples]
-    labels = [sample.gt_instances.labels for sample in samples]
-    image = [
-        torch.full((len(own),), index, dtype=torch.long, device=own.device)
-        for index, own in enumerate(boxes)
-    ]
-    return Objects(torch.cat(boxes).float(), torch.cat(labels).long(), torch.cat(image), shape)
+    labels = [sample.gt_instances.labels.cpu() for sample in loaded or samples]
+    counts = torch.tensor([len(own) for own in boxes])
+    image = torch.repeat_interleave(torch.arange(len(boxes)), counts)
+    return Objects(torch.cat(boxes).float(), torch.cat(labels).long(), image, shape)
 
 
 def corners(instances: Instances) -> Tensor:

@@ -12,13 +12,8 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from ldt.config.values import NaturalNumber, NotNegative, Share, checked
-from ldt.discriminant import (
-    PHI,
-    RIDGE,
-    RIDGE_ABSOLUTE,
-    discriminants_of,
-    object_vectors,
-)
+from ldt.discriminant import PHI, RIDGE, RIDGE_ABSOLUTE, discriminants_of
+from ldt.location import object_vectors
 from ldt.module import DetectorModule
 from ldt.objects import Objects
 
@@ -136,25 +131,20 @@ def gather_vectors(vectors: Sequence[Tensor], labels: Tensor) -> tuple[list[Tens
     """Gather object vectors, with gradients, and labels of all ranks.
 
     The backward pass sums the gradients of all ranks, so that DDP's averaged parameter gradients
-    are those of a single process with the whole batch.
+    are those of a single process with the whole batch. The labels travel as a further column, so
+    that there are two communications: the ranks' numbers of objects, and everything else.
 
     Args:
         vectors: [K, C_s] per scale; K may differ between ranks.
-        labels: [K].
+        labels: [K], on the CPU.
     """
-    world = dist.get_world_size()
-    count = torch.tensor([len(labels)], device=labels.device)
-    counts = [torch.zeros_like(count) for _ in range(world)]
+    rows = torch.cat([*vectors, labels[:, None].to(vectors[0])], dim=1)
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    sizes = [int(c) for c in counts]
-    widths = [v.shape[1] for v in vectors]
-    rows = torch.cat(list(vectors), dim=1)  # one communication for all scales
+    sizes = torch.cat(counts).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), rows.shape[1])])
-    gathered = torch.cat(
-        [part[:size] for part, size in zip(all_gather(padded), sizes, strict=True)]
-    )
-    all_labels = [labels.new_zeros(max(sizes)) for _ in range(world)]
-    dist.all_gather(all_labels, torch.cat([labels, labels.new_zeros(max(sizes) - len(labels))]))
-    return list(gathered.split(widths, dim=1)), torch.cat(
-        [part[:size] for part, size in zip(all_labels, sizes, strict=True)]
-    )
+    parts = zip(all_gather(padded), sizes, strict=True)
+    gathered = torch.cat([part[:size] for part, size in parts])
+    *found, names = gathered.split([*(v.shape[1] for v in vectors), 1], dim=1)
+    return found, names[:, 0].detach().long().cpu()

@@ -10,17 +10,12 @@ from torch import Tensor, nn
 
 from ldt.config.values import NotNegative, Positive, Share, checked
 from ldt.criteria.base import Batch, Criterion, Target, feature_gradients
-from ldt.discriminant import (
-    ATTENTION_A,
-    ATTENTION_B,
-    PHI,
-    RIDGE,
-    attention,
+from ldt.discriminant import PHI, RIDGE, classes_of, location_aware_discriminants
+from ldt.location import ATTENTION_A, ATTENTION_B, attention
+from ldt.measures import (
     channel_ratio,
     discriminant_directions,
     discriminative_channels,
-    drop_singletons,
-    location_aware_discriminants,
     stacked_vectors,
 )
 from ldt.objects import Objects
@@ -123,7 +118,7 @@ class LDTCriterion(Criterion):
             images = len(batch.images)
             used = torch.ones(images, dtype=torch.bool)
             if self.location:  # images without objects have no attention and are skipped
-                used = torch.bincount(batch.objects.image.cpu(), minlength=images) > 0
+                used = torch.bincount(batch.objects.image, minlength=images) > 0
             self.batch_images.append(int(used.sum()))
             for layer, per_image in sums.items():
                 own = per_image.double().cpu()[used]
@@ -213,7 +208,7 @@ class LDTCriterion(Criterion):
                 first = target.features(next(iter(batches)))
                 return [torch.ones(f.shape[1]) for f in first]
             vectors, labels = stacked_vectors((target.features(b), b.objects) for b in batches)
-        at_least = len(labels[drop_singletons(labels)].unique()) - 1
+        at_least = len(classes_of(labels)) - 1
         if self.source == "discriminant":
             return [discriminant_directions(x, labels, self.phi, self.ridge) for x in vectors]
         return [

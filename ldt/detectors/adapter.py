@@ -97,7 +97,9 @@ class Detector:
             data = self._preprocess(batch, training=True)  # also prepares what losses need
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
-        return PreparedBatch(images, samples, labelled_objects(samples, shape))
+        return PreparedBatch(
+            images, samples, labelled_objects(samples, shape, batch["data_samples"])
+        )
 
     def _preprocess(self, batch: RawBatch, training: bool) -> RawBatch:
         data = self.model.data_preprocessor(batch, training)

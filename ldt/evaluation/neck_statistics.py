@@ -11,16 +11,12 @@ from torch import Tensor, nn
 
 from ldt.detectors.adapter import RawBatch
 from ldt.detectors.forward import neck_maps
-from ldt.discriminant import (
-    PHI,
-    RIDGE,
+from ldt.discriminant import PHI, RIDGE, classes_of, mean_abs_correlation
+from ldt.measures import (
     channel_ratio,
     discriminant_directions,
     discriminant_share,
-    drop_singletons,
     eigenvalues,
-    mean_abs_correlation,
-    scatter,
     stacked_vectors,
 )
 from ldt.objects import Objects, labelled_objects
@@ -106,16 +102,16 @@ def neck_spaces(
 def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -> NeckSpace:
     ratio = channel_ratio(x_nc, labels)
     directions = discriminant_directions(x_nc, labels, phi, ridge).flip(1)  # largest first
-    keep = drop_singletons(labels)
-    x_nc, labels = x_nc[keep].double(), labels[keep]
-    S_w, S_b, S_t = scatter(x_nc, labels)
+    eigs = eigenvalues(x_nc, labels, ridge)
+    kept = classes_of(labels).rows
+    x_nc, labels = x_nc[kept].double(), labels[kept]
     return NeckSpace(
         scale,
         ((x_nc - x_nc.mean(0)) @ directions).numpy(),
         labels.numpy(),
-        eigenvalues(S_w, S_b, ridge).flip(0).numpy(),
+        eigs.flip(0).numpy(),
         ratio.numpy(),
-        S_t.diagonal().clamp(min=0).sqrt().numpy(),
+        x_nc.std(0).numpy(),
     )
 
 
@@ -139,12 +135,10 @@ def neck_statistics(
         ``correlation`` (mean absolute, between channels), ``eigenvalue`` (the largest).
     """
     vectors, labels = _object_vectors(detector, loader, neck)
-    keep = drop_singletons(labels)
-    top = labels[keep].unique().numel() - 1
+    top = len(classes_of(labels)) - 1
     statistics = []
     for scale, x_nc in enumerate(vectors):
-        S_w, S_b, _ = scatter(x_nc[keep], labels[keep])
-        eigs = eigenvalues(S_w, S_b, ridge)
+        eigs = eigenvalues(x_nc, labels, ridge)
         statistics.append(
             {
                 "scale": scale,

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from test_module import MANY, collated, fit, many, module_of
 
 from ldt.callbacks.ldt_loss import LDTLoss, gather_vectors
-from ldt.discriminant import discriminants_of, location_aware_discriminants, object_vectors
+from ldt.discriminant import discriminants_of, location_aware_discriminants
+from ldt.location import object_vectors
 
 WIDTHS = (6, 6, 4)
 
