@@ -76,53 +76,29 @@ def classes_of(labels: Tensor) -> Classes:
     return Classes(rows, which, counts)
 
 
-def scatter_roots(x: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
-    """Return A and B, [.., N, C] float64, with S_w = A^T A and S_t = B^T B (eqs. 5, 7 and 8).
+def within_root(x: Tensor, classes: Classes) -> Tensor:
+    """Return A [.., N, C] with S_w = A^T A (eq. 5), in float64.
 
-    `x` [.., N, C] float64 are the vectors of the objects `classes.rows`, with any dimensions such
-    as scales in front. S_w is the mean over classes of X_g^T X_g / (N_g - 1). Eq. 5 as printed
-    lacks this division of Dorfer et al. (2016), on which the paper is based; without it, no
-    eigenvalue would be positive for N > C.
+    `x` [.., N, C] are the vectors of the objects `classes.rows`, with any dimensions such as scales
+    in front. S_w is the mean over classes of X_g^T X_g / (N_g - 1). Eq. 5 as printed lacks this
+    division of Dorfer et al. (2016), on which the paper is based; without it, no eigenvalue would
+    be positive for N > C.
     """
     members_ng = one_hot(classes.which, len(classes)).double()
-    averaging_gn = (members_ng / classes.counts).mT.to(x.device)
+    averaging_gn = (members_ng / classes.counts).mT
     weight_n1 = (len(classes) * (classes.counts - 1)).double().rsqrt()[classes.which, None]
-    means = members_ng.to(x.device) @ (averaging_gn @ x)
-    within = (x - means) * weight_n1.to(x.device)
-    return within, (x - x.mean(-2, keepdim=True)) / (len(classes.rows) - 1) ** 0.5
+    x = x.double()
+    means = members_ng.to(x.device) @ (averaging_gn.to(x.device) @ x)
+    return (x - means) * weight_n1.to(x.device)
 
 
-def solve(A: Tensor, B: Tensor, r: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Solve S_b v = lambda (S_w + r I) v (eq. 9) without gradient.
-
-    If there are fewer objects than channels, the problem is solved in their span: outside of it,
-    S_w and S_b are zero, and so are the eigenvalues. It has the symmetric form L^-1 S_b L^-T with
-    the Cholesky factor L of S_w + r I. If there is none (features are not finite, or S_w is
-    singular and r = 0), the result is NaN.
-
-    Returns:
-        The eigenvalues [.., min(N, C)] ascending, and the `most` last eigenvectors, [.., C, most].
-    """
-    with torch.no_grad():
-        n, c = B.shape[-2:]
-        basis = torch.linalg.qr(B.mT).Q if n < c else None
-        if basis is not None:
-            A, B = A @ basis, B @ basis
-        S_w = A.mT @ A
-        eye = torch.eye(S_w.shape[-1], dtype=S_w.dtype, device=S_w.device)
-        L, failed = torch.linalg.cholesky_ex(S_w + r[..., None, None] * eye)
-        half = torch.linalg.solve_triangular(L, B.mT @ B - S_w, upper=False)
-        whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
-        sound = (whitened.isfinite().all(-1).all(-1) & (failed == 0))[..., None]
-        # eigh raises on NaN, so unsound matrices are replaced before and marked afterwards.
-        eigs, vectors = torch.linalg.eigh(whitened.where(sound[..., None], 0.0))
-        top = vectors[..., vectors.shape[-1] - most :]
-        top = torch.linalg.solve_triangular(L.mT, top, upper=True)
-        top = top if basis is None else basis @ top
-        return eigs.where(sound, torch.nan), top.where(sound[..., None], torch.nan)
+def total_root(x: Tensor) -> Tensor:
+    """Return B [.., N, C] with S_t = B^T B (eqs. 7 and 8), in float64."""
+    x = x.double()
+    return (x - x.mean(-2, keepdim=True)) / (x.shape[-2] - 1) ** 0.5
 
 
-def ridge_of(A: Tensor, ridge: float, absolute: float) -> Tensor:
+def ridge_of(x: Tensor, classes: Classes, ridge: float, absolute: float) -> Tensor:
     """Return r = ridge * tr(S_w) / C + absolute: [..]; its first part follows x's scale.
 
     Raises:
@@ -132,7 +108,38 @@ def ridge_of(A: Tensor, ridge: float, absolute: float) -> Tensor:
         raise ValueError(
             f"ridge={ridge}, absolute={absolute}: neither may be negative; try {RIDGE}"
         )
-    return ridge * A.square().sum((-2, -1)) / A.shape[-1] + absolute
+    return ridge * within_root(x, classes).square().sum((-2, -1)) / x.shape[-1] + absolute
+
+
+@torch.no_grad()
+def solve(x: Tensor, classes: Classes, r: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Solve S_b v = lambda (S_w + r I) v (eq. 9) without gradient.
+
+    If there are fewer objects than channels, the problem is solved in their span: outside of it,
+    S_w and S_b are zero, and so are the eigenvalues. It has the symmetric form L^-1 S_b L^-T with
+    the Cholesky factor L of S_w + r I. If there is none (features are not finite, or S_w is
+    singular and r = 0), the result is NaN.
+
+    Returns:
+        The eigenvalues [.., min(N, C)] ascending, and the last `most` eigenvectors, [.., C, most].
+    """
+    x, basis = total_root(x) * (x.shape[-2] - 1) ** 0.5, None
+    if x.shape[-2] < x.shape[-1]:
+        basis, coordinates = torch.linalg.qr(x.mT)
+        x = coordinates.mT
+    A, B = within_root(x, classes), total_root(x)
+    S_w = A.mT @ A
+    eye = torch.eye(S_w.shape[-1], dtype=S_w.dtype, device=S_w.device)
+    L, failed = torch.linalg.cholesky_ex(S_w + r[..., None, None] * eye)
+    half = torch.linalg.solve_triangular(L, B.mT @ B - S_w, upper=False)
+    whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
+    sound = (whitened.isfinite().all(-1).all(-1) & (failed == 0))[..., None]
+    # eigh raises on NaN, so unsound matrices are replaced before and marked afterwards.
+    eigs, vectors = torch.linalg.eigh(whitened.where(sound[..., None], 0.0))
+    top = vectors[..., vectors.shape[-1] - most :]
+    top = torch.linalg.solve_triangular(L.mT, top, upper=True)
+    top = top if basis is None else basis @ top
+    return eigs.where(sound, torch.nan), top.where(sound[..., None], torch.nan)
 
 
 def top_k(eigs: Tensor, n_classes: int, phi: float = PHI) -> Tensor:
@@ -153,22 +160,24 @@ def top_k(eigs: Tensor, n_classes: int, phi: float = PHI) -> Tensor:
     return torch.arange(C, device=eigs.device) >= C - K.clamp(max=n_classes - 1)
 
 
-def _discriminate(
-    A: Tensor, B: Tensor, n_classes: int, phi: float, ridge: float, absolute: float
+def ld_loss(
+    x: Tensor, classes: Classes, phi: float, ridge: float, absolute: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L_LD (eq. 10), K [S], and the largest eigenvalue [S].
+    """Return L_LD (eq. 10) of `x` [S, N, C], K [S], and the largest eigenvalue [S].
 
     L_LD is minus the sum over scales of the mean of the top K eigenvalues. Each is the quotient
     v^T S_b v / v^T (S_w + r I) v of its eigenvector v. There, the quotient is stationary in v, so v
     is a constant for the gradient: no factorisation is differentiated, and S_w and S_b are needed
     along v only. K is a constant too; a scale without positive eigenvalues adds zero.
     """
-    r = ridge_of(A, ridge, absolute)
-    most = min(n_classes - 1, *B.shape[-2:])
-    eigs, vectors = solve(A, B, r, most)
-    within, total = ((root @ vectors).square().sum(-2) for root in (A, B))
+    r = ridge_of(x, classes, ridge, absolute)
+    most = min(len(classes) - 1, *x.shape[-2:])
+    eigs, vectors = solve(x, classes, r, most)
+    along = x.double() @ vectors
+    within = within_root(along, classes).square().sum(-2)
+    total = total_root(along).square().sum(-2)
     quotients = (total - within) / (within + r[..., None] * vectors.square().sum(-2))
-    mask = top_k(eigs, n_classes, phi)
+    mask = top_k(eigs, len(classes), phi)
     counts = mask.sum(-1)
     loss = -((quotients * mask[..., -most:]).sum(-1) / counts.clamp(min=1)).sum()
     return loss, counts, eigs[..., -1]
@@ -262,13 +271,11 @@ def discriminants_of(
         scales = [s for s, c in enumerate(widths) if c == width]
         x_snc = torch.stack([vectors[s] for s in scales])
         x_snc = x_snc.index_select(-2, classes.rows.to(x_snc.device)).double()
-        A, B = scatter_roots(x_snc, classes)
-        one_ld, counts[scales], largest[scales] = _discriminate(
-            A, B, len(classes), phi, ridge, absolute
-        )
+        one_ld, counts[scales], largest[scales] = ld_loss(x_snc, classes, phi, ridge, absolute)
         if covariance == "correlation":
             one_cov = mean_abs_correlation(x_snc).sum()
         else:
+            B = total_root(x_snc)
             one_cov = covariance_penalty(B.mT @ B, covariance)
         loss_ld = loss_ld + one_ld.to(loss_ld.dtype)
         loss_cov = loss_cov + one_cov.to(loss_cov.dtype)

@@ -17,9 +17,10 @@ from ldt.discriminant import (
     check_phi,
     classes_of,
     ridge_of,
-    scatter_roots,
     solve,
     top_k,
+    total_root,
+    within_root,
 )
 from ldt.location import object_vectors
 from ldt.objects import Objects
@@ -51,8 +52,8 @@ def eigenvalues(
     Raises:
         ValueError: there are fewer than two classes with two objects, or the ridge is negative.
     """
-    A, B, _ = _roots_of(x, labels)
-    eigs, _ = solve(A, B, ridge_of(A, ridge, absolute), 0)
+    x, classes = _select(x, labels)
+    eigs, _ = solve(x, classes, ridge_of(x, classes, ridge, absolute), 0)
     return pad(eigs, (0, x.shape[-1] - eigs.shape[-1])).sort(-1).values.detach()
 
 
@@ -71,9 +72,9 @@ def discriminant_directions(
     Raises:
         ValueError: there are fewer than two classes with two objects, or S_w is singular.
     """
-    A, B, classes = _roots_of(x_nc.detach(), labels)
-    most = min(len(classes) - 1, *B.shape)
-    eigs, vectors = solve(A, B, ridge_of(A, ridge, absolute), most)
+    x_nc, classes = _select(x_nc.detach(), labels)
+    most = min(len(classes) - 1, *x_nc.shape)
+    eigs, vectors = solve(x_nc, classes, ridge_of(x_nc, classes, ridge, absolute), most)
     if eigs.isnan().any():
         raise ValueError(f"S_w is singular with ridge={ridge}: raise the ridge, e.g. to {RIDGE}")
     return vectors[:, top_k(eigs, len(classes), phi)[-most:]]
@@ -89,7 +90,8 @@ def channel_ratio(x_nc: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: there are fewer than two classes with two objects.
     """
-    within, total = (root.square().sum(0) for root in _roots_of(x_nc, labels)[:2])
+    x_nc, classes = _select(x_nc, labels)
+    within, total = (r.square().sum(0) for r in (within_root(x_nc, classes), total_root(x_nc)))
     floor = 1e-9 * within.mean() + torch.finfo(within.dtype).tiny
     return (total - within).clamp(min=0) / within.maximum(floor)
 
@@ -117,13 +119,12 @@ def discriminant_share(eigs: Tensor, k: int) -> Tensor:
     return power[..., :k].sum(-1) / power.sum(-1).clamp(min=torch.finfo(power.dtype).tiny)
 
 
-def _roots_of(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Classes]:
-    """Return `scatter_roots` of the classes with two or more objects, and these."""
+def _select(x: Tensor, labels: Tensor) -> tuple[Tensor, Classes]:
+    """Select the objects of the classes with two or more; ValueError for fewer than two classes."""
     classes = classes_of(labels)
     if len(classes) < 2:
         raise ValueError(
             f"the objects have the classes {labels.unique().tolist()}, but two classes with two "
             "objects each are needed: use more images"
         )
-    rows = classes.rows.to(x.device)
-    return *scatter_roots(x.index_select(-2, rows).double(), classes), classes
+    return x.index_select(-2, classes.rows.to(x.device)), classes

@@ -26,13 +26,19 @@ def eigenvalues(S_w, S_b, ridge, absolute):
     return torch.linalg.eigvalsh(torch.linalg.solve_triangular(L, half.mT, upper=False))
 
 
+def ld_loss(S_w, S_b, n_classes, phi, ridge, absolute):
+    """L_LD (eq. 10), and K of each scale."""
+    eigs = eigenvalues(S_w, S_b, ridge, absolute)
+    mask = top_k(eigs, n_classes, phi)
+    means = (eigs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return -means.sum(), mask.sum(-1)
+
+
 def losses(x, labels, phi, ridge, absolute, covariance="mean"):
     """L_LD and L_cov (eqs. 10 and 11) of vectors [S, N, C], and K of each scale."""
     _, which, counts = labels.unique(return_inverse=True, return_counts=True)
     keep = counts[which] >= 2
     x, labels = x[:, keep], labels[keep]
     S_w, S_b, S_t = scatter(x, labels)
-    eigs = eigenvalues(S_w, S_b, ridge, absolute)
-    mask = top_k(eigs, len(labels.unique()), phi)
-    means = (eigs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-    return -means.sum(), covariance_penalty(S_t, covariance), mask.sum(-1)
+    loss, counts = ld_loss(S_w, S_b, len(labels.unique()), phi, ridge, absolute)
+    return loss, covariance_penalty(S_t, covariance), counts

@@ -16,9 +16,9 @@ from ldt.measures import eigenvalues
 
 
 @pytest.mark.parametrize(("labels", "n_channels"), [(LABELS, 4), (LABELS, 23), (FEW, 6)])
-def test_scatter_roots_and_eigenvalues_equal_the_reference(labels, n_channels):
+def test_the_roots_of_scatter_and_eigenvalues_equal_the_reference(labels, n_channels):
     x_snc = make_vectors(labels, n_channels).detach()
-    A, B = D.scatter_roots(x_snc, D.classes_of(labels))
+    A, B = D.within_root(x_snc, D.classes_of(labels)), D.total_root(x_snc)
     eigs = eigenvalues(x_snc, labels, ridge=0.1, absolute=1e-6)
     for s, X in enumerate(x_snc.numpy()):
         S_w, S_b, S_t = reference.scatter(X, labels.numpy())
