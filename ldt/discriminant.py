@@ -25,7 +25,7 @@ from ldt.objects import Objects
 
 Vectors = Sequence[Tensor] | Tensor  # [N, C_s] of each scale, or [S, N, C]
 Memory = tuple[Vectors, Tensor]  # detached vectors of earlier batches, and their labels [M]
-# Defaults, the paper's where it states them; the same as in conf/ldt/default.yaml and
+# Defaults, the paper's where it states them; the same as in conf/ldt/paper.yaml and
 # conf/method/ldt.yaml.
 PHI = 5e-3
 RIDGE, RIDGE_ABSOLUTE = 0.1, 1e-6
