@@ -60,6 +60,7 @@ class DetectorModule(L.LightningModule):
         initialise: run mmdet's weight initialisation.
         resize: the transforms that resize an image to the network's input size, as in mmdet's
             configs; they are stored in checkpoints.
+        background: add boxes of the background to the objects, as a class, for LDT.
 
     Attributes:
         detector: the mmdet detector; the prefix of its weights is ``detector.``.
@@ -86,6 +87,7 @@ class DetectorModule(L.LightningModule):
         checkpoint: str | None = None,
         initialise: bool = True,
         resize: Sequence[dict[str, Any]] = (),
+        background: bool = False,
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
@@ -98,7 +100,12 @@ class DetectorModule(L.LightningModule):
         self.term_constants: dict[str, Any] = {}
         self.metrics = DetectionMetrics(self.classes)
         self.adapter = Detector(
-            self.detector, input_size, neck, predictors, bool(recipe.get("channels_last"))
+            self.detector,
+            input_size,
+            neck,
+            predictors,
+            bool(recipe.get("channels_last")),
+            background,
         )
         if self.adapter.acts_on_backbone:
             log.info(
@@ -256,6 +263,7 @@ def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModu
         neck=record["neck"],
         predictors=record["predictors"],
         initialise=False,
+        background=record.get("background", False),
     )
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

@@ -181,7 +181,7 @@ class LDTLoss(L.Callback):
         assert self._module is not None
         module, trainer = self._module, self._module.trainer
         was_known = bool(self.weights.known)
-        if not (self.weights.steps_left if was_known else self._may_estimate()):
+        if not self._representative() or (was_known and not self.weights.steps_left):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
@@ -192,7 +192,7 @@ class LDTLoss(L.Callback):
         if not was_known:
             self._keep(module.global_step + 1)
 
-    def _may_estimate(self) -> bool:
+    def _representative(self) -> bool:
         """Return whether the learning rate has warmed up and the memory is full."""
         assert self._module is not None
         full = len(self._memory) == self._memory.maxlen

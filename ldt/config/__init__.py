@@ -68,6 +68,7 @@ class LDTConfig:
     covariance: str = MISSING  # mean | sum over eq. 11's off-diagonal entries | correlation: scaled
     warmup_epochs: float = MISSING  # alpha and beta rise linearly from 0; auto: once estimated
     memory: int = MISSING  # previous batches whose (detached) object vectors are added
+    background: Any = "auto"  # true | false | auto: the background as a class, if there is but one
     gather: bool = MISSING  # compute scatter matrices from the objects of all processes
 
 

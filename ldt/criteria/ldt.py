@@ -117,8 +117,9 @@ class LDTCriterion(Criterion):
             self._reached |= set(sums)
             images = len(batch.images)
             used = torch.ones(images, dtype=torch.bool)
+            objects = batch.objects.foreground()
             if self.location:  # images without objects have no attention and are skipped
-                used = torch.bincount(batch.objects.image, minlength=images) > 0
+                used = torch.bincount(objects.image, minlength=images) > 0
             self.batch_images.append(int(used.sum()))
             for layer, per_image in sums.items():
                 own = per_image.double().cpu()[used]
@@ -161,7 +162,7 @@ class LDTCriterion(Criterion):
         """Return M of eq. 15 for feature maps of this size (h, w): [images, 1, h, w]."""
         if not self.location:
             return torch.ones(images, 1, *size, device=objects.boxes.device)
-        return attention(objects, size, images, self.a, self.b)[:, None]
+        return attention(objects.foreground(), size, images, self.a, self.b)[:, None]
 
     def _sum_positions(self, value: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """Sum maps [N, C, h, w] over positions (eq. 16): [N, C]; ``weight`` is [N, 1, h, w]."""

@@ -19,7 +19,7 @@ from ldt.measures import (
     eigenvalues,
     stacked_vectors,
 )
-from ldt.objects import Objects, labelled_objects
+from ldt.objects import Objects, background_boxes, labelled_objects
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +55,23 @@ class NeckSpace:
 
 
 def _neck_outputs(
-    detector: BaseDetector, loader: Iterable[RawBatch], neck: str
+    detector: BaseDetector, loader: Iterable[RawBatch], neck: str, background: bool
 ) -> Iterator[tuple[list[Tensor], Objects]]:
     for batch in loader:
+        others = [background_boxes(s) for s in batch["data_samples"]] if background else []
         data = detector.data_preprocessor(batch, False)
         images = data["inputs"]
         with neck_maps(detector, neck) as maps:
             detector.extract_feat(images)
-        yield maps, labelled_objects(data["data_samples"], (images.shape[2], images.shape[3]))
+        shape = (images.shape[2], images.shape[3])
+        yield maps, labelled_objects(data["data_samples"], shape, background=others)
 
 
 def _object_vectors(
-    detector: nn.Module, loader: Iterable[RawBatch], neck: str
+    detector: nn.Module, loader: Iterable[RawBatch], neck: str, background: bool
 ) -> tuple[list[Tensor], Tensor]:
     detector.eval()
-    return stacked_vectors(_neck_outputs(cast(BaseDetector, detector), loader, neck))
+    return stacked_vectors(_neck_outputs(cast(BaseDetector, detector), loader, neck, background))
 
 
 @torch.no_grad()
@@ -79,6 +81,7 @@ def neck_spaces(
     neck: str = "auto",
     ridge: float = RIDGE,
     phi: float = PHI,
+    background: bool = False,
 ) -> list[NeckSpace]:
     """Compute objects, eigenvalues and channels on every scale, for Fig. 1 of the paper.
 
@@ -91,11 +94,12 @@ def neck_spaces(
         neck: name of the module whose output is used.
         ridge: ridge of S_w, relative to tr(S_w)/C.
         phi: share of the largest eigenvalue above which a discriminant counts.
+        background: boxes of the background are a further class.
 
     Raises:
         ValueError: there are fewer than two classes with two objects.
     """
-    vectors, labels = _object_vectors(detector, loader, neck)
+    vectors, labels = _object_vectors(detector, loader, neck, background)
     return [_space(scale, x_nc, labels, ridge, phi) for scale, x_nc in enumerate(vectors)]
 
 
@@ -121,6 +125,7 @@ def neck_statistics(
     loader: Iterable[RawBatch],
     neck: str = "auto",
     ridge: float = RIDGE,
+    background: bool = False,
 ) -> list[dict[str, float]]:
     """Measure the concentration of discriminating power and the correlation of channels.
 
@@ -129,12 +134,13 @@ def neck_statistics(
         loader: batches with boxes in pixels of the network input (``probe_dataloader``).
         neck: name of the module whose output is used.
         ridge: ridge of S_w, relative to tr(S_w)/C.
+        background: boxes of the background are a further class.
 
     Returns:
         One dict per scale: ``share`` of the top #classes-1 in the sum of positive eigenvalues,
         ``correlation`` (mean absolute, between channels), ``eigenvalue`` (the largest).
     """
-    vectors, labels = _object_vectors(detector, loader, neck)
+    vectors, labels = _object_vectors(detector, loader, neck, background)
     top = len(classes_of(labels)) - 1
     statistics = []
     for scale, x_nc in enumerate(vectors):

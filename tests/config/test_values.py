@@ -110,7 +110,9 @@ def defaults(call):
 
 def test_conf_and_code_have_the_same_defaults():
     ldt = OmegaConf.to_container(composed("detector=gfl").ldt, resolve=True)
-    assert {key: value for key, value in ldt.items() if key != "enabled"} == defaults(LDTLoss)
+    ldt.pop("enabled")
+    assert ldt.pop("background") == config.LDTConfig().background
+    assert ldt == defaults(LDTLoss)
     criterion = OmegaConf.to_container(composed("detector=gfl").method.criterion, resolve=True)
     criterion.pop("_target_")
     assert criterion == defaults(LDTCriterion)
