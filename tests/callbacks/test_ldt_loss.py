@@ -7,8 +7,11 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from short_runs import rows, tiny
 from test_module import MANY, collated, fit, many, module_of
 
+from ldt import experiment
+from ldt.callbacks import ldt_weights
 from ldt.callbacks.ldt_loss import LDTLoss, gather_vectors
 from ldt.callbacks.ldt_weights import squared_gradient_norms
 from ldt.discriminant import discriminants_of, location_aware_discriminants
@@ -112,6 +115,46 @@ def test_memory_is_forgotten_when_the_neck_gets_another_width():
     assert {f.shape[1] for f in features} == {24}
     assert logs["loss_ld"] == pytest.approx(float(alone.loss_ld), rel=1e-4)
     assert len(terms._memory) == 2  # the two batches of the narrow neck
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("covariance", ["mean", "correlation"])
+def test_a_step_never_waits_for_the_device(monkeypatch, covariance):
+    """A tensor on the device `meta` has no values: reading one in Python raises."""
+    monkeypatch.setattr(ldt_weights, "EPOCH_STEPS", 0)  # measuring reads norms
+    seen = []
+
+    class Elsewhere(LDTLoss):
+        def __call__(self, features, objects, detection):
+            features = [f.to("meta") for f in features]
+            objects = objects._replace(boxes=objects.boxes.to("meta"))
+            logs = super().__call__(features, objects, detection.to("meta"))
+            seen.append({key: value.is_meta for key, value in logs.items()})
+            return {}
+
+    terms = Elsewhere(alpha=1.0, beta=1.0, memory=2, covariance=covariance)
+    fit(module_of(), [many()] * 4, terms)
+    assert len(seen) == 4
+    assert all(all(step.values()) for step in seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_cut_empties_the_memory(tmp_path, monkeypatch):
+    """Also one that leaves the neck's widths as they are."""
+    sizes = []
+
+    def note(self, trainer, pl_module):
+        sizes.append(len(self._memory))
+
+    monkeypatch.setattr(LDTLoss, "on_train_epoch_start", note)
+    options = ["method=l1", "ldt.enabled=true", "ldt.memory=9", "prune.scope=[backbone]"]
+    plan = ["recipe.epochs=2", "recipe.retrain_epochs=2", "prune.rate=0.3", "recipe.ema=0.1"]
+    for every in (0, 1):  # averaged weights are put in for a validation, and taken out again
+        config = tiny(tmp_path, *options, *plan, f"trainer.validate_every={every}")
+        experiment.run(config, tmp_path / f"run-{every}")
+    assert sizes == [0, 2, 0, 2, 0, 2] * 2
+    one, two = (rows(tmp_path / f"run-{every}") for every in (0, 1))
+    assert one == two
 
 
 # Several processes ----------------------------------------------------------------------------
