@@ -73,8 +73,10 @@ class Step:
             self.seconds["forward"] -= self.seconds["LDT in the forward"]
         return self.seconds
 
-    def _ldt(self, features: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
-        return self.timed("LDT in the forward", lambda: self.term(features, objects))
+    def _ldt(
+        self, features: Sequence[Tensor], objects: Objects, detection: Tensor
+    ) -> dict[str, Tensor]:
+        return self.timed("LDT in the forward", lambda: self.term(features, objects, detection))
 
     def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 35)
@@ -93,7 +95,7 @@ def main() -> None:
     module = DetectorModule(model, ["a", "b", "c"], cast(dict, recipe), (HEIGHT, WIDTH))
     module.train()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    term = LDTLoss(warmup_epochs=0)
+    term = LDTLoss(alpha=5e-4, beta=7.5, warmup_epochs=0)
     module.trainer = trainer
     term.setup(trainer, module, "fit")
     step, data = Step(module, term), batch()

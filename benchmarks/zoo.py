@@ -334,7 +334,7 @@ def train(module: DetectorModule, model: Model) -> L.Trainer:
         max_steps=1,
         accelerator="cpu",
         gradient_clip_val=35.0,
-        callbacks=[LDTLoss(warmup_epochs=0)],
+        callbacks=[LDTLoss(alpha=5e-4, beta=7.5, warmup_epochs=0)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

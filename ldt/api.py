@@ -322,7 +322,13 @@ def _adapter(
     record = opened.record
     height, width = input_size or record.get("input_size") or _size_of_first(opened.model, batches)
     neck = str(neck or record.get("neck", "auto"))
-    return Detector(opened.model, (height, width), neck, predictors or record.get("predictors"))
+    return Detector(
+        opened.model,
+        (height, width),
+        neck,
+        predictors or record.get("predictors"),
+        background=record.get("background", len(opened.classes) == 1),
+    )
 
 
 def _size_of_first(model: Any, batches: DataLoader) -> tuple[int, int]:

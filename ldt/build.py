@@ -1,6 +1,7 @@
 """Build data, model, callbacks and trainer from a config; invalid values raise before training."""
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,7 @@ from ldt.recipe import PARAMWISE, check_recipe, micro_batch
 from ldt.runs import files, inputs
 from ldt.runs.run import Run, load_config
 
+log = logging.getLogger(__name__)
 LABELS_OF_DATA = (
     "name",
     "metric",
@@ -53,6 +55,7 @@ def check_config(config: DictConfig) -> None:
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     method, recipe = plain["method"], plain["recipe"]
+    check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
     check_value("base", plain["base"], Literal["own", "shared"])
     check_value("objectives", plain["objectives"], list[Objective], ["AP", "params"])
     _check_target("method.criterion", method["criterion"])
@@ -148,6 +151,7 @@ def build_module(
         raise ValueError(
             "recipe.epochs=0 skips base training, so weights are needed: detector.checkpoint=<file>"
         )
+    background = check_labels(config, data)
     return DetectorModule(
         _model_config(plain, len(data.classes)),
         data.classes,
@@ -157,7 +161,39 @@ def build_module(
         predictors=detector["predictors"],
         checkpoint=detector["checkpoint"],
         resize=data.resize,
+        background=background,
     )
+
+
+def check_labels(config: DictConfig, data: DetectionDataModule) -> bool:
+    """Check that the labels suffice for the method; return whether the background is a class.
+
+    Raises:
+        ValueError: the training images have no object, or only one class for a method that needs
+            two.
+    """
+    counts = data.object_counts("train")
+    if not any(counts):
+        raise ValueError(
+            f"none of the training images has an object of {', '.join(data.classes)}: check the "
+            "labels and dataset.classes"
+        )
+    if not any(data.object_counts("val")):
+        log.warning("none of the validation images has an object: metrics will be nan")
+    single, background = sum(count >= 2 for count in counts) < 2, config.ldt.background
+    if single and background is False and _needs_two_classes(config):
+        found = ", ".join(f"{n} {name}" for name, n in zip(data.classes, counts, strict=True) if n)
+        raise ValueError(
+            f"method={config.method.name} needs two classes with two objects each, but the "
+            f"training images have {found}: type ldt.background=true, or method=l1"
+        )
+    return single if background == "auto" else bool(background)
+
+
+def _needs_two_classes(config: DictConfig) -> bool:
+    criterion = config.method.criterion or {}
+    by_classes = criterion.get("source") in ("neck", "power", "discriminant")
+    return bool(config.ldt.enabled or by_classes)
 
 
 def _model_config(plain: dict[str, Any], n_classes: int) -> dict[str, Any]:
@@ -264,7 +300,8 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
         callbacks.append(RichProgressBar() if sys.stdout.isatty() else LogProgress())
     callbacks.append(EpochSeeds(config.seed))
     if config.ldt.enabled:
-        terms = {key: value for key, value in config.ldt.items() if key != "enabled"}
+        others = ("enabled", "background")
+        terms = {key: value for key, value in config.ldt.items() if key not in others}
         callbacks.append(LDTLoss(**terms))
     if config.recipe.ema is not None:
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))

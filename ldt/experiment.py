@@ -44,7 +44,7 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.runs import files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
-from ldt.runs.refusal import KINDS, is_refusal, one_line, refusing
+from ldt.runs.refusal import KINDS, REFUSED_JOBS, is_refusal, one_line, refusing
 from ldt.runs.run import Run, open_run, stored_config
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         if not in_sweep:
             raise
         if refused:  # not logged: the log file may be that of another run
+            REFUSED_JOBS.add(folder)
             print(f"error: {folder.name}: {one_line(error)}", file=sys.stderr)
         else:
             log.error("%s failed: %s", folder.name, error, exc_info=True)

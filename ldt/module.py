@@ -21,11 +21,11 @@ from ldt.detectors.weights import load_weights
 from ldt.evaluation.metrics import DetectionMetrics
 from ldt.objects import Objects
 from ldt.pruning import structure
-from ldt.recipe import learning_rate
+from ldt.recipe import learning_rate, warmup_steps
 
 log = logging.getLogger(__name__)
 
-LossTerm = Callable[[Sequence[Tensor], Objects], dict[str, Tensor]]
+LossTerm = Callable[[Sequence[Tensor], Objects, Tensor], dict[str, Tensor]]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -60,16 +60,20 @@ class DetectorModule(L.LightningModule):
         initialise: run mmdet's weight initialisation.
         resize: the transforms that resize an image to the network's input size, as in mmdet's
             configs; they are stored in checkpoints.
+        background: add boxes of the background to the objects, as a class, for LDT.
 
     Attributes:
         detector: the mmdet detector; the prefix of its weights is ``detector.``.
         adapter: the same detector, wrapped for criteria, tracing and evaluation.
-        loss_terms: additional losses by name; each maps the neck's feature maps and the objects of
-            a batch to named values. Values with ``loss`` in their name are added to mmdet's losses,
-            and their ratios to these are logged too (``share_<name>``).
+        loss_terms: additional losses by name; each maps the neck's feature maps, the objects of a
+            batch and the detection loss to named values. Values with ``loss`` in their name are
+            added to mmdet's losses, and their ratios to these are logged too (``share_<name>``).
         phase_epochs: epochs of the current training phase, for the learning-rate schedule.
         lr_scale: factor on the learning rate in the current phase.
         schedule: learning-rate schedule of the current phase, the recipe's or ``constant``.
+        phase_steps: optimizer steps of the current phase.
+        term_constants: what a term has estimated, by its name, as plain data; stored in checkpoints
+            and taken from the initial weights if there is no base training.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class DetectorModule(L.LightningModule):
         checkpoint: str | None = None,
         initialise: bool = True,
         resize: Sequence[dict[str, Any]] = (),
+        background: bool = False,
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
@@ -91,16 +96,25 @@ class DetectorModule(L.LightningModule):
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
         self.schedule: str = recipe["schedule"]
+        self.phase_steps = 1
+        self.term_constants: dict[str, Any] = {}
         self.metrics = DetectionMetrics(self.classes)
         self.adapter = Detector(
-            self.detector, input_size, neck, predictors, bool(recipe.get("channels_last"))
+            self.detector,
+            input_size,
+            neck,
+            predictors,
+            bool(recipe.get("channels_last")),
+            background,
         )
         if self.adapter.acts_on_backbone:
             log.info(
                 "%s has no neck: LDT uses the output of its backbone", type(self.detector).__name__
             )
         if checkpoint is not None:
-            load_weights(self.detector, checkpoint, self.adapter.predictors)
+            record = load_weights(self.detector, checkpoint, self.adapter.predictors)
+            if not recipe["epochs"]:
+                self.term_constants = dict(record.get("term_constants", {}))
 
     # Training and validation --------------------------------------------------------------
 
@@ -117,13 +131,13 @@ class DetectorModule(L.LightningModule):
         hub.update_info("epoch", self.current_epoch)
         prepared = self.adapter.prepare(batch, training=True)
         total, logs, maps = self.adapter.losses(prepared)
-        detection, shares = total.detach().abs(), {}
+        detection, shares = total, {}
         for term in self.loss_terms.values():
-            for name, value in term(maps, prepared.objects).items():
+            for name, value in term(maps, prepared.objects, detection).items():
                 logs[name] = value.detach()
                 if "loss" in name:
                     total = total + value
-                    shares[name.replace("loss", "share")] = value.detach().abs() / detection
+                    shares[name.replace("loss", "share")] = (value / detection).detach().abs()
         logs["loss"] = total.detach()
         self._check_finite(logs)
         self.log_dict(
@@ -170,9 +184,10 @@ class DetectorModule(L.LightningModule):
         optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
         plain: int = self.recipe["plain_epochs"]
+        self.phase_steps = max(1, round(steps / epochs * self.phase_epochs))
         factor = learning_rate(
             self.recipe | {"schedule": self.schedule},
-            max(1, round(steps / epochs * self.phase_epochs)),
+            self.phase_steps,
             self.lr_scale * self._batch_scale(),
             round(steps / epochs * plain) if plain < self.phase_epochs else 0,
         )
@@ -181,6 +196,18 @@ class DetectorModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
+
+    @property
+    def phase_step(self) -> int:
+        """Return the number of optimizer steps taken in the current phase."""
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        return schedule.last_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Return the number of optimizer steps of the phase's learning-rate warm-up."""
+        return warmup_steps(self.recipe, self.phase_steps)
 
     def _batch_scale(self) -> float:
         """Return the linear scaling rule's factor: lr is for ``recipe.base_batch_size`` images."""
@@ -193,7 +220,11 @@ class DetectorModule(L.LightningModule):
         """Add all that is needed to rebuild the detector, as plain data."""
         record = pruning_record(self.adapter, self.model_config, self.classes, self.resize)
         phase = ("phase_epochs", "lr_scale", "schedule")
-        checkpoint["ldt"] = {**record, "phase": {key: getattr(self, key) for key in phase}}
+        checkpoint["ldt"] = {
+            **record,
+            "phase": {key: getattr(self, key) for key in phase},
+            "term_constants": self.term_constants,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore structure and phase, before Lightning restores weights and optimizer.
@@ -207,6 +238,7 @@ class DetectorModule(L.LightningModule):
             raise ValueError("the checkpoint belongs to another detector: its model config differs")
         state = detector_state(checkpoint)
         structure.rebuild(self.detector, checkpoint["ldt"]["structure"], state)
+        self.term_constants = dict(checkpoint["ldt"].get("term_constants", {}))
         # not in `on_fit_start`: the learning-rate schedule is created earlier
         for key, value in checkpoint["ldt"]["phase"].items():
             setattr(self, key, value)
@@ -231,6 +263,7 @@ def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModu
         neck=record["neck"],
         predictors=record["predictors"],
         initialise=False,
+        background=record.get("background", False),
     )
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

@@ -71,6 +71,11 @@ def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
     return batch_size // parts
 
 
+def warmup_steps(recipe: Mapping[str, Any], steps: int) -> int:
+    """Return the steps of the learning rate's warm-up in a phase of so many steps."""
+    return min(int(recipe["warmup"]), steps // 5)
+
+
 def learning_rate(
     recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
 ) -> Callable[[int], float]:
@@ -81,7 +86,7 @@ def learning_rate(
     share m = ``min_lr``, which is kept for the last ``plain`` = P steps (``cosine``, as in YOLOX).
     """
     kind = recipe["schedule"]
-    warmup = min(int(recipe["warmup"]), steps // 5)
+    warmup = warmup_steps(recipe, steps)
 
     def factor(step: int) -> float:
         if step < warmup:

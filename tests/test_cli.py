@@ -207,6 +207,17 @@ def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
         assert ended.value.code == code
 
 
+def test_a_finished_run_without_a_metric_is_no_refusal(tmp_path, monkeypatch):
+    place = {"sweep": {"dir": str(tmp_path)}, "runtime": {"output_dir": str(tmp_path)}}
+    config = experiment.OmegaConf.create({"hydra": place})
+    monkeypatch.setattr(ldt_report, "print_study", lambda _: 0)
+    for status, count in (("finished", 0), ("interrupted", 1)):
+        (tmp_path / "summary.json").write_text(json.dumps({"status": status}))
+        table = StudyTable()
+        table.on_job_end(config, JobReturn(_return_value=NAN, status=JobStatus.COMPLETED))
+        assert table.refused == count
+
+
 # The convention -------------------------------------------------------------------------------
 
 

@@ -53,7 +53,8 @@ def test_the_scenes_of_the_schema_are_those_of_the_generator():
 def test_a_detector_brings_its_recipe_which_can_be_replaced():
     assert composed("detector=yolox_s").recipe == composed("recipe=paper_yolox").recipe
     assert composed("detector=gfl", "recipe=short").recipe == composed("recipe=short").recipe
-    assert composed("detector=gfl").ldt.alpha == 5e-4  # the paper's
+    assert composed("detector=gfl").ldt.alpha == composed("detector=yolox_s").ldt.beta == "auto"
+    assert composed("detector=gfl", "ldt=paper").ldt.alpha == 5e-4
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ LEVELS = (  # a package or module imports from its own level and from those belo
     ("ldt.detectors", "ldt.criteria"),
     ("ldt.pruning",),
     ("ldt.runs",),
-    ("ldt.discriminant", "ldt.objects", "ldt.recipe", "ldt.sweeps", "ldt.config"),
+    (
+        "ldt.discriminant", "ldt.measures", "ldt.location", "ldt.objects", "ldt.recipe",
+        "ldt.sweeps", "ldt.config",
+    ),
 )
 ALLOWED = {
     "mmdet": (

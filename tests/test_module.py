@@ -74,7 +74,7 @@ def test_the_total_is_mmdets_sum_and_the_terms():
     own = module.adapter.detection_loss(ready)
     squared = sum(f.square().mean() for f in module.adapter.features(ready))
 
-    def terms(maps, objects):
+    def terms(maps, objects, detection):
         assert objects.boxes.tolist() == MANY
         return {"loss_x": sum(f.square().mean() for f in maps), "note_x": torch.tensor(1e6)}
 
@@ -105,7 +105,7 @@ def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
 @pytest.mark.filterwarnings("ignore")
 def test_terms_are_logged_with_their_share_of_the_detection_loss():
     module = module_of()
-    module.loss_terms["x"] = lambda maps, objects: {"loss_x": maps[0].square().mean()}
+    module.loss_terms["x"] = lambda maps, *_: {"loss_x": maps[0].square().mean()}
     logged = fit(module, [many()]).callback_metrics
     detection = logged["train/loss"] - logged["train/loss_x"]
     torch.testing.assert_close(logged["train/share_x"], logged["train/loss_x"] / detection)
@@ -126,7 +126,7 @@ def test_the_hook_on_the_neck_does_not_stay():
 def test_a_loss_that_is_not_finite_is_named_with_its_step(source):
     module = module_of().train()
     if source == "term":
-        module.loss_terms["x"] = lambda maps, objects: {"loss_x": maps[0].sum() * torch.nan}
+        module.loss_terms["x"] = lambda maps, *_: {"loss_x": maps[0].sum() * torch.nan}
     else:
         nn.init.constant_(module.detector.bbox_head.gfl_cls.bias, torch.nan)
     culprit = r"loss_x" if source == "term" else r"loss_cls\b.*"
@@ -146,7 +146,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(source):
 def test_ldt_trains_on_any_number_of_objects(name, boxes, labels):
     module = module_of(name)
     before = [p.detach().clone() for p in module.parameters()]
-    logged = fit(module, [collated(boxes, labels)], LDTLoss(warmup_epochs=0)).callback_metrics
+    terms = LDTLoss(alpha=5e-4, beta=7.5, warmup_epochs=0)
+    logged = fit(module, [collated(boxes, labels)], terms).callback_metrics
     assert all(value.isfinite() for value in logged.values())
     assert bool(logged["train/loss_ld"] != 0) == (len(boxes) == 4)
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
@@ -158,12 +159,13 @@ def test_mixed_precision_keeps_ldt_finite():
     seen = {}
 
     class Watch(LDTLoss):
-        def __call__(self, features, objects):
+        def __call__(self, features, *rest):
             seen["maps"] = {f.dtype for f in features}
-            return super().__call__(features, objects)
+            return super().__call__(features, *rest)
 
     module = module_of()
-    logged = fit(module, [many()], Watch(warmup_epochs=0), precision="bf16-mixed").callback_metrics
+    terms = Watch(alpha=5e-4, beta=7.5, warmup_epochs=0)
+    logged = fit(module, [many()], terms, precision="bf16-mixed").callback_metrics
     assert torch.bfloat16 in seen["maps"]
     assert logged["train/loss_ld"].isfinite()
     assert logged["train/loss_ld"] < 0 < logged["train/loss_cov"]

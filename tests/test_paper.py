@@ -109,7 +109,7 @@ def test_the_paper_settings_are_the_paper_settings():
     for name in PAPER:
         for _, config in composed(name)[1]:
             ldt, recipe = config["ldt"], config["recipe"]
-            assert (ldt["phi"], ldt["alpha"], ldt["beta"]) == (5e-3, 5e-4, 7.5)
+            assert (ldt["phi"], ldt["alpha"], ldt["beta"]) == (5e-3, "auto", "auto")
             epochs = 100 if config["detector"]["name"] == "yolox_s" else 24
             assert (recipe["epochs"], recipe["retrain_epochs"]) == (epochs, epochs)
             assert recipe["batch_size"] == 16
@@ -178,7 +178,7 @@ def test_missing_cells_are_listed_with_a_command_that_composes(built):
 
 def test_a_run_with_another_setting_is_left_out_and_told(built):
     assert not any("stray" in line["runs"] for line in built[0])
-    assert "- study/stray: other ldt.alpha\n" in built[1]
+    assert "- study/stray: other ldt.alpha, ldt.alpha_share\n" in built[1]
 
 
 def test_without_runs_the_whole_experiment_is_missing(tmp_path):

@@ -25,8 +25,9 @@ class StudyTable(Callback):
         value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
         values = value if isinstance(value, tuple) else (value,)
         missing = any(isinstance(v, float) and math.isnan(v) for v in values)
-        self.without_result += missing
-        self.refused += missing and _was_refused(Path(config.hydra.runtime.output_dir))
+        refused, finished = _state(Path(config.hydra.runtime.output_dir))
+        self.refused += missing and refused
+        self.without_result += missing and (refused or not finished)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the study; Hydra calls it in the launching process."""
@@ -43,9 +44,15 @@ class StudyTable(Callback):
             sys.exit(1)
 
 
-def _was_refused(folder: Path) -> bool:
-    from ldt.runs.files import SUMMARY, read_json
+def _state(folder: Path) -> tuple[bool, bool]:
+    """Return whether a job was refused and whether its directory holds a finished run.
 
-    with contextlib.suppress(ValueError):  # nothing is written, nor in a finished run
-        return read_json(folder / SUMMARY).get("status") in (None, "finished")
-    return False
+    The metric of a finished run is NaN too if there is no object to detect.
+    """
+    from ldt.runs.files import SUMMARY, read_json
+    from ldt.runs.refusal import REFUSED_JOBS
+
+    status = "damaged"
+    with contextlib.suppress(ValueError):
+        status = read_json(folder / SUMMARY).get("status")
+    return status is None or folder in REFUSED_JOBS, status == "finished"

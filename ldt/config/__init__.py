@@ -59,13 +59,16 @@ class LDTConfig:
 
     enabled: bool = MISSING  # follows method.ldt unless overridden
     phi: float = MISSING  # eigenvalues above phi * max are discriminants
-    alpha: float = MISSING  # weight of the discriminating term
-    beta: float = MISSING  # weight of the covariance term
+    alpha: Any = MISSING  # weight of the discriminating term; auto: by its gradient's size
+    beta: Any = MISSING  # weight of the covariance term; auto: by its gradient's size
+    alpha_share: float = MISSING  # auto: the term's gradient at the neck over the detection loss's
+    beta_share: float = MISSING
     ridge: float = MISSING  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
     ridge_absolute: float = MISSING
-    covariance: str = MISSING  # mean | sum over the off-diagonal entries of eq. 11
-    warmup_epochs: float = MISSING  # alpha and beta rise linearly from 0
+    covariance: str = MISSING  # mean | sum over eq. 11's off-diagonal entries | correlation: scaled
+    warmup_epochs: float = MISSING  # alpha and beta rise linearly from 0; auto: once estimated
     memory: int = MISSING  # previous batches whose (detached) object vectors are added
+    background: Any = "auto"  # true | false | auto: the background as a class, if there is but one
     gather: bool = MISSING  # compute scatter matrices from the objects of all processes
 
 

@@ -4,7 +4,18 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -131,8 +142,9 @@ def _described(kind: Any) -> str:
     """Describe the allowed values of a type; empty if pydantic's message is more specific."""
     if choices := _choices(kind):
         return ", ".join(map(_typed, choices))
-    if type(None) in (options := get_args(kind)) and len(options) == 2:
-        return f"{_described(options[0])} or null" if _described(options[0]) else ""
+    if get_origin(kind) in (Union, UnionType):
+        parts = ["null" if one is type(None) else _described(one) for one in get_args(kind)]
+        return " or ".join(parts) if all(parts) else ""
     base, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     bounds = [
         f"{word} {getattr(limit, name):g}"

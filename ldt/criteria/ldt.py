@@ -10,17 +10,12 @@ from torch import Tensor, nn
 
 from ldt.config.values import NotNegative, Positive, Share, checked
 from ldt.criteria.base import Batch, Criterion, Target, feature_gradients
-from ldt.discriminant import (
-    ATTENTION_A,
-    ATTENTION_B,
-    PHI,
-    RIDGE,
-    attention,
+from ldt.discriminant import PHI, RIDGE, classes_of, location_aware_discriminants
+from ldt.location import ATTENTION_A, ATTENTION_B, attention
+from ldt.measures import (
     channel_ratio,
     discriminant_directions,
     discriminative_channels,
-    drop_singletons,
-    location_aware_discriminants,
     stacked_vectors,
 )
 from ldt.objects import Objects
@@ -122,8 +117,9 @@ class LDTCriterion(Criterion):
             self._reached |= set(sums)
             images = len(batch.images)
             used = torch.ones(images, dtype=torch.bool)
+            objects = batch.objects.foreground()
             if self.location:  # images without objects have no attention and are skipped
-                used = torch.bincount(batch.objects.image.cpu(), minlength=images) > 0
+                used = torch.bincount(objects.image, minlength=images) > 0
             self.batch_images.append(int(used.sum()))
             for layer, per_image in sums.items():
                 own = per_image.double().cpu()[used]
@@ -166,7 +162,7 @@ class LDTCriterion(Criterion):
         """Return M of eq. 15 for feature maps of this size (h, w): [images, 1, h, w]."""
         if not self.location:
             return torch.ones(images, 1, *size, device=objects.boxes.device)
-        return attention(objects, size, images, self.a, self.b)[:, None]
+        return attention(objects.foreground(), size, images, self.a, self.b)[:, None]
 
     def _sum_positions(self, value: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """Sum maps [N, C, h, w] over positions (eq. 16): [N, C]; ``weight`` is [N, 1, h, w]."""
@@ -213,7 +209,7 @@ class LDTCriterion(Criterion):
                 first = target.features(next(iter(batches)))
                 return [torch.ones(f.shape[1]) for f in first]
             vectors, labels = stacked_vectors((target.features(b), b.objects) for b in batches)
-        at_least = len(labels[drop_singletons(labels)].unique()) - 1
+        at_least = len(classes_of(labels)) - 1
         if self.source == "discriminant":
             return [discriminant_directions(x, labels, self.phi, self.ridge) for x in vectors]
         return [

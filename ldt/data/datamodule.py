@@ -224,6 +224,15 @@ class DetectionDataModule(LightningDataModule, ABC):
             found[split] = split_record(ids, [info["img_path"] for info in infos], objects)
         return found
 
+    def object_counts(self, split: Split) -> list[int]:
+        """Return the number of objects of each class in a split, without ignored regions."""
+        counts, dataset = [0] * len(self.classes), self.dataset(split)
+        for index in range(len(dataset)):
+            for instance in dataset.get_data_info(index)["instances"]:
+                if not instance.get("ignore_flag"):
+                    counts[instance["bbox_label"]] += 1
+        return counts
+
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of `stage` ("fit" or None: both); each split is loaded only once."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):

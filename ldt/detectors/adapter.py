@@ -18,7 +18,7 @@ from ldt.detectors.forward import (
     neck_maps,
     raw_forward,
 )
-from ldt.objects import Objects, labelled_objects
+from ldt.objects import Objects, background_boxes, labelled_objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
 
@@ -52,9 +52,10 @@ class Detector:
         neck: name of the module whose output LDT uses, or ``auto``.
         predictors: layers whose output channels are never pruned; detected if None.
         channels_last: compute in the NHWC memory format.
+        background: add boxes of the background to the objects of every batch, as a class.
 
     Attributes:
-        model, input_size, neck, predictors: as given or detected.
+        model, input_size, neck, predictors, background: as given or detected.
 
     Raises:
         ValueError: there is no such module; the message lists the existing ones.
@@ -67,7 +68,9 @@ class Detector:
         neck: str = "auto",
         predictors: Sequence[str] | None = None,
         channels_last: bool = False,
+        background: bool = False,
     ) -> None:
+        self.background = background
         self.model, self.neck, self.channels_last = cast(BaseDetector, model), neck, channels_last
         self.input_size = (int(input_size[0]), int(input_size[1]))
         find_neck(model, neck)
@@ -93,14 +96,19 @@ class Detector:
 
     def prepare(self, batch: RawBatch, training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
+        loaded = batch["data_samples"]  # the preprocessor may change them
+        background = [background_boxes(sample) for sample in loaded] if self.background else []
         with nullcontext() if training else _no_batch_augments(self.model):
             data = self._preprocess(batch, training=True)  # also prepares what losses need
         images, samples = data["inputs"], data["data_samples"]
         shape = (int(images.shape[2]), int(images.shape[3]))
-        return PreparedBatch(images, samples, labelled_objects(samples, shape))
+        return PreparedBatch(images, samples, labelled_objects(samples, shape, loaded, background))
 
     def _preprocess(self, batch: RawBatch, training: bool) -> RawBatch:
-        data = self.model.data_preprocessor(batch, training)
+        preprocessor, device = self.model.data_preprocessor, next(self.model.parameters()).device
+        if preprocessor.device != device:  # moving a module that holds the detector leaves it as is
+            preprocessor.to(device)
+        data = preprocessor(batch, training)
         if self.channels_last:  # layers preserve the memory format of their input
             data["inputs"] = data["inputs"].contiguous(memory_format=torch.channels_last)
         return data

@@ -36,6 +36,7 @@ def pruning_record(
         "structure": structure.record(detector.model),
         "predictors": detector.predictors,
         "neck": detector.neck,
+        "background": detector.background,
         "input_size": list(detector.input_size),
         "resize": list(resize),
     }

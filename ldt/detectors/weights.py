@@ -15,13 +15,18 @@ from ldt.config.names import below
 log = logging.getLogger(__name__)
 
 
-def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str]) -> None:
+def load_weights(
+    detector: nn.Module, path: str | Path, predictors: Sequence[str]
+) -> dict[str, Any]:
     """Load a published or own state dict, except for predictors whose shapes differ.
 
     Args:
         detector: an mmdet detector.
         path: ``{"state_dict": ...}`` or a bare state dict; ``module.`` prefixes are removed.
         predictors: names of modules whose shapes may differ (another number of classes).
+
+    Returns:
+        The metadata of a file that ldt wrote; empty for others.
 
     Raises:
         ValueError: the file belongs to another detector (the message counts and lists the keys),
@@ -57,6 +62,7 @@ def load_weights(detector: nn.Module, path: str | Path, predictors: Sequence[str
     if new_head:
         log.warning("new predictors (another number of classes): %s", sorted(new_head))
     detector.load_state_dict({k: v for k, v in state.items() if k not in new_head}, strict=False)
+    return content.get("ldt", {})
 
 
 class _DiscardedBuffer:

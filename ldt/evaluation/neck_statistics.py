@@ -11,19 +11,15 @@ from torch import Tensor, nn
 
 from ldt.detectors.adapter import RawBatch
 from ldt.detectors.forward import neck_maps
-from ldt.discriminant import (
-    PHI,
-    RIDGE,
+from ldt.discriminant import PHI, RIDGE, classes_of, mean_abs_correlation
+from ldt.measures import (
     channel_ratio,
     discriminant_directions,
     discriminant_share,
-    drop_singletons,
     eigenvalues,
-    mean_abs_correlation,
-    scatter,
     stacked_vectors,
 )
-from ldt.objects import Objects, labelled_objects
+from ldt.objects import Objects, background_boxes, labelled_objects
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,21 +55,23 @@ class NeckSpace:
 
 
 def _neck_outputs(
-    detector: BaseDetector, loader: Iterable[RawBatch], neck: str
+    detector: BaseDetector, loader: Iterable[RawBatch], neck: str, background: bool
 ) -> Iterator[tuple[list[Tensor], Objects]]:
     for batch in loader:
+        others = [background_boxes(s) for s in batch["data_samples"]] if background else []
         data = detector.data_preprocessor(batch, False)
         images = data["inputs"]
         with neck_maps(detector, neck) as maps:
             detector.extract_feat(images)
-        yield maps, labelled_objects(data["data_samples"], (images.shape[2], images.shape[3]))
+        shape = (images.shape[2], images.shape[3])
+        yield maps, labelled_objects(data["data_samples"], shape, background=others)
 
 
 def _object_vectors(
-    detector: nn.Module, loader: Iterable[RawBatch], neck: str
+    detector: nn.Module, loader: Iterable[RawBatch], neck: str, background: bool
 ) -> tuple[list[Tensor], Tensor]:
     detector.eval()
-    return stacked_vectors(_neck_outputs(cast(BaseDetector, detector), loader, neck))
+    return stacked_vectors(_neck_outputs(cast(BaseDetector, detector), loader, neck, background))
 
 
 @torch.no_grad()
@@ -83,6 +81,7 @@ def neck_spaces(
     neck: str = "auto",
     ridge: float = RIDGE,
     phi: float = PHI,
+    background: bool = False,
 ) -> list[NeckSpace]:
     """Compute objects, eigenvalues and channels on every scale, for Fig. 1 of the paper.
 
@@ -95,27 +94,28 @@ def neck_spaces(
         neck: name of the module whose output is used.
         ridge: ridge of S_w, relative to tr(S_w)/C.
         phi: share of the largest eigenvalue above which a discriminant counts.
+        background: boxes of the background are a further class.
 
     Raises:
         ValueError: there are fewer than two classes with two objects.
     """
-    vectors, labels = _object_vectors(detector, loader, neck)
+    vectors, labels = _object_vectors(detector, loader, neck, background)
     return [_space(scale, x_nc, labels, ridge, phi) for scale, x_nc in enumerate(vectors)]
 
 
 def _space(scale: int, x_nc: Tensor, labels: Tensor, ridge: float, phi: float) -> NeckSpace:
     ratio = channel_ratio(x_nc, labels)
     directions = discriminant_directions(x_nc, labels, phi, ridge).flip(1)  # largest first
-    keep = drop_singletons(labels)
-    x_nc, labels = x_nc[keep].double(), labels[keep]
-    S_w, S_b, S_t = scatter(x_nc, labels)
+    eigs = eigenvalues(x_nc, labels, ridge)
+    kept = classes_of(labels).rows
+    x_nc, labels = x_nc[kept].double(), labels[kept]
     return NeckSpace(
         scale,
         ((x_nc - x_nc.mean(0)) @ directions).numpy(),
         labels.numpy(),
-        eigenvalues(S_w, S_b, ridge).flip(0).numpy(),
+        eigs.flip(0).numpy(),
         ratio.numpy(),
-        S_t.diagonal().clamp(min=0).sqrt().numpy(),
+        x_nc.std(0).numpy(),
     )
 
 
@@ -125,6 +125,7 @@ def neck_statistics(
     loader: Iterable[RawBatch],
     neck: str = "auto",
     ridge: float = RIDGE,
+    background: bool = False,
 ) -> list[dict[str, float]]:
     """Measure the concentration of discriminating power and the correlation of channels.
 
@@ -133,18 +134,17 @@ def neck_statistics(
         loader: batches with boxes in pixels of the network input (``probe_dataloader``).
         neck: name of the module whose output is used.
         ridge: ridge of S_w, relative to tr(S_w)/C.
+        background: boxes of the background are a further class.
 
     Returns:
         One dict per scale: ``share`` of the top #classes-1 in the sum of positive eigenvalues,
         ``correlation`` (mean absolute, between channels), ``eigenvalue`` (the largest).
     """
-    vectors, labels = _object_vectors(detector, loader, neck)
-    keep = drop_singletons(labels)
-    top = labels[keep].unique().numel() - 1
+    vectors, labels = _object_vectors(detector, loader, neck, background)
+    top = len(classes_of(labels)) - 1
     statistics = []
     for scale, x_nc in enumerate(vectors):
-        S_w, S_b, _ = scatter(x_nc[keep], labels[keep])
-        eigs = eigenvalues(S_w, S_b, ridge)
+        eigs = eigenvalues(x_nc, labels, ridge)
         statistics.append(
             {
                 "scale": scale,

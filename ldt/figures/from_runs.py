@@ -83,7 +83,12 @@ def _draw_base(
         log.warning("no %s: %s", file.name, error)
         return
     best = max(found, key=lambda space: space.power)
-    save(draw_discriminants([best], [title(row, metric)], data.classes), file)
+    save(draw_discriminants([best], [title(row, metric)], class_names(data)), file)
+
+
+def class_names(data: DetectionDataModule) -> list[str]:
+    """Return the names of all labels in label order; that of the background (-1) is last."""
+    return [*data.classes, "background"]
 
 
 def title(row: Mapping[str, Any], metric: str, name: str | None = None) -> str:
@@ -111,10 +116,10 @@ def spaces(
     Raises:
         ValueError: there are fewer than two classes with two objects.
     """
-    detector, neck = _load(checkpoint)
+    detector, neck, background = _load(checkpoint)
     loader = data.probe_dataloader("val", data.val_batch_size)
     batches = None if images is None else max(1, images // data.val_batch_size)
-    return neck_spaces(detector, islice(loader, batches), neck)
+    return neck_spaces(detector, islice(loader, batches), neck, background=background)
 
 
 def scenes(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> list[Scene]:
@@ -129,7 +134,7 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
     items = _items(data, pictures)
     looked = []
     for file in files:
-        detector, neck = _load(file)
+        detector, neck, _ = _load(file)
         maps = [heatmap(detector, item, neck) for item in items]
         looked.append([
             Attention(_content(item, found), corners)
@@ -142,11 +147,12 @@ def views(files: Sequence[Path], data: DetectionDataModule, pictures: int) -> li
     ]
 
 
-def _load(checkpoint: Path) -> "tuple[BaseDetector, str]":
-    """Load the detector, on a GPU if available, and return it with the name of its neck."""
+def _load(checkpoint: Path) -> "tuple[BaseDetector, str, bool]":
+    """Load the detector, on a GPU if available; return its neck's name and `background` too."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content = read(checkpoint)
-    return detector_of(content, device), content["ldt"].get("neck", "auto")
+    record = content["ldt"]
+    return detector_of(content, device), record.get("neck", "auto"), record.get("background", False)
 
 
 def _items(data: DetectionDataModule, pictures: int) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def discriminants(runs: Sequence[Run], given: Options) -> Figure:
     power = [sum(spaces[scale].power for spaces in found) for scale in range(scales)]
     scale = power.index(max(power)) if given.scale is None else given.scale
     shown = [spaces[scale] for spaces in found]
-    return draw_discriminants(shown, _names(bases), data.classes)
+    return draw_discriminants(shown, _names(bases), from_runs.class_names(data))
 
 
 def attention(runs: Sequence[Run], given: Options) -> Figure:

@@ -9,6 +9,7 @@ import lightning as L
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.ema import ExponentialMovingAverage
+from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.lightning_internals import (
     callbacks_of,
     datamodule_of,
@@ -206,6 +207,8 @@ class PruneRetrain(L.Callback):
         elif self.is_last_epoch(trainer.current_epoch):
             for callback in _averages(trainer):
                 callback.finish(pl_module)
+            for terms in _ldt_losses(trainer):
+                terms.finish()
             self._finish_round(trainer, pl_module)
             self._begin_rounds(trainer, pl_module)
 
@@ -326,15 +329,24 @@ class PruneRetrain(L.Callback):
             self._finish_round(trainer, module)
 
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
-        """Rebuild optimizer, LR scheduler, EMA and DDP wrapper after pruning."""
+        """Rebuild all that depends on the network's weights, after a phase ends or pruning.
+
+        These are the optimizer, the LR scheduler, the EMA, the DDP wrapper and LDT's memory.
+        """
         rewrap_ddp(trainer)
         rebuild_optimizers(trainer)
         for callback in _averages(trainer):
             callback.restart(trainer, module)
+        for terms in _ldt_losses(trainer):
+            terms.forget()
 
 
 def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
     return [c for c in callbacks_of(trainer) if isinstance(c, ExponentialMovingAverage)]
+
+
+def _ldt_losses(trainer: L.Trainer) -> list[LDTLoss]:
+    return [c for c in callbacks_of(trainer) if isinstance(c, LDTLoss)]
 
 
 def _data(trainer: L.Trainer) -> DetectionDataModule:

@@ -48,11 +48,12 @@ UNPRUNED = (  # keys without effect if nothing is pruned
 )
 LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
-    *("ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
+    *("ldt.alpha_share", "ldt.beta_share", "ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
 )
 REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
+    "ldt.background": "auto",
     "method.inner_rounds": 1,
     "prune.repair": "none",
     "dataset.group_shapes": False,
@@ -131,7 +132,9 @@ def essence(config: Mapping[str, Any]) -> Flat:
 def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the keys, and groups of keys, that have no effect with this configuration."""
     pruning = UNPRUNED if _prunes_nothing(config) else ()
-    return (*pruning, *LDT_OFF) if _off(config) else pruning
+    own = config.get("ldt") or {}
+    given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
+    return (*pruning, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -15,6 +16,9 @@ KINDS = (  # raised by checks of configurations, arguments and files
     IsADirectoryError,
     PermissionError,
 )
+
+
+REFUSED_JOBS: set[Path] = set()  # directories of refused jobs of this process's sweep
 
 
 @contextlib.contextmanager

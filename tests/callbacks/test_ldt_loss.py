@@ -7,10 +7,15 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from short_runs import rows, tiny
 from test_module import MANY, collated, fit, many, module_of
 
+from ldt import experiment
+from ldt.callbacks import ldt_weights
 from ldt.callbacks.ldt_loss import LDTLoss, gather_vectors
-from ldt.discriminant import discriminants_of, location_aware_discriminants, object_vectors
+from ldt.callbacks.ldt_weights import squared_gradient_norms
+from ldt.discriminant import discriminants_of, location_aware_discriminants
+from ldt.location import object_vectors
 
 WIDTHS = (6, 6, 4)
 
@@ -22,8 +27,8 @@ class Watched(LDTLoss):
         super().__init__(**options)
         self.steps = []
 
-    def __call__(self, features, objects):
-        logs = super().__call__(features, objects)
+    def __call__(self, features, objects, detection):
+        logs = super().__call__(features, objects, detection)
         self.steps.append(
             ([f.detach() for f in features], objects, {k: float(v) for k, v in logs.items()})
         )
@@ -39,7 +44,7 @@ def test_the_terms_are_there_while_training_only():
             names.extend(pl_module.loss_terms)
 
     module = module_of()
-    logged = fit(module, [many()], LDTLoss(), Look()).callback_metrics
+    logged = fit(module, [many()], LDTLoss(alpha=5e-4, beta=7.5), Look()).callback_metrics
     assert names == ["ldt"]
     assert module.loss_terms == {}
     assert {"train/loss_ld", "train/loss_cov", "train/share_ld", "train/share_cov"} <= set(logged)
@@ -61,7 +66,7 @@ def test_alpha_and_beta_rise_linearly_over_the_warm_up(epochs, shares):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_warm_up_counts_optimizer_steps():
-    terms = Watched(alpha=0.3, warmup_epochs=1.5)
+    terms = Watched(alpha=0.3, beta=7.5, warmup_epochs=1.5)
     fit(module_of(), [many()] * 4, terms, epochs=2, accumulate_grad_batches=2)
     shares = [1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1]  # two steps an epoch
     for share, (features, objects, logs) in zip(shares, terms.steps, strict=True):
@@ -72,7 +77,7 @@ def test_the_warm_up_counts_optimizer_steps():
 @pytest.mark.filterwarnings("ignore")
 def test_memory_is_the_last_batches_without_gradient():
     batches = [many(), collated(MANY[:2], [1, 0]), collated(MANY[1:], [2, 2, 1]), many()]
-    terms = Watched(alpha=1.0, warmup_epochs=0, memory=2)
+    terms = Watched(alpha=1.0, beta=7.5, warmup_epochs=0, memory=2)
     fit(module_of(), batches, terms)
     seen = [
         ([object_vectors(f, objects) for f in features], objects.labels)
@@ -92,7 +97,7 @@ def test_memory_is_the_last_batches_without_gradient():
 
 @pytest.mark.filterwarnings("ignore")
 def test_memory_is_forgotten_when_the_neck_gets_another_width():
-    module, terms = module_of(), Watched(alpha=1.0, warmup_epochs=0, memory=3)
+    module, terms = module_of(), Watched(alpha=1.0, beta=7.5, warmup_epochs=0, memory=3)
 
     class Narrow(L.Callback):
         """Halves the maps that LDT sees, as a cut through the neck does."""
@@ -100,8 +105,8 @@ def test_memory_is_forgotten_when_the_neck_gets_another_width():
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
                 whole = pl_module.loss_terms["ldt"]
-                pl_module.loss_terms["ldt"] = lambda maps, objects: whole(
-                    [f[:, :24] for f in maps], objects
+                pl_module.loss_terms["ldt"] = lambda maps, *rest: whole(
+                    [f[:, :24] for f in maps], *rest
                 )
 
     fit(module, [many()], terms, Narrow(), epochs=3)
@@ -110,6 +115,46 @@ def test_memory_is_forgotten_when_the_neck_gets_another_width():
     assert {f.shape[1] for f in features} == {24}
     assert logs["loss_ld"] == pytest.approx(float(alone.loss_ld), rel=1e-4)
     assert len(terms._memory) == 2  # the two batches of the narrow neck
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("covariance", ["mean", "correlation"])
+def test_a_step_never_waits_for_the_device(monkeypatch, covariance):
+    """A tensor on the device `meta` has no values: reading one in Python raises."""
+    monkeypatch.setattr(ldt_weights, "EPOCH_STEPS", 0)  # measuring reads norms
+    seen = []
+
+    class Elsewhere(LDTLoss):
+        def __call__(self, features, objects, detection):
+            features = [f.to("meta") for f in features]
+            objects = objects._replace(boxes=objects.boxes.to("meta"))
+            logs = super().__call__(features, objects, detection.to("meta"))
+            seen.append({key: value.is_meta for key, value in logs.items()})
+            return {}
+
+    terms = Elsewhere(alpha=1.0, beta=1.0, memory=2, covariance=covariance)
+    fit(module_of(), [many()] * 4, terms)
+    assert len(seen) == 4
+    assert all(all(step.values()) for step in seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_cut_empties_the_memory(tmp_path, monkeypatch):
+    """Also one that leaves the neck's widths as they are."""
+    sizes = []
+
+    def note(self, trainer, pl_module):
+        sizes.append(len(self._memory))
+
+    monkeypatch.setattr(LDTLoss, "on_train_epoch_start", note)
+    options = ["method=l1", "ldt.enabled=true", "ldt.memory=9", "prune.scope=[backbone]"]
+    plan = ["recipe.epochs=2", "recipe.retrain_epochs=2", "prune.rate=0.3", "recipe.ema=0.1"]
+    for every in (0, 1):  # averaged weights are put in for a validation, and taken out again
+        config = tiny(tmp_path, *options, *plan, f"trainer.validate_every={every}")
+        experiment.run(config, tmp_path / f"run-{every}")
+    assert sizes == [0, 2, 0, 2, 0, 2] * 2
+    one, two = (rows(tmp_path / f"run-{every}") for every in (0, 1))
+    assert one == two
 
 
 # Several processes ----------------------------------------------------------------------------
@@ -140,6 +185,21 @@ def loss_and_gradient(inputs, labels, distributed):
     return loss.detach(), gradient
 
 
+def gradient_ratio(inputs, labels, distributed):
+    """The norm of L_LD's gradient at the vectors, over that of a loss averaged over objects."""
+    vectors = [part.clone().requires_grad_() for part in inputs.split((4, 4), dim=1)]
+    objects = torch.tensor(float(len(labels)))
+    if distributed:
+        dist.all_reduce(objects)  # as mmdet's heads do, times the number of processes below
+        objects = objects / dist.get_world_size()
+    detection = sum(v.square().sum() for v in vectors) / objects.clamp(min=1)
+    found = gather_vectors(vectors, labels) if distributed else (vectors, labels)
+    squared = squared_gradient_norms([discriminants_of(*found).loss_ld, detection], vectors)
+    if distributed:
+        dist.all_reduce(squared)
+    return (squared[0] / squared[1].clamp(min=1e-9)).sqrt()
+
+
 def child(rank, folder):
     """One of two processes: its part of every split, averaged as DDP averages gradients."""
     patience = timedelta(seconds=forked.PATIENCE)
@@ -149,7 +209,7 @@ def child(rank, folder):
         inputs, labels = (part.split(split)[rank] for part in whole_batch(sum(split)))
         loss, gradient = loss_and_gradient(inputs, labels, distributed=True)
         dist.all_reduce(gradient)
-        found.append((loss, gradient / 2))
+        found.append((loss, gradient / 2, gradient_ratio(inputs, labels, distributed=True)))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -163,8 +223,10 @@ def test_two_processes_agree_with_one_that_has_the_whole_batch(tmp_path):
     other.join(forked.PATIENCE)
     assert other.exitcode == 0
     for index, split in enumerate(SPLITS):
-        loss, gradient = loss_and_gradient(*whole_batch(sum(split)), distributed=False)
-        assert bool(loss != 0) == (sum(split) > 0)
+        whole = whole_batch(sum(split))
+        loss, gradient = loss_and_gradient(*whole, distributed=False)
+        expected = loss, gradient, gradient_ratio(*whole, distributed=False)
+        assert all(bool(part.any()) == (sum(split) > 0) for part in expected)
         for rank in (0, 1):
             found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)[index]
-            torch.testing.assert_close(found, (loss, gradient), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from small import composed
 from torch import Tensor
 
-from ldt import config, discriminant
+from ldt import config, discriminant, location, measures
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.config.values import (
     Count,
@@ -110,7 +110,9 @@ def defaults(call):
 
 def test_conf_and_code_have_the_same_defaults():
     ldt = OmegaConf.to_container(composed("detector=gfl").ldt, resolve=True)
-    assert {key: value for key, value in ldt.items() if key != "enabled"} == defaults(LDTLoss)
+    ldt.pop("enabled")
+    assert ldt.pop("background") == config.LDTConfig().background
+    assert ldt == defaults(LDTLoss)
     criterion = OmegaConf.to_container(composed("detector=gfl").method.criterion, resolve=True)
     criterion.pop("_target_")
     assert criterion == defaults(LDTCriterion)
@@ -130,12 +132,13 @@ def test_the_mathematics_has_one_definition_of_each_default():
         "phi": discriminant.PHI,
         "ridge": discriminant.RIDGE,
         "absolute": discriminant.RIDGE_ABSOLUTE,
-        "a": discriminant.ATTENTION_A,
-        "b": discriminant.ATTENTION_B,
+        "a": location.ATTENTION_A,
+        "b": location.ATTENTION_B,
     }
     found = [
         (name, value)
-        for function in vars(discriminant).values()
+        for module in (discriminant, location, measures)
+        for function in vars(module).values()
         if inspect.isfunction(function)
         for name, value in defaults(function).items()
         if name in names

@@ -60,6 +60,7 @@ PAIRS = [
     (UNPRUNED, UNPRUNED + "prune.budget=macs recipe.retrain_epochs=7", "same run"),
     (UNPRUNED, "method=l1 prune.rounds=0", "same run"),
     ("method=l1", "method=l1 ldt.alpha=0.5 ldt.memory=9", "same run"),
+    ("", "ldt.alpha_share=0.2", "same run"),  # alpha is a number
     # spelling
     ("prune.budget=flops", "prune.budget=macs", "same run"),
     ("recipe.optimizer.lr=1e-3", "recipe.optimizer.lr=0.001", "same run"),
@@ -83,6 +84,10 @@ PAIRS = [
     ("method=l1", "method=l1 ldt.enabled=true", "other run"),
     (UNPRUNED, UNPRUNED + "ldt.enabled=true", "other run"),
     ("", "ldt.alpha=0.5", "other run"),
+    ("ldt=paper", "ldt=default", "other run"),
+    ("ldt=default", "ldt=default ldt.alpha_share=0.2", "other run"),
+    ("", "ldt.covariance=correlation", "other run"),
+    ("", "ldt.background=true", "other run"),
     ("", "recipe.epochs=10", "other run"),
     ("", "recipe.batch_size=4", "other run"),
     ("", "trainer.precision=bf16-mixed", "other run"),
