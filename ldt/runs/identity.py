@@ -52,6 +52,8 @@ REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
     "method.inner_rounds": 1,
+    "method.criterion.bn": "fuse",  # of PX
+    "method.criterion.aggregate": "sum",
     "recipe.channels_last": False,
     "trainer.precision": "32-true",
     "trainer.deterministic": "warn",
