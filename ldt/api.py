@@ -167,7 +167,8 @@ def prune(
         rate: share of the budget to remove, in (0, 1).
         keep: share of the budget to keep; give either.
         criterion: the name of a method of ``conf/method`` (``ldt``, ``group_fisher``, ``chip``,
-            ``hrank``, ``px``, ``l1``, ``random``) or an instance.
+            ``hrank``, ``px``, ``taylor``, ``obd``, ``l1``, ``l2``, ``lamp``, ``fpgm``,
+            ``random``) or an instance.
         budget: ``params`` or ``macs`` (``flops`` means the same).
         ranking: how scores of different layers are compared; the method's own by default.
         scope: parts of the detector that lose filters.

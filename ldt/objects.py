@@ -33,6 +33,11 @@ class Objects(NamedTuple):
         boxes = self.boxes[rows.to(self.boxes.device)]
         return Objects(boxes, self.labels[rows], self.image[rows], self.shape)
 
+    def of_image(self, index: int) -> "Objects":
+        """Return the objects of one image, as those of a batch of its own."""
+        own = self.image == index
+        return Objects(self.boxes[own], self.labels[own], self.image[own] - index, self.shape)
+
 
 class Instances(Protocol):
     """What is used of mmengine's ``InstanceData``, whose fields are set at run time."""

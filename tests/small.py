@@ -272,6 +272,9 @@ class Batch:
     images: Tensor
     objects: Objects
 
+    def of_image(self, index: int) -> "Batch":
+        return Batch(self.images[index : index + 1], self.objects.of_image(index))
+
 
 @dataclass
 class SmallTarget:

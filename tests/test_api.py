@@ -272,7 +272,8 @@ def test_saving_needs_the_config(detector, data, tmp_path):
 
 
 def test_every_method_of_conf_that_prunes_at_once_can_be_named():
-    for name in ("ldt", "hrank", "group_fisher", "chip", "px", "l1", "random"):
+    names = ("ldt", "hrank", "group_fisher", "chip", "px", "taylor", "obd", "l1", "l2", "lamp")
+    for name in (*names, "fpgm", "random"):
         assert find_method(name).criterion is not None
     assert find_method("group_fisher").inner_rounds == 10
     assert find_method("chip").ranking == "uniform"

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch_pruning.pruner import importance
 from torch_pruning.pruner.importance import Importance
 
 from ldt.objects import Objects
@@ -27,6 +28,10 @@ class Batch(Protocol):
         """Ground-truth objects, in pixels of the images."""
         ...
 
+    def of_image(self, index: int) -> "Batch":
+        """Return one image as a batch of its own."""
+        ...
+
 
 class Target(Protocol):
     """Interface of the detector for criteria."""
@@ -45,11 +50,20 @@ class Target(Protocol):
         ...
 
 
+class NoScoresError(ValueError):
+    """Raised by a criterion that cannot score a group; the message says why.
+
+    The group is not pruned, and its layers are listed among the excluded ones. An importance of
+    Torch-Pruning that returns None has the same effect.
+    """
+
+
 class Criterion(Importance):
     """Score the channels of coupled groups: a Torch-Pruning importance with data statistics.
 
     :meth:`collect` processes calibration batches once per round; then :meth:`channel_scores`
-    returns one score per output channel of a layer. A group's scores are summed over its layers.
+    returns one score per output channel of a layer, or raises :class:`NoScoresError`. A group's
+    scores are summed over its layers.
 
     Attributes:
         layers: the convolutions to score, by name; set before :meth:`collect`.
@@ -75,29 +89,85 @@ class Criterion(Importance):
 
     def __call__(self, group: Group) -> Tensor:
         """Return the scores of a Torch-Pruning group, summed over its layers: [root channels]."""
+        return self.sum_over_layers(group, self.channel_scores)
+
+    def sum_over_layers(self, group: Group, values: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Sum the values of the output channels of a group's scored layers: [root channels]."""
         scored, items = set(self.layers.values()), group_items(group)
         total = torch.zeros(len(set(items[0].root_idxs)), dtype=torch.float64)
         for item in items:
             layer = item.dep.target.module
             if layer in scored and prunes_outputs(group, item.dep):
-                scores = self.channel_scores(layer).detach().double().cpu()
-                total.index_add_(0, torch.as_tensor(item.root_idxs), scores[list(item.idxs)])
+                own = values(layer).detach().double().cpu()
+                total.index_add_(0, torch.as_tensor(item.root_idxs), own[list(item.idxs)])
         return total
+
+
+class GroupCriterion(Criterion):
+    """Score whole groups instead of layers.
+
+    Attributes:
+        scores: per root layer of a group, one score per channel; set by :meth:`collect`.
+    """
+
+    scores: Mapping[nn.Module, Tensor] = {}
+
+    def __call__(self, group: Group) -> Tensor:
+        """Return the scores of a Torch-Pruning group: [root channels]."""
+        return self.channel_scores(group_items(group)[0].dep.target.module)
+
+    def channel_scores(self, layer: nn.Module) -> Tensor:
+        """Return the scores of the group that has this layer as its root."""
+        return self.scores[layer]
+
+
+INSTEAD = {  # importances of Torch-Pruning that lack gradients or activations here
+    importance.GroupTaylorImportance: "method=taylor",
+    importance.GroupHessianImportance: "method=obd",
+    importance.OBDCImportance: "method=obd",
+    importance.ActivationImportance: "method=chip or method=hrank",
+}
+
+
+def check_importance(criterion: Importance | None) -> None:
+    """Raise ValueError for an importance of Torch-Pruning that is not computed from weights."""
+    for kind, instead in INSTEAD.items():
+        if isinstance(criterion, kind):
+            raise ValueError(
+                f"{type(criterion).__name__} needs gradients or activations that Torch-Pruning "
+                f"leaves to its caller; importances of weights alone are allowed, or {instead}"
+            )
 
 
 def score_groups(
     criterion: Importance, target: Target, graph: PruningGraph, batches: Iterable[Batch]
 ) -> dict[str, Tensor]:
-    """Return the scores of every group, by a criterion of ours or one of Torch-Pruning."""
+    """Return the scores of every group, by a criterion of ours or one of Torch-Pruning.
+
+    Groups without scores are excluded from the graph.
+
+    Raises:
+        ValueError: no group has scores, or :func:`check_importance` does not allow the criterion.
+    """
+    check_importance(criterion)
     if isinstance(criterion, Criterion):
         criterion.layers = graph.scored
         criterion.collect(target, graph, batches)
-    scores = {}
+    scores, reasons = {}, {}
     for name, group in graph.groups.items():
-        own = criterion(group.raw)
+        try:
+            own = criterion(group.raw)
+        except NoScoresError as error:
+            own, reasons[name] = None, str(error)
         if own is None:
-            raise ValueError(f"{type(criterion).__name__} returns no scores for the group {name!r}")
-        scores[name] = own[: group.size].detach().double().cpu()  # the first of tied channels
+            reasons.setdefault(name, f"{type(criterion).__name__} gives it no scores")
+        else:
+            scores[name] = own[: group.size].detach().double().cpu()  # the first of tied channels
+    if not scores:
+        listed = "; ".join(sorted(set(reasons.values())))
+        raise ValueError(f"{type(criterion).__name__} scores no group of layers at all: {listed}")
+    for name, reason in reasons.items():
+        graph.exclude(name, reason)
     return scores
 
 

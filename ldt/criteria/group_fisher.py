@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ldt.config.values import checked
-from ldt.criteria.base import Batch, Criterion, Target
+from ldt.criteria.base import Batch, GroupCriterion, Target
 from ldt.pruning.costs import CostModel
 from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS, width_of
-from ldt.pruning.torch_pruning_internals import Group, group_items
 
 Cost = Literal["memory", "flops", "none"]
 
 
-class GroupFisherCriterion(Criterion):
+class GroupFisherCriterion(GroupCriterion):
     """Channel importance = Fisher information of the channel's mask, divided by its cost.
 
     g_nc is the sum of A dL/dA over positions, calls and all layers that have the group's channel c
@@ -41,15 +40,6 @@ class GroupFisherCriterion(Criterion):
     @checked("method.criterion")
     def __init__(self, cost: Cost = "memory") -> None:
         self.cost: Cost = cost
-        self._scores: dict[nn.Module, Tensor] = {}
-
-    def __call__(self, group: Group) -> Tensor:
-        """Return the scores of a Torch-Pruning group: [root channels]."""
-        return self.channel_scores(group_items(group)[0].dep.target.module)
-
-    def channel_scores(self, layer: nn.Module) -> Tensor:
-        """Return the scores of the group that has this layer as its root."""
-        return self._scores[layer]
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Batch]) -> None:
         """Sum the squared mask gradients over all images."""
@@ -60,7 +50,7 @@ class GroupFisherCriterion(Criterion):
                 fisher.add()
         target.model.zero_grad(set_to_none=True)
         costs = channel_costs(graph, self.cost)
-        self._scores = {
+        self.scores = {
             group.members[0].layer: fisher.sums[name] / costs[name]
             for name, group in graph.groups.items()
         }

@@ -9,6 +9,7 @@ import yaml
 from torch_pruning.pruner.importance import Importance
 
 from ldt.config import conf_dir
+from ldt.criteria.base import check_importance
 from ldt.pruning.budget import RANKINGS
 
 
@@ -27,6 +28,7 @@ class Method:
     inner_rounds: int = 1
 
     def __post_init__(self) -> None:
+        check_importance(self.criterion)
         if self.ranking not in RANKINGS:
             raise ValueError(f"ranking={self.ranking!r}; choose one of {', '.join(RANKINGS)}")
 

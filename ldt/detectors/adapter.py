@@ -39,6 +39,11 @@ class PreparedBatch:
     samples: list[DetDataSample]
     objects: Objects
 
+    def of_image(self, index: int) -> "PreparedBatch":
+        """Return one image as a batch of its own."""
+        part = slice(index, index + 1)
+        return PreparedBatch(self.images[part], self.samples[part], self.objects.of_image(index))
+
 
 class Detector:
     """Wrap an mmdet detector for criteria, tracing and evaluation.

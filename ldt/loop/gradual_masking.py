@@ -47,7 +47,7 @@ class GradualPruning:
 
     @checked("method.gradual")
     def __init__(
-        self, interval: Count = 10, channels: Count = 1, lr: Positive = 0.1, cost: Cost = "memory"
+        self, interval: Count = 10, channels: Count = 1, lr: Positive = 0.2, cost: Cost = "memory"
     ) -> None:
         self.interval, self.channels, self.lr = interval, channels, lr
         self.cost: Cost = cost

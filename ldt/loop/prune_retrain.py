@@ -18,6 +18,7 @@ from ldt.callbacks.lightning_internals import (
     set_max_epochs,
     validate,
 )
+from ldt.criteria.base import check_importance
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.forward import eval_with_gradients
@@ -78,6 +79,7 @@ class PruneRetrain(L.Callback):
                 f"report.latency_runs={latency_runs} must be at least {profiling.MINIMUM_RUNS}, "
                 "or 0 for no measurement: report.latency_runs=0"
             )
+        check_importance(criterion)
         self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
         self.gradual = gradual

@@ -1,7 +1,7 @@
 """One round of pruning: score the channels, select the lowest-scoring ones, remove them."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
@@ -86,7 +86,9 @@ def prune_round(
             graph = detector.trace(schedule.scope)
             if inner == 1:
                 check_prunable(graph, schedule)
+            known = set(graph.excluded)
             scores = synchronize(score_groups(criterion, detector, graph, batches))
+            _log_excluded(graph, except_for=known)
             after = round_ - 1 + inner / rounds
             arguments = selection_arguments(detector, graph, schedule, unpruned, after)
             if inner < rounds:  # only the last inner round must be exact
@@ -159,8 +161,7 @@ def check_schedule(
 
 def check_prunable(graph: PruningGraph, schedule: PruningSchedule) -> None:
     """Log the excluded layers; raise UnreachableRateError if they are most of the scope."""
-    for name, reason in graph.excluded.items():
-        log.warning("excluded: %s (%s)", name, reason)
+    _log_excluded(graph)
     prunable, total = graph.prunable_share()
     if prunable < total / 2:
         listed = "; ".join(f"{name}: {why}" for name, why in list(graph.excluded.items())[:20])
@@ -168,6 +169,12 @@ def check_prunable(graph: PruningGraph, schedule: PruningSchedule) -> None:
             f"only {prunable:,} of the {total:,} parameters in prune.scope="
             f"{list(schedule.scope)} can be pruned. Excluded layers: {listed}"
         )
+
+
+def _log_excluded(graph: PruningGraph, except_for: Container[str] = ()) -> None:
+    for name, reason in graph.excluded.items():
+        if name not in except_for:
+            log.warning("excluded: %s (%s)", name, reason)
 
 
 def check_rate(

@@ -24,9 +24,9 @@ class RoundRecord:
 
     def add(self, scores: Mapping[str, Tensor], channels: Mapping[str, Sequence[int]]) -> None:
         """Add the scores and removed channels of an inner round, in its own numbering."""
-        if not self.scores:
-            self.scores = {name: values.numpy() for name, values in scores.items()}
-            self.kept = {name: np.arange(len(values)) for name, values in scores.items()}
+        for name in [name for name in scores if name not in self.kept]:  # all, in the first one
+            self.scores[name] = scores[name].numpy()
+            self.kept[name] = np.arange(len(scores[name]))
         for name, removed in channels.items():
             self.kept[name] = np.delete(self.kept[name], removed)
 

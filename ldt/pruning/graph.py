@@ -44,7 +44,7 @@ class PruningGraph:
         groups: the groups that can be pruned, by name of the root layer.
         scored: the convolutions in the scope that produce the groups' channels.
         excluded: layers in the scope that cannot be pruned, with the reason: a rule excludes them,
-            or their trial pruning fails.
+            their trial pruning fails, or the criterion gives them no scores.
         norm_of: for a convolution, the normalisation layer that directly follows it.
 
     Raises:
@@ -166,7 +166,11 @@ class PruningGraph:
             self._exclude_failing(names[: len(names) // 2])
             self._exclude_failing(names[len(names) // 2 :])
             return
-        for producer in self.groups.pop(names[0]).producers:
+        self.exclude(names[0], reason)
+
+    def exclude(self, name: str, reason: str) -> None:
+        """Leave a group whole: its layers move from :attr:`scored` to :attr:`excluded`."""
+        for producer in self.groups.pop(name).producers:
             if self.scored.pop(producer.name, None):
                 self.excluded[producer.name] = reason
 

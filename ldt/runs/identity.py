@@ -59,6 +59,8 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
+    "method.criterion.bn": "fuse",  # of PX
+    "method.criterion.aggregate": "sum",
     "recipe.channels_last": False,
     "trainer.precision": "32-true",
     "trainer.deterministic": "warn",

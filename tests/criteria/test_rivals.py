@@ -1,7 +1,10 @@
 """HRank, CHIP, GroupFisher and PX equal slow references written from their papers' formulas."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,18 @@ from ldt.criteria.chip import CHIPCriterion, channel_independence
 from ldt.criteria.group_fisher import Fisher, GroupFisherCriterion
 from ldt.criteria.hrank import HRankCriterion
 from ldt.criteria.px import PXCriterion
+from ldt.criteria.taylor import OBDCriterion, TaylorCriterion
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
+from ldt.pruning.trial import _restored
 
 RIVALS = {
     "hrank": HRankCriterion,
     "chip": CHIPCriterion,
     "group_fisher": GroupFisherCriterion,
     "px": PXCriterion,
+    "taylor": TaylorCriterion,
+    "obd": OBDCriterion,
 }
 
 
@@ -250,9 +257,76 @@ def test_masked_channels_are_as_good_as_cut(name: str):
 # PX -------------------------------------------------------------------------------------------
 
 
-def test_px_equals_its_two_auxiliary_networks():
+class Gate(nn.Module):
+    """An activation that records its gates, or multiplies by those of its recorder."""
+
+    def __init__(self, recorder: "Gate | None" = None) -> None:
+        super().__init__()
+        self.gates: list[Tensor] = [] if recorder is None else recorder.gates
+        self.records = recorder is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.records:
+            return x * self.gates.pop(0)
+        self.gates.append((x > 0).to(x))
+        return x.clamp(min=0)
+
+
+def with_activations(model: nn.Module, replacement: Callable[[str], nn.Module]) -> nn.Module:
+    """A copy of a network with all its ReLU modules replaced."""
+    copy = deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ReLU):
+            copy.set_submodule(name, replacement(name))
+    return copy
+
+
+def authors_networks(subject: Case) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The networks of the authors' code: one records gates, z1 and z2 are in training mode."""
+    gates: dict[str, Gate] = defaultdict(Gate)
+    activation = with_activations(subject.model, lambda name: gates[name])
+    z1 = with_activations(subject.model, lambda name: Gate(gates[name])).train()
+    z2 = with_activations(subject.model, lambda _name: nn.Identity()).train()
+    for network, change in ((z1, torch.ones_like), (z2, torch.square)):
+        for name, layer in network.named_modules():
+            if isinstance(layer, nn.Conv2d) and name not in subject.predictors:
+                layer.weight.data = change(layer.weight.data)
+                layer.bias = None
+    return activation.eval(), z1, z2
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "name", ["chain", "residual", "concat", "shared", "depthwise", "groupnorm", "layernorm"]
+)
+def test_px_keeps_batch_norms_and_predictors_as_the_authors_do(name: str, aggregate: Any):
+    subject, criterion = double(name), PXCriterion(aggregate=aggregate)
+    graph = subject.graph()
+    scores = score_groups(criterion, subject.target, graph, subject.batches)
+    activation, z1, z2 = authors_networks(subject)
+    for images in (batch.images for batch in subject.batches):
+        with torch.no_grad():
+            activation(images)
+            active = z1(images.square())
+        weights = z2(torch.ones_like(images))
+        torch.stack([(a * b).sum() for a, b in zip(active, weights, strict=True)]).sum().backward()
+    layers = dict(z2.named_modules())
+    for key, group in graph.groups.items():
+        total, count = torch.zeros(2, group.size, dtype=torch.double)
+        for member in (m for m in group.producers if m.name in graph.scored):
+            square: Any = layers[member.name].weight
+            score = (square.grad.abs() * square.detach()).sum((1, 2, 3))
+            total.index_add_(0, torch.as_tensor(member.roots), score[member.channels])
+            each = torch.full((len(member.roots),), square[0].numel()).double()
+            count.index_add_(0, torch.as_tensor(member.roots), each)
+        expected = total / count if aggregate == "mean" else total
+        torch.testing.assert_close(scores[key], expected, rtol=1e-6, atol=1e-9 * expected.max())
+
+
+def test_px_fused_equals_its_two_auxiliary_networks():
     subject = double("chain")
-    scores = score_groups(PXCriterion(), subject.target, subject.graph(), subject.batches)
+    criterion = PXCriterion(bn="fuse", aggregate="sum")
+    scores = score_groups(criterion, subject.target, subject.graph(), subject.batches)
     (conv, norm, _), (conv2, norm2, _) = subject.model.backbone[0]
     neck, head = subject.model.neck[0], subject.model.head[0]
 
@@ -285,9 +359,9 @@ def test_px_equals_its_two_auxiliary_networks():
 
 
 @pytest.mark.parametrize("name", ["chain", "shared", "residual", "upsampling"])
-def test_px_shares_all_paths_among_the_filters_of_a_layer(name: str):
+def test_px_fused_shares_all_paths_among_the_filters_of_a_layer(name: str):
     """Where every path crosses two layers, the scores of both sum to R."""
-    subject, criterion = double(name), PXCriterion()
+    subject, criterion = double(name), PXCriterion(bn="fuse")
     graph = subject.graph(("backbone", "neck", "head"))
     score_groups(criterion, subject.target, graph, subject.batches)
     first = next(layer for key, layer in graph.scored.items() if key.startswith("backbone.0"))
@@ -302,6 +376,75 @@ def test_px_shares_all_paths_among_the_filters_of_a_layer(name: str):
         total = sum(float(criterion.channel_scores(graph.scored[key]).sum()) for key in layers)
         assert total == pytest.approx(R, rel=1e-9)
     assert R > 0
+
+
+# Taylor and OBD -------------------------------------------------------------------------------
+
+
+def parameters_that_go(graph: PruningGraph, channels: dict[str, list[int]]) -> dict[str, Tensor]:
+    """For every parameter, which of its entries these channels take with them."""
+    model, gone = graph.model, {}
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    with _restored(model):
+        for parameter in model.parameters():  # numbers its entries
+            parameter.data = torch.arange(parameter.numel()).view(parameter.shape).to(parameter)
+        graph.remove(channels)
+        for name, parameter in model.named_parameters():
+            gone[name] = torch.ones_like(weights[name], dtype=torch.bool)
+            gone[name].flatten()[parameter.detach().flatten().long()] = False
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name]
+    return gone
+
+
+@pytest.mark.parametrize(
+    "name", ["chain", "residual", "concat", "shared", "depthwise", "pyramid", "upsampling"]
+)
+def test_taylor_and_obd_sum_over_all_parameters_that_go(name: str):
+    subject = double(name)
+    graph, target = subject.graph(), subject.target
+    taylor = score_groups(TaylorCriterion(), target, graph, subject.batches)
+    obd = score_groups(OBDCriterion(), target, graph, subject.batches)
+    images = torch.cat([batch.images for batch in subject.batches])
+    every = subject.batches[0].objects
+    parameters = dict(subject.model.named_parameters())
+    per_image = [
+        torch.autograd.grad(target.detection_loss(Batch(image[None], every)), parameters.values())
+        for image in images
+    ]
+    for key, group in graph.groups.items():
+        first, second = [], []
+        for channel in range(group.size):
+            gone = parameters_that_go(graph, {key: [channel]})
+            linear = quadratic = 0.0
+            for index, (where, theta) in enumerate(parameters.items()):
+                g = torch.stack([gradients[index] for gradients in per_image])
+                linear += float((theta.detach() * g.mean(0))[gone[where]].sum())
+                quadratic += float((theta.detach() ** 2 * (g**2).mean(0))[gone[where]].sum())
+            first.append(abs(linear))
+            second.append(quadratic)
+        np.testing.assert_allclose(taylor[key], first, rtol=1e-6, atol=1e-9 * max(first))
+        np.testing.assert_allclose(obd[key], second, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["grouped", "groupnorm", "deformable"])
+def test_obd_counts_the_parameters_of_tied_parts_together(name: str):
+    subject = double(name)
+    graph, target = subject.graph(), subject.target
+    obd = score_groups(OBDCriterion(), target, graph, subject.batches)
+    for key, group in graph.groups.items():
+        step = list(range(0, group.size, group.size // group.parts))  # the first of every part
+        gone = parameters_that_go(graph, {key: step})
+        expected = 0.0
+        for batch in subject.batches:
+            for index in range(len(batch.images)):
+                target.detection_loss(batch.of_image(index)).backward()
+                for where, theta in subject.model.named_parameters():
+                    if theta.grad is not None:
+                        squares = (theta.detach() * theta.grad).square()
+                        expected += float(squares[gone[where]].sum()) / 5
+                subject.model.zero_grad(set_to_none=True)
+        assert float(obd[key][step].sum()) == pytest.approx(expected, rel=1e-6)
 
 
 # All ------------------------------------------------------------------------------------------
@@ -319,16 +462,18 @@ def test_rivals_score_every_group_of_the_detectors(rival: str, detector: str):
         assert len(scores[name].unique()) > 1, f"{name} is not told apart"
 
 
-@pytest.mark.parametrize("rival", RIVALS)
+BY_IMAGE = {**RIVALS, "px": partial(PXCriterion, bn="fuse")}  # else with statistics of batches
+del BY_IMAGE["group_fisher"]  # the detection loss is a mean over the batch
+
+
+@pytest.mark.parametrize("rival", BY_IMAGE)
 def test_batches_are_only_a_matter_of_memory(rival: str):
-    if rival == "group_fisher":
-        pytest.skip("the detection loss is a mean over the batch")
     subject = double("shared")
-    together = score_groups(RIVALS[rival](), subject.target, subject.graph(), subject.batches)
+    together = score_groups(BY_IMAGE[rival](), subject.target, subject.graph(), subject.batches)
     singles = [
         Batch(image[None], batch.objects) for batch in subject.batches for image in batch.images
     ]
-    alone = score_groups(RIVALS[rival](), subject.target, subject.graph(), singles)
+    alone = score_groups(BY_IMAGE[rival](), subject.target, subject.graph(), singles)
     for name, values in together.items():
         torch.testing.assert_close(values, alone[name], rtol=1e-6, atol=1e-12)
 
@@ -340,6 +485,8 @@ def test_rankings_are_those_of_the_papers():
         "chip": "uniform",
         "group_fisher": "global",
         "px": "global",
+        "taylor": "global",
+        "obd": "global",
     }
 
 

@@ -1,6 +1,7 @@
 """Figures show the data that they are given: counted and compared, never by pixels."""
 
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from PIL import Image
+from small import CONF
 
 from ldt.evaluation.neck_statistics import NeckSpace
 from ldt.evaluation.score_stability import StageScores
@@ -22,6 +24,7 @@ from ldt.figures.shrinking import animate_shrinking, draw_shrinking
 from ldt.figures.stability import draw_stability
 from ldt.figures.style import COLUMN_CM, PAGE_CM, PALETTE, SMALL, save
 from ldt.figures.tags import place_tags
+from ldt.report.plotly_style import looks
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 SIZE = (128, 256)
@@ -548,6 +551,12 @@ def test_the_titles_of_neighbouring_panels_do_not_touch():
 
 def test_classes_and_methods_have_colours_of_their_own():
     assert len({to_rgb(colour) for colour in PALETTE}) == len(PALETTE)
+    methods = [file.stem for file in Path(CONF, "method").glob("*.yaml")]
+    figure = draw_comparisons([Panel("all", {m: [Point(1, [0.4])] for m in methods}, {}, "AP")])
+    lines = [line for line in figure.axes[0].lines if line.get_marker() not in (None, "None")]
+    assert len(lines) == len(methods)
+    assert len({(to_rgb(line.get_color()), line.get_marker()) for line in lines}) == len(methods)
+    assert len(set(looks(methods).values())) == len(methods)
 
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path):

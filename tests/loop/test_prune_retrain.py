@@ -416,12 +416,12 @@ def test_masking_while_training_meets_the_rate_and_survives_a_kill(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_masking_has_its_own_epochs_and_a_tenth_of_the_learning_rate(tmp_path, monkeypatch):
+def test_masking_has_its_own_epochs_and_a_fifth_of_the_learning_rate(tmp_path, monkeypatch):
     watch = Watch(monkeypatch)
     experiment.run(tiny(tmp_path, *GRADUAL, "method.gradual.channels=200"), tmp_path / "run")
     events = int(rows(tmp_path / "run")[1]["criterion/events"])
     masking = 2 * ((events + 1) // 2)  # whole epochs of two steps
-    assert watch.lrs == pytest.approx([0.004] * 2 + [0.0004] * masking + [0.004] * 2)
+    assert watch.lrs == pytest.approx([0.004] * 2 + [0.0008] * masking + [0.004] * 2)
     assert watch.strays == [0] * len(watch.lrs)
 
 

@@ -173,13 +173,20 @@ def _with_schema(known):
         ("method.inner_rounds", 1, 10),
         ("recipe.channels_last", False, True),
         ("trainer.accumulate_grad_batches", 1, 4),
+        ("method.criterion.bn", "fuse", "keep"),
+        ("method.criterion.aggregate", "sum", "mean"),
     ],
 )
 def test_missing_keys(missing, then, other):
-    group, key = missing.split(".")
-    bare = {group: {"name": "x"}}
-    assert identity.compare(bare, {group: {"name": "x", key: then}}) == "same run"
-    assert identity.compare(bare, {group: {"name": "x", key: other}}) == "other run"
+    *groups, key = missing.split(".")
+
+    def given(keys):
+        for group in reversed(groups):
+            keys = {group: {"name": "x", **keys}}
+        return keys
+
+    assert identity.compare(given({}), given({key: then})) == "same run"
+    assert identity.compare(given({}), given({key: other})) == "other run"
 
 
 def test_batches_of_several_processes_were_counted_by_process():
