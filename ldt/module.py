@@ -18,7 +18,7 @@ from ldt.detectors.adapter import Detector, RawBatch
 from ldt.detectors.checkpoints import detector_state, pruning_record
 from ldt.detectors.models import build
 from ldt.detectors.weights import load_weights
-from ldt.evaluation.metrics import DetectionMetrics
+from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
 from ldt.objects import Objects
 from ldt.pruning import structure
 from ldt.recipe import learning_rate
@@ -60,6 +60,7 @@ class DetectorModule(L.LightningModule):
         initialise: run mmdet's weight initialisation.
         resize: the transforms that resize an image to the network's input size, as in mmdet's
             configs; they are stored in checkpoints.
+        max_detections: detections per image and class that count for AP.
 
     Attributes:
         detector: the mmdet detector; the prefix of its weights is ``detector.``.
@@ -83,6 +84,7 @@ class DetectorModule(L.LightningModule):
         checkpoint: str | None = None,
         initialise: bool = True,
         resize: Sequence[dict[str, Any]] = (),
+        max_detections: int = MAX_DETECTIONS,
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
@@ -91,7 +93,7 @@ class DetectorModule(L.LightningModule):
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
         self.schedule: str = recipe["schedule"]
-        self.metrics = DetectionMetrics(self.classes)
+        self.metrics = DetectionMetrics(self.classes, max_detections)
         self.adapter = Detector(
             self.detector, input_size, neck, predictors, bool(recipe.get("channels_last"))
         )

@@ -51,6 +51,7 @@ LDT_OFF = (  # keys without effect if the detector is trained without LDT
 REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
+    "dataset.max_detections": 100,
     "method.inner_rounds": 1,
     "recipe.channels_last": False,
     "trainer.precision": "32-true",
