@@ -28,7 +28,7 @@ from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
-from ldt.evaluation.metrics import DetectionMetrics
+from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
 from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
@@ -345,15 +345,22 @@ def _row(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
 
 @torch.no_grad()
 def evaluate(
-    detector: nn.Module, loader: Iterable[RawBatch], classes: Sequence[str] | None = None
+    detector: nn.Module,
+    loader: Iterable[RawBatch],
+    classes: Sequence[str] | None = None,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, float]:
     """Return COCO's and VOC's metrics (``AP``, ``AP50``, ``AP75``, ``mAP``, ...) of a detector.
+
+    Images of KITTI have KITTI's own too (``kitti_easy``, ``kitti_moderate``, ``kitti_hard``).
 
     Args:
         detector: an mmdet detector.
         loader: batches with boxes in the coordinates of the original images (mmdet's test
             pipelines, ``val_dataloader`` of our data modules).
         classes: names in label order; the detector's by default.
+        max_detections: detections per image and class that count for AP; the detector's own limit
+            (`max_per_img`) is not changed.
 
     Example:
         >>> found = ldt.evaluate(detector, images.val_dataloader(), images.classes)
@@ -361,7 +368,7 @@ def evaluate(
         True
     """
     names = tuple(classes or open_detector(detector).classes)
-    metrics, training = DetectionMetrics(names), detector.training
+    metrics, training = DetectionMetrics(names, max_detections), detector.training
     step: Any = detector.test_step
     detector.eval()
     try:

@@ -23,10 +23,11 @@ from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config.keys import check_names
-from ldt.config.values import check_arguments, check_value
+from ldt.config.values import Count, check_arguments, check_value
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import read
-from ldt.detectors.models import model_config
+from ldt.detectors.models import model_config, raise_max_per_img
+from ldt.evaluation.metrics import MAX_DETECTIONS
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
@@ -41,8 +42,20 @@ LABELS_OF_DATA = (
     "name",
     "metric",
     "scales",
+    "max_detections",
 )  # keys of dataset that are not passed to the data module
-Objective = Literal["AP", "AP50", "AP75", "mAP", "params", "multiply_adds", "latency_ms"]
+Objective = Literal[
+    "AP",
+    "AP50",
+    "AP75",
+    "mAP",
+    "kitti_easy",
+    "kitti_moderate",
+    "kitti_hard",
+    "params",
+    "multiply_adds",
+    "latency_ms",
+]
 OURS = ("validate_every", "threads")  # keys of trainer that Lightning does not have
 
 
@@ -58,6 +71,7 @@ def check_config(config: DictConfig) -> None:
     check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
     check_value("base", plain["base"], Literal["own", "shared"])
     check_value("objectives", plain["objectives"], list[Objective], ["AP", "params"])
+    check_value("dataset.max_detections", _max_detections(plain), Count, MAX_DETECTIONS)
     _check_target("method.criterion", method["criterion"])
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
@@ -162,6 +176,7 @@ def build_module(
         checkpoint=detector["checkpoint"],
         resize=data.resize,
         background=background,
+        max_detections=_max_detections(plain),
     )
 
 
@@ -198,7 +213,14 @@ def _needs_two_classes(config: DictConfig) -> bool:
 
 def _model_config(plain: dict[str, Any], n_classes: int) -> dict[str, Any]:
     own = plain["detector"]
-    return model_config(own["config"], own["options"], n_classes, own["pretrained"])
+    model = model_config(own["config"], own["options"], n_classes, own["pretrained"])
+    if (most := _max_detections(plain)) > MAX_DETECTIONS:
+        raise_max_per_img(model, most)
+    return model
+
+
+def _max_detections(plain: dict[str, Any]) -> int:
+    return plain["dataset"].get("max_detections", MAX_DETECTIONS)  # not in every data set's schema
 
 
 def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inputs:

@@ -18,7 +18,7 @@ from ldt.detectors.adapter import Detector, RawBatch
 from ldt.detectors.checkpoints import detector_state, pruning_record
 from ldt.detectors.models import build
 from ldt.detectors.weights import load_weights
-from ldt.evaluation.metrics import DetectionMetrics
+from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
 from ldt.objects import Objects
 from ldt.pruning import structure
 from ldt.recipe import learning_rate, warmup_steps
@@ -61,6 +61,7 @@ class DetectorModule(L.LightningModule):
         resize: the transforms that resize an image to the network's input size, as in mmdet's
             configs; they are stored in checkpoints.
         background: add boxes of the background to the objects, as a class, for LDT.
+        max_detections: detections per image and class that count for AP.
 
     Attributes:
         detector: the mmdet detector; the prefix of its weights is ``detector.``.
@@ -88,6 +89,7 @@ class DetectorModule(L.LightningModule):
         initialise: bool = True,
         resize: Sequence[dict[str, Any]] = (),
         background: bool = False,
+        max_detections: int = MAX_DETECTIONS,
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
@@ -98,7 +100,7 @@ class DetectorModule(L.LightningModule):
         self.schedule: str = recipe["schedule"]
         self.phase_steps = 1
         self.term_constants: dict[str, Any] = {}
-        self.metrics = DetectionMetrics(self.classes)
+        self.metrics = DetectionMetrics(self.classes, max_detections)
         self.adapter = Detector(
             self.detector,
             input_size,

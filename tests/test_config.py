@@ -110,6 +110,7 @@ def test_a_mistake_is_named(mistake):
         ("trainer.precision=half", r"half"),
         ("recipe.augment=mosaics", r"recipe.augment='mosaics'; allowed: none, flip, shift,"),
         ("recipe.batch_size=0", r"recipe.batch_size=0; allowed: a whole number of at least 1"),
+        ("dataset.max_detections=0", r"dataset.max_detections=0; allowed: a whole number of at"),
         ("recipe.clip_grad=-1", r"recipe.clip_grad=-1.0; allowed: a number above 0 or null"),
         ("recipe.ema=2", r"recipe.ema=2.0; allowed: a number above 0 and below 1 or null"),
         ("recipe.milestones=[0.5,2]", r"recipe.milestones"),

@@ -14,6 +14,7 @@ from small import composed
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ldt.build import build_data, build_module
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.detectors.forward import find_neck
 from ldt.detectors.models import _config_file, model_config
@@ -22,6 +23,17 @@ from ldt.recipe import check_recipe, learning_rate
 
 SIZE = (64, 128)
 MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]
+
+
+@pytest.mark.parametrize(("given", "limit"), [((), 100), (("50",), 100), (("300",), 300)])
+def test_the_detections_that_count_are_returned_by_the_detector(tmp_path, given, limit):
+    options = [f"dataset.max_detections={number}" for number in given]
+    config = composed(*options, "run_name=x", f"dataset.cache={tmp_path}")
+    plain = OmegaConf.to_container(config, resolve=True)
+    module = build_module(config, plain, build_data(config))
+    assert module.metrics.max_detections == int(given[0] if given else 100)
+    assert module.detector.bbox_head.test_cfg.max_per_img == limit
+    assert module.model_config["test_cfg"]["max_per_img"] == limit
 
 
 def collated(boxes, labels):

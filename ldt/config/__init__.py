@@ -106,7 +106,8 @@ class DatasetConfig:
     _target_: str = MISSING
     name: str = MISSING
     root: str | None = None
-    metric: str = MISSING  # the headline metric: AP (COCO) or mAP (VOC, IoU 0.5)
+    metric: str = MISSING  # the headline metric: AP (COCO), mAP (VOC, IoU 0.5), kitti_moderate ...
+    max_detections: int = 100  # per image and class that count for AP; also detector's max_per_img
     scales: dict[str, list[int]] = field(
         default_factory=dict
     )  # input (width, height) per detector.size

@@ -137,7 +137,8 @@ class CocoBoxes(CocoDataset):
 
     mmdet labels a subset of the classes in the order of the annotation *file*, whatever order
     the names are given in, and loads all masks. Crowds become ignore regions; images without
-    boxes are kept; boxes of other classes are dropped.
+    boxes are kept; boxes of other classes are dropped. Images carry the annotated areas of their
+    objects, without crowds, under `areas`.
 
     Raises:
         FileNotFoundError: the annotation file or an image is missing.
@@ -156,7 +157,7 @@ class CocoBoxes(CocoDataset):
         self.cat2label = {category: label for label, category in enumerate(self.cat_ids)}
         annotations: dict[int, list[dict]] = defaultdict(list)
         for annotation in content["annotations"]:
-            annotation.pop("segmentation", None)
+            annotation["segmentation"] = annotation["area"]  # mmdet hands it on as `mask`
             annotations[annotation["image_id"]].append(annotation)
         _tell_unused(path, content["images"], annotations)
         return [self._parse(image, annotations[image["id"]]) for image in content["images"]]
@@ -165,6 +166,8 @@ class CocoBoxes(CocoDataset):
         raw = {"raw_img_info": {**image, "img_id": image["id"]}, "raw_ann_info": annotations}
         info = self.parse_data_info(raw)
         assert isinstance(info, dict)
+        areas = [(instance.pop("mask"), instance["ignore_flag"]) for instance in info["instances"]]
+        info["areas"] = [area for area, ignored in areas if not ignored]
         return info
 
 

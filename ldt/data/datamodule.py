@@ -40,6 +40,7 @@ OPTIONS = {  # config key of each argument of the data module
 }
 PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
 META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+FOR_METRICS = ("areas", "kitti")  # where a data set has them
 
 
 def need_folder(root: str | Path, option: str, expected: str) -> Path:
@@ -94,7 +95,7 @@ def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:
 def test_steps(resize: list[dict]) -> list[dict]:
     """Return the usual test pipeline: boxes in original-image coordinates (loaded after Resize)."""
     annotations = {"type": "LoadAnnotations", "with_bbox": True}
-    pack = {"type": "PackDetInputs", "meta_keys": META_KEYS}
+    pack = {"type": "PackDetInputs", "meta_keys": (*META_KEYS, *FOR_METRICS)}
     return [{"type": "ReadImage"}, *resize, annotations, pack]
 
 
@@ -138,7 +139,9 @@ class DetectionDataModule(LightningDataModule, ABC):
     (x1, y1, x2, y2) and `labels`, and `img_id` (int, unique in its split, which
     identifies images repeated in distributed validation), `img_path`, `ori_shape`, `img_shape`,
     `scale_factor`. Boxes are in network-input coordinates, except in `val_dataloader`, where they
-    are in original-image coordinates like mmdet's predictions.
+    are in original-image coordinates like mmdet's predictions. There samples also have what the
+    metrics use, if their data set does: `areas`, the annotated area of every ground truth, and
+    `kitti`, all objects of a KITTI label.
 
     Args:
         root: the data set's folder.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
@@ -35,10 +35,21 @@ LAYOUT = f"KITTI's folders {IMAGES} (.png or .jpg) and {LABELS} (.txt)"
 
 
 class KittiObject(NamedTuple):
-    """One labelled object: its KITTI type and its box (x1, y1, x2, y2) in pixels."""
+    """One labelled object; boxes are (x1, y1, x2, y2) in pixels.
+
+    Attributes:
+        name: its KITTI type.
+        box: its box, clipped to the image.
+        labelled: its box as it stands in the label.
+        truncation: share of the object outside the image.
+        occlusion: 0 visible, 1 partly, 2 largely hidden, 3 unknown.
+    """
 
     name: str
-    box: tuple[float, float, float, float]
+    box: tuple[float, ...]
+    labelled: tuple[float, ...]
+    truncation: float
+    occlusion: float
 
 
 def parse_label(label: Path | str, width: int, height: int) -> list[KittiObject]:
@@ -82,7 +93,7 @@ def _parse_line(line: str, where: str, width: int, height: int) -> KittiObject:
             f"{where}: the box {tuple(box)} is empty or wholly outside the image of "
             f"{width}x{height} pixels; expected x1 < x2 and y1 < y2, in pixels, partly inside"
         )
-    return KittiObject(name, clipped)
+    return KittiObject(name, clipped, tuple(box), numbers[0], numbers[1])
 
 
 def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str]) -> list[dict]:
@@ -197,6 +208,8 @@ def _image_size(path: Path) -> tuple[int, int]:
 class KittiDataset(BaseDetDataset):
     """Data set of the images `ids` in KITTI's layout below `root`; `img_id` = index in `ids`.
 
+    With `official`, images carry all their `KittiObject`s under `kitti` for KITTI's own metric.
+
     Raises:
         FileNotFoundError: the root, or an image or its label is missing.
         ValueError: a damaged image or label (see `parse_label`), an unknown grouping or class.
@@ -212,7 +225,9 @@ class KittiDataset(BaseDetDataset):
         classes: Sequence[str] = CLASSES,
         pipeline: Sequence[dict] = (),
         test_mode: bool = True,
+        official: bool = True,
     ) -> None:
+        self.official = official
         self.root = need_folder(root, "dataset.root", LAYOUT)
         self.ids = list(ids)
         self.grouping = grouping
@@ -239,6 +254,7 @@ class KittiDataset(BaseDetDataset):
             "width": width,
             "height": height,
             "instances": group(objects, self.grouping, self.metainfo["classes"]),
+            **({"kitti": objects} if self.official else {}),
         }
 
 
@@ -253,6 +269,8 @@ class KittiDataModule(DetectionDataModule):
         split_seed: seed of this split, separate from `seed` so that runs with different seeds
             share it.
     """
+
+    official: ClassVar[bool] = True  # whether KITTI's own metric is computed
 
     grouping: str = "merged"
     train_fraction: float = 0.8
@@ -287,7 +305,13 @@ class KittiDataModule(DetectionDataModule):
 
     def load(self, split: Split) -> KittiDataset:
         """Load the labels of `split`."""
-        return KittiDataset(self.folder(), self.split_ids()[split], self.grouping, self.classes)
+        return KittiDataset(
+            self.folder(),
+            self.split_ids()[split],
+            self.grouping,
+            self.classes,
+            official=self.official,
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprints of both splits, with a hash of the label files."""

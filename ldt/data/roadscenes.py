@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ldt.data import roadscenes_generator
 from ldt.data.kitti import KittiDataModule
@@ -21,6 +21,8 @@ class RoadScenesDataModule(KittiDataModule):
     Raises:
         ValueError: `root` is given; the scenes are stored in a folder below `cache`.
     """
+
+    official: ClassVar[bool] = False  # its limits in pixels are for larger images
 
     cache: str | None = None
     train: int = RoadScenes.train

@@ -60,7 +60,8 @@ def model_config(
     content.merge_from_dict({"model": options})
     model = cast(PlainConfig, ConfigDict(content.model).to_dict())
     if n_classes is not None:
-        _set_num_classes(model, n_classes)
+        for head in _holders(model, "num_classes"):
+            head["num_classes"] = n_classes
     if not pretrained:
         drop_pretrained(model)
     if "custom_imports" in content:
@@ -112,17 +113,32 @@ def _config_file(config: str) -> str:
     return str(Path(package_folder(package)) / ".mim" / "configs" / file)
 
 
-def _set_num_classes(node: object, n_classes: int) -> None:
-    """Replace ``num_classes`` in every head below ``node``, in place."""
+def raise_max_per_img(model: PlainConfig, least: int) -> None:
+    """Let a detector return at least so many boxes of an image, as far as it has queries; in place.
+
+    Args:
+        model: the result of :func:`model_config`.
+        least: replaces every lower ``max_per_img`` (and CenterNet's ``topk``, CornerNet's
+            ``corner_topk``) of its ``test_cfg``.
+    """
+    limits = ("num_queries", "num_proposals")
+    queries = [part[key] for key in limits for part in _holders(model, key)]
+    least = min([least, *queries])
+    for key in ("max_per_img", "topk", "corner_topk"):
+        for part in _holders(model.get("test_cfg"), key):
+            part[key] = max(part[key], least)
+
+
+def _holders(node: object, key: str) -> Iterator[PlainConfig]:
+    """Yield the dicts below ``node`` with a number under ``key``."""
     if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "num_classes" and isinstance(value, int):
-                node[key] = n_classes
-            else:
-                _set_num_classes(value, n_classes)
+        if isinstance(node.get(key), int):
+            yield node
+        for value in node.values():
+            yield from _holders(value, key)
     elif isinstance(node, (list, tuple)):
         for item in node:
-            _set_num_classes(item, n_classes)
+            yield from _holders(item, key)
 
 
 def drop_pretrained(node: object) -> None:

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from ldt.report import study_figures
 from ldt.report.images import album
 from ldt.report.tables import SIZES, Column, Value, compare, percent
-from ldt.report.terminal import BUDGETS, METRICS
+from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs.aggregate import Cell, cells, varying
 from ldt.runs.formatting import number
 from ldt.runs.identity import LABELS, flatten
@@ -53,7 +53,7 @@ def page(study: Path, runs: Sequence[Run], megabytes: float) -> str:
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         facts=_facts(runs, found),
         cells=compare(found),
-        rows=[_row(cell, run) for cell in found for run in cell.runs],
+        rows=_rows(found),
         panels=_panels(found),
         losses=_losses(found),
         places=_places(found),
@@ -119,10 +119,16 @@ def _threads(count: int) -> str:
 # Tables -------------------------------------------------------------------------------------
 
 
-def _row(cell: Cell, run: Run) -> dict[str, Value]:
-    """Return one row of the table of runs."""
+def _rows(found: Sequence[Cell]) -> list[dict[str, Value]]:
+    """Return the table of runs; all rows have the same columns."""
+    rows = [(cell, run) for cell in found for run in cell.runs]
+    names = shown_metrics((run.row for _, run in rows), (cell.metric for cell in found))
+    return [_row(cell, run, names) for cell, run in rows]
+
+
+def _row(cell: Cell, run: Run, names: Sequence[str]) -> dict[str, Value]:
+    """Return one row of the table of runs, with the metrics `names`."""
     row = run.row
-    names = dict.fromkeys((*METRICS, cell.metric))
     before = row.get(f"base_{cell.metric}")
     values = {
         "run": Value(run.name, run.name),

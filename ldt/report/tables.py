@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ldt.report.terminal import BUDGETS, METRICS
+from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs.aggregate import Cell, notes, summarise
 from ldt.runs.formatting import number
 
@@ -45,7 +45,8 @@ def percent(share: float) -> str:
 
 def columns(found: Sequence[Cell]) -> list[Column]:
     """Return the shown columns: headline metric before, metrics after pruning, and costs."""
-    names = dict.fromkeys((*METRICS, *(cell.metric for cell in found)))
+    rows = (run.row for cell in found for run in cell.runs)
+    names = shown_metrics(rows, (cell.metric for cell in found))
     after = [Column(name, name, 3, 1.0, 1) for name in names]
     return [Column("base", "before", 3), *after, *SIZES]
 

@@ -14,8 +14,15 @@ from ldt.runs.formatting import number
 from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
+KITTI = ("kitti_easy", "kitti_moderate", "kitti_hard")  # in rounds on KITTI only
 BUDGETS = {"params": "parameters", "macs": "multiply-adds", "flops": "multiply-adds"}
 PLAIN_WIDTH = 200  # characters if the output is not a terminal, so that nothing is truncated
+
+
+def shown_metrics(rows: Iterable[Mapping[str, Any]], headlines: Iterable[str]) -> list[str]:
+    """Return the names of the metrics to show of rounds or runs, with their headline metrics."""
+    measured = {key for row in rows for key in row}
+    return list(dict.fromkeys((*METRICS, *(k for k in KITTI if k in measured), *headlines)))
 
 
 def print_run(summary: Mapping[str, Any], folder: Path) -> None:
@@ -52,7 +59,7 @@ def _rounds_table(summary: Mapping[str, Any]) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    metrics = list(dict.fromkeys((*METRICS, headline)))
+    metrics = shown_metrics(rows, [headline])
     table.add_column("round")
     for name in metrics:
         is_headline = name == headline

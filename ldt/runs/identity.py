@@ -54,6 +54,7 @@ REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
     "ldt.background": "auto",
+    "dataset.max_detections": 100,
     "method.inner_rounds": 1,
     "prune.repair": "none",
     "dataset.group_shapes": False,

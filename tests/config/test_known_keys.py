@@ -158,6 +158,8 @@ OWN = ("_target_", "name", "metric", "scales", "scale")
     ("more", "told"),
     [
         ({"photos": "/data/a"}, None),
+        ({"photos": "/data/a", "max_detections": 300}, None),
+        ({"max_detections": 0}, r"dataset.max_detections=0; allowed: a whole number of at least 1"),
         ({"fotos": "/data/a"}, r"fotos=/data/a: unknown key; did you mean dataset.photos\?"),
         ({"photos": 3}, r"dataset.photos=3; allowed: "),
         ({"batch_size": 3}, r"dataset.batch_size=3: unknown key; did you mean"),

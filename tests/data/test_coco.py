@@ -69,6 +69,16 @@ def test_crowds_are_ignored_and_empty_images_are_kept(tmp_path):
     assert data.split_ids() == {"train": [11, 12, 13], "val": [11, 12, 13]}
 
 
+def test_validation_knows_the_annotated_area_of_every_object(tmp_path):
+    annotated = content()
+    for area, annotation in enumerate(annotated["annotations"], start=1):
+        annotation["area"] = area  # the last one is the crowd
+    annotated["annotations"].insert(1, {"id": 99, **box(11, 5, (5, 5)), "area": 0})  # left out
+    data = module(write_coco(tmp_path, annotated), augment="mosaic")
+    assert [sample.areas for sample in samples(data.val_dataloader())] == [[1, 2], [], [3]]
+    assert all("areas" not in sample for sample in samples(data.train_dataloader()))
+
+
 def test_annotations_that_are_left_out_are_counted(tmp_path, caplog):
     broken = content()
     broken["annotations"] += [
@@ -172,4 +182,6 @@ def test_real_coco_reads_as_mmdet_reads_it():
         wanted = theirs.get_data_info(index)
         for instance in wanted["instances"]:
             instance.pop("mask", None)
-        assert ours.get_data_info(index) == wanted
+        found = ours.get_data_info(index)
+        assert all(area > 0 for area in found.pop("areas"))
+        assert found == wanted

@@ -56,12 +56,16 @@ def test_a_label_reads_alike_from_file_and_text(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     objects = parse_label(text, WIDTH, HEIGHT)
     assert objects == parse_label(tmp_path / "a.txt", WIDTH, HEIGHT)
-    assert objects == [("Car", (5, 6, 25, 26)), ("DontCare", (1.5, 2.5, 3.5, 4.5))]
+    assert [(item.name, item.box) for item in objects] == [
+        ("Car", (5, 6, 25, 26)),
+        ("DontCare", (1.5, 2.5, 3.5, 4.5)),
+    ]
 
 
 def test_a_box_across_the_border_is_clipped():
     [item] = parse_label(line(box="-3 -0.5 60.9 41"), WIDTH, HEIGHT)
     assert item.box == (0, 0, WIDTH, HEIGHT)
+    assert item.labelled == (-3, -0.5, 60.9, 41)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ldt.detectors.forward import (
     find_predictors,
     raw_forward,
 )
-from ldt.detectors.models import build, model_config
+from ldt.detectors.models import build, model_config, raise_max_per_img
 from ldt.detectors.weights import load_weights
 from ldt.evaluation.profiling import count_macs, count_parameters
 from ldt.module import DetectorModule
@@ -191,6 +191,35 @@ def test_options_change_the_model_and_classes_every_head():
     config = config_of("gfl", 7, neck={"out_channels": 64}, bbox_head={"in_channels": 64})
     assert (config["neck"]["out_channels"], config["neck"]["type"]) == (64, "FPN")
     assert config["bbox_head"]["num_classes"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [  # of 300 detections at least
+        ("gfl/gfl_r50_fpn_1x_coco", {100}, {300}),
+        ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco", {1000, 100}, {1000, 300}),
+        ("ssd/ssd300_coco", {200}, {300}),
+        ("dino/dino-4scale_r50_8xb2-12e_coco", {300}, {300}),
+        ("detr/detr_r50_8xb2-150e_coco", {100}, {100}),  # it has 100 queries
+        ("sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco", {100}, {100}),
+        ("centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco", {100}, {300}),
+        ("yolox/yolox_nano_8xb8-300e_coco", set(), set()),  # without limit
+    ],
+)
+def test_a_limit_of_boxes_is_raised_as_far_as_there_are_queries(name, before, after):
+    model = model_config(f"mmdet::{name}.py", {}, 3, pretrained=False)
+    for least, expected in ((1, before), (300, after)):
+        raise_max_per_img(model, least)
+        assert set(limits(model["test_cfg"])) == expected
+
+
+def limits(node):
+    """Every limit of boxes of a test_cfg."""
+    for key, value in (node or {}).items():
+        if isinstance(value, dict):
+            yield from limits(value)
+        elif key in ("max_per_img", "topk"):
+            yield value
 
 
 def test_without_a_network_a_pretrained_backbone_says_what_to_do(tmp_path, monkeypatch):

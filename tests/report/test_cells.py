@@ -8,6 +8,7 @@ from summaries import configured, row
 
 from ldt.report import open_runs
 from ldt.report.tables import compare, write
+from ldt.report.terminal import KITTI
 from ldt.runs.aggregate import cells, summarise
 from ldt.runs.identity import flatten
 
@@ -127,6 +128,21 @@ def test_markdown_has_a_line_a_cell_and_bold_for_the_best(three):
     assert len(lines) == 2 + len(three)
     assert "0.350 ± 0.071" in lines[2]
     assert "**0.360**" in lines[3]
+
+
+def test_kittis_own_metric_is_compared_where_it_was_measured(tmp_path):
+    for method, value in (("l1", 0.7), ("px", 0.8)):
+        last = row(1, kitti_easy=0.9, kitti_moderate=value, kitti_hard=0.5)
+        configured(tmp_path, method, config(), method=method, rounds=[row(0), last])
+    table = {line["method"].text: line for line in compare(cells(open_runs(tmp_path)))}
+    assert table["l1"]["kitti_moderate"][::2] == ("0.700", False)
+    assert table["px"]["kitti_moderate"][::2] == ("0.800", True)
+    titles = list(table["l1"])
+    assert titles[titles.index("mAP") + 1 :][:3] == list(KITTI)
+
+
+def test_metrics_that_no_run_has_are_not_compared(three):
+    assert not set(KITTI) & set(compare(three)[0])
 
 
 def test_latex_is_escaped_and_bold(three):

@@ -79,6 +79,16 @@ def test_any_metric_can_be_the_headline(tmp_path, capsys):
     assert "0.321" in cells(text, "base")
 
 
+def test_kittis_own_metric_is_shown_where_it_was_measured(tmp_path, capsys):
+    kitti = {"kitti_easy": 0.811, "kitti_moderate": 0.722, "kitti_hard": 0.633}
+    report.print_run(summary(row(0, **kitti), row(1, **kitti)), tmp_path)
+    text = capsys.readouterr().out
+    assert [name for name in cells(text, "round") if "kitti" in name] == list(kitti)
+    assert cells(text, "1")[4:7] == ["0.811", "0.722", "0.633"]
+    report.print_run(summary(), tmp_path)
+    assert "kitti_" not in capsys.readouterr().out
+
+
 def test_long_paths_and_markup_are_printed_whole(tmp_path, capsys):
     folder = tmp_path / ("[bold]" + "x" * 150) / ("y" * 150)
     (folder / "pictures").mkdir(parents=True)

@@ -100,6 +100,7 @@ PAIRS = [
     ("", "trainer.accumulate_grad_batches=2", "other run"),
     ("trainer.limit_train_batches=1", "trainer.limit_train_batches=1.0", "other run"),
     ("", "dataset.scene_seed=1", "other run"),
+    ("", "dataset.max_detections=300", "other run"),
     ("dataset=kitti", "dataset=kitti dataset.split_seed=1", "other run"),
     ("dataset=coco", "dataset=coco dataset.train_ann=tenth.json", "other run"),
     ("detector=gfl", "detector=gfl detector.size=tiny", "other run"),
