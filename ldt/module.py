@@ -155,7 +155,7 @@ class DetectorModule(L.LightningModule):
         values = torch.stack([torch.as_tensor(v).detach().float().sum() for v in logs.values()])
         if not bool(values.isfinite().all()):  # synchronises with the GPU, so once per step
             bad = [key for key, ok in zip(logs, values.isfinite().tolist(), strict=True) if not ok]
-            terms = [key for key in bad if key != "loss"] or bad
+            terms = [key for key in bad if "loss_" in key] or bad
             raise NonFiniteLossError(
                 f"{', '.join(terms)} is not finite at step {self.global_step} (epoch "
                 f"{self.current_epoch}). The last good checkpoint is kept. Lower the learning "
