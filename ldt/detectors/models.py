@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
