@@ -50,8 +50,8 @@ class PXCriterion(Criterion):
             into the convolutions (for other norms, whose variance depends on the image, it is
             weight^2).
         aggregate: ``mean`` or ``sum`` over a channel's weights. With ``bn=fuse``, the scores of
-            every layer that all paths cross have the same sum, so a global ranking of sums prefers
-            the channels of narrow layers.
+            every layer that all paths cross have the same sum, so a global ranking of sums takes
+            the widest layers first.
     """
 
     @checked("method.criterion")
