@@ -47,6 +47,7 @@ class CalibrationData(Protocol):
 Images = Iterable[RawBatch] | Dataset | CalibrationData
 LayerSizes = dict[str, dict[str, int]]
 KEYS = ("out", "params", "multiply_adds")  # of a layer's sizes
+NO_IMAGE = "images holds no image; criteria need some labelled ones"
 ARGUMENTS = {  # what messages about keys of the configuration name here
     "prune.rate": "rate",
     "prune.scope": "scope",
@@ -296,7 +297,7 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
             "set of mmdet's, or a data module of ldt"
         )
     if hasattr(images, "__len__") and not len(module):
-        raise ValueError("images holds no image; criteria need some labelled ones")
+        raise ValueError(NO_IMAGE)
     if hasattr(images, "__getitem__") and not isinstance(module[0]["data_samples"], list):
         count = min(limit, len(module))
         chosen = Subset(module, [index * len(module) // count for index in range(count)])
@@ -308,7 +309,7 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
         if len(found[-1]["data_samples"]) == room:
             break
     if not found:
-        raise ValueError("images holds no image; criteria need some labelled ones")
+        raise ValueError(NO_IMAGE)
     # copies, for mmdet's preprocessors change the samples that they are given
     return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 

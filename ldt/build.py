@@ -12,6 +12,7 @@ import lightning as L
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch_pruning.pruner.importance import Importance
 
@@ -296,18 +297,21 @@ def build_trainer(
     given: dict[str, Any] = {
         key: value for key, value in plain.items() if key not in OURS and value is not None
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer: Any = L.Trainer(
-            **given,
-            max_epochs=max(1, plan.total_epochs),  # with 0, a fit would end before it begins
-            gradient_clip_val=config.recipe.clip_grad,
-            callbacks=_callbacks(config, loop, folder),
-            logger=loggers,
-            plugins=[AtomicCheckpointIO()],
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-        )
+    given |= {
+        "max_epochs": max(1, plan.total_epochs),  # with 0, a fit would end before it begins
+        "gradient_clip_val": config.recipe.clip_grad,
+        "callbacks": _callbacks(config, loop, folder),
+        "logger": loggers,
+        "plugins": [AtomicCheckpointIO()],
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer: Any = L.Trainer(**given)
+    except MisconfigurationException as error:
+        raise ValueError(f"Lightning refuses a key of trainer: {error}") from error
     if trainer.fast_dev_run:  # applies to each phase; Lightning would stop after the first epoch
         set_max_epochs(trainer, plan.total_epochs)
         lift_step_limit(trainer)

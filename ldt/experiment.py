@@ -72,11 +72,11 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
     """
     fresh = not files.holds_run(folder)
     try:
-        with refusing(*REFUSALS):
-            _check(config)
         expand_home(config)
+        with refusing(*REFUSALS):
+            plain = _check(config)
         with files.alone(folder, waits=rank_zero_only.rank == 0):
-            summary = _finish(config, folder)
+            summary = _finish(config, plain, folder)
     except KeyboardInterrupt:
         _record(folder, {"status": "interrupted"})
         log.warning("interrupted; the same command resumes from the last finished epoch")
@@ -98,18 +98,18 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
     return _result(config, summary["rounds"][-1])
 
 
-def _check(config: DictConfig) -> None:
-    """Check all that needs neither data nor model, before anything is written."""
+def _check(config: DictConfig) -> dict[str, Any]:
+    """Check all that needs neither data nor model; return the configuration resolved."""
     check_keys(config)
-    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     check_config(config)
     build_schedule(config)
+    return plain
 
 
-def _finish(config: DictConfig, folder: Path) -> dict[str, Any]:
+def _finish(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Complete the run (training, figures) where needed and return its summary."""
     with refusing(*REFUSALS):
-        plain: Any = OmegaConf.to_container(config, resolve=True)
         known = stored_config(folder)
         if not known and (folder / files.CONFIG).exists():
             raise ValueError(f"{folder / files.CONFIG} is empty; remove the folder to run it again")

@@ -215,7 +215,7 @@ def test_a_finished_run_without_a_metric_is_no_refusal(tmp_path, monkeypatch):
         (tmp_path / "summary.json").write_text(json.dumps({"status": status}))
         table = StudyTable()
         table.on_job_end(config, JobReturn(_return_value=NAN, status=JobStatus.COMPLETED))
-        assert table.refused == count
+        assert (table.refused, table.without_result) == (0, count)
 
 
 # The convention -------------------------------------------------------------------------------

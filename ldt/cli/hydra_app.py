@@ -145,8 +145,6 @@ def explained(error: Exception) -> str:
         return told
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause)
-    if type(error).__name__ == "MisconfigurationException":  # Lightning is not imported here
-        return f"Lightning refuses a key of trainer: {error}"
     if not isinstance(error, (HydraException, *KINDS)):
         kind = type(error).__name__
         return f"the configuration cannot be composed ({kind}: {_first(str(error))})"

@@ -24,10 +24,10 @@ class StudyTable(Callback):
         self.jobs += 1
         value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
         values = value if isinstance(value, tuple) else (value,)
-        missing = any(isinstance(v, float) and math.isnan(v) for v in values)
-        refused, finished = _state(Path(config.hydra.runtime.output_dir))
-        self.refused += missing and refused
-        self.without_result += missing and (refused or not finished)
+        if any(isinstance(v, float) and math.isnan(v) for v in values):
+            refused, finished = _state(Path(config.hydra.runtime.output_dir))
+            self.refused += refused
+            self.without_result += refused or not finished
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the study; Hydra calls it in the launching process."""

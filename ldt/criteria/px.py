@@ -172,10 +172,9 @@ def _with_own_statistics(norm: nn.modules.batchnorm._BatchNorm) -> Forward:
     weight, bias = (None if p is None else p.detach().double() for p in (norm.weight, norm.bias))
 
     def forward(x: Tensor) -> Tensor:
-        if x.numel() == x.shape[1]:
-            x = x.expand(2, *x.shape[1:])
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)[:1]
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
+        alone = x.numel() == x.shape[1]
+        together = x.expand(2, *x.shape[1:]) if alone else x
+        return F.batch_norm(together, None, None, weight, bias, True, 0.0, norm.eps)[: len(x)]
 
     return forward
 

@@ -5,24 +5,30 @@ the number of workers nor on earlier random draws of the process, so a resumed r
 batches as an uninterrupted one.
 """
 
-import copy
 import json
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import cv2
 import torch
 from lightning.pytorch import LightningDataModule
-from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import MultiImageMixDataset
-from mmdet.registry import TRANSFORMS
-from mmengine.dataset import BaseDataset, Compose, pseudo_collate
+from mmengine.dataset import BaseDataset, pseudo_collate
 from torch.utils.data import DataLoader, Subset
 
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
+from ldt.data.pipelines import (
+    mosaic_steps,
+    plain_steps,
+    resize_steps,
+    test_steps,
+    with_pipeline,
+)
 from ldt.data.sampling import Batches, EpochSampler, SizeSampler, TrainingImages
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
@@ -38,9 +44,6 @@ OPTIONS = {  # config key of each argument of the data module
     "augment": "recipe.augment",
     "pad": "detector.pad",
 }
-PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
-META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-FOR_METRICS = ("areas", "kitti")  # where a data set has them
 
 
 def need_folder(root: str | Path, option: str, expected: str) -> Path:
@@ -53,81 +56,30 @@ def need_folder(root: str | Path, option: str, expected: str) -> Path:
     return path
 
 
-@TRANSFORMS.register_module()
-class ReadImage(LoadImageFromFile):
-    """LoadImageFromFile whose error names the file that could not be decoded.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not an image or is damaged.
-    """
-
-    def transform(self, results: dict) -> dict:
-        """Add `img` (H, W, 3 uint8, BGR), `img_shape` and `ori_shape` (h, w) to `results`."""
-        try:
-            loaded = super().transform(results)
-        except (AssertionError, cv2.error) as error:
-            raise ValueError(
-                f"cannot read the image {results['img_path']}: damaged or not an image; restore it"
-            ) from error
-        assert loaded is not None, "only ignore_empty=True returns None"
-        return loaded
-
-
-def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dict]:
-    """Return the steps that resize an image to `scale` (w, h), with padding if `pad`=square."""
-    steps: list[dict] = [{"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}]
-    if pad == "square":
-        steps.append({"type": "Pad", "size": scale, "pad_val": {"img": PAD_COLOUR}})
-    return steps
-
-
-def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:
-    """Return a pipeline with boxes in network-input coordinates (loaded *before* Resize)."""
-    steps = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}, *resize]
-    if augment != "none":
-        steps.append({"type": "RandomFlip", "prob": 0.5})
-    if augment == "shift":
-        steps.append({"type": "RandomShift", "prob": 0.5, "max_shift_px": 32})
-    return [*steps, {"type": "PackDetInputs"}]
-
-
-def test_steps(resize: list[dict]) -> list[dict]:
-    """Return the usual test pipeline: boxes in original-image coordinates (loaded after Resize)."""
-    annotations = {"type": "LoadAnnotations", "with_bbox": True}
-    pack = {"type": "PackDetInputs", "meta_keys": (*META_KEYS, *FOR_METRICS)}
-    return [{"type": "ReadImage"}, *resize, annotations, pack]
-
-
-def mosaic_steps(scale: tuple[int, int], resize: list[dict]) -> list[Any]:
-    """Return YOLOX's training steps (arXiv 2107.08430), as in mmdet's yolox_s_8xb8-300e_coco.
-
-    They follow image and annotation loading. Contrary to its name, keep_empty=False makes
-    FilterAnnotations of mmdet 3.3 keep images without boxes.
-    """
-    border = (-scale[0] // 2, -scale[1] // 2)
-    return [
-        {"type": "Mosaic", "img_scale": scale, "pad_val": 114.0},
-        {"type": "RandomAffine", "scaling_ratio_range": (0.1, 2), "border": border},
-        {"type": "MixUp", "img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0},
-        {"type": "YOLOXHSVRandomAug"},
-        {"type": "RandomFlip", "prob": 0.5},
-        *resize,
-        {"type": "FilterAnnotations", "min_gt_bbox_wh": (1, 1), "keep_empty": False},
-        {"type": "PackDetInputs"},
-    ]
-
-
-def with_pipeline(dataset: BaseDataset, steps: list[dict]) -> BaseDataset:
-    """Return a view of `dataset` that shares its annotations and runs the transforms `steps`."""
-    view = copy.copy(dataset)
-    view.pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-    return view
-
-
 def one_thread(worker: int) -> None:
     """Limit a data worker to one thread; OpenCV's thread pool does not survive a fork."""
     cv2.setNumThreads(0)
+
+
+class ImageFacts(NamedTuple):
+    """What the annotations of an image say.
+
+    Attributes:
+        size: (width, height); None if they do not say.
+        labels: of its objects, without ignored regions.
+        empty: whether it has neither objects nor ignored regions.
+    """
+
+    size: tuple[int, int] | None
+    labels: list[int]
+    empty: bool
+
+
+def _facts_in(info: dict[str, Any]) -> ImageFacts:
+    instances = info["instances"]
+    labels = [each["bbox_label"] for each in instances if not each.get("ignore_flag")]
+    size = (info["width"], info["height"]) if {"width", "height"} <= info.keys() else None
+    return ImageFacts(size, labels, not instances)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -195,6 +147,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         check_fields(self, OPTIONS)
         self.resize = resize_steps(self.scale, self.keep_ratio, self.pad)
         self._datasets: dict[str, BaseDataset] = {}
+        self._facts_of: dict[str, list[ImageFacts]] = {}
         self._sampler: EpochSampler | None = None
         self._mix = True
 
@@ -229,12 +182,8 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def object_counts(self, split: Split) -> list[int]:
         """Return the number of objects of each class in a split, without ignored regions."""
-        counts, dataset = [0] * len(self.classes), self.dataset(split)
-        for index in range(len(dataset)):
-            for instance in dataset.get_data_info(index)["instances"]:
-                if not instance.get("ignore_flag"):
-                    counts[instance["bbox_label"]] += 1
-        return counts
+        counts = Counter(label for image in self._facts(split) for label in image.labels)
+        return [counts[label] for label in range(len(self.classes))]
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of `stage` ("fit" or None: both); each split is loaded only once."""
@@ -256,8 +205,8 @@ class DetectionDataModule(LightningDataModule, ABC):
         if trainer and trainer.overfit_batches:  # always the first images
             return self._loader(images, micro_batch(self.batch_size, world, parts))
         rank = trainer.global_rank if trainer else 0
-        shapes = self._sizes(self._training_set()) if self.group_shapes else []
-        portrait = [width < height for width, height in shapes]
+        sizes = self._sizes("train", self._kept()) if self.group_shapes else []
+        portrait = [width < height for width, height in sizes]
         self._sampler = EpochSampler(
             images, self.batch_size, rank, world, parts, self._mix, portrait
         )
@@ -273,7 +222,7 @@ class DetectionDataModule(LightningDataModule, ABC):
             return self._loader(images, self.val_batch_size)
         trainer: Any = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sizes = self._sizes(images)
+        sizes = self._sizes("val", range(len(images)))
         sampler = SizeSampler(images, sizes, self.val_batch_size, rank, world)
         return self._loader(Batches(images), None, sampler)
 
@@ -323,30 +272,56 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def _training_set(self) -> BaseDataset:
         """Return the annotations of the training images that pass the filter."""
-        dataset = self.dataset("train")
-        empty_go = self.filter_empty_gt and self.augment != "mosaic"
-        if not empty_go and not self.min_size:
+        dataset, kept = self.dataset("train"), self._kept()
+        if len(kept) == len(dataset):
             return dataset
+        if not kept:
+            raise ValueError(
+                "no training image is left by dataset.filter_empty_gt and dataset.min_size="
+                f"{self.min_size}; type dataset.filter_empty_gt=false or a smaller min_size"
+            )
         if "filtered" not in self._datasets:
-            infos = map(dataset.get_data_info, range(len(dataset)))
-            kept = [
-                index
-                for index, info in enumerate(infos)
-                if (info["instances"] or not empty_go)
-                and (not self.min_size or min(info["width"], info["height"]) >= self.min_size)
-            ]
-            if not kept:
-                raise ValueError(
-                    "no training image is left by dataset.filter_empty_gt and dataset.min_size="
-                    f"{self.min_size}; type dataset.filter_empty_gt=false or a smaller min_size"
-                )
-            self._datasets["filtered"] = dataset.get_subset(kept)
+            self._datasets["filtered"] = dataset.get_subset(list(kept))
         return self._datasets["filtered"]
 
-    def _sizes(self, dataset: BaseDataset) -> list[tuple[int, int]]:
-        """Return (width, height) of each image."""
-        infos = map(dataset.get_data_info, range(len(dataset)))
-        return [(info["width"], info["height"]) for info in infos]
+    def _kept(self) -> Sequence[int]:
+        """Return the indices of the training images that pass the filter."""
+        every = range(len(self.dataset("train")))
+        empty_go = self.filter_empty_gt and self.augment != "mosaic"
+        if not empty_go and not self.min_size:
+            return every
+        facts = self._facts("train")
+        sizes = self._sizes("train", every) if self.min_size else []
+        return [
+            index
+            for index in every
+            if not (empty_go and facts[index].empty)
+            and not (self.min_size and min(sizes[index]) < self.min_size)
+        ]
+
+    def _sizes(self, split: Split, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """Return (width, height) of images.
+
+        Raises:
+            ValueError: the annotations of an image do not say.
+        """
+        facts = self._facts(split)
+        sizes = [facts[index].size for index in indices]
+        if None in sizes:
+            raise ValueError(
+                f"{type(self).__name__}: dataset.group_shapes and dataset.min_size need `width` "
+                "and `height` in the annotations; type dataset.group_shapes=false "
+                "dataset.min_size=0"
+            )
+        return cast(list[tuple[int, int]], sizes)
+
+    def _facts(self, split: Split) -> list[ImageFacts]:
+        """Return the facts of every image of a split; its annotations are read once."""
+        if split not in self._facts_of:
+            dataset = self.dataset(split)
+            infos = map(dataset.get_data_info, range(len(dataset)))
+            self._facts_of[split] = [_facts_in(info) for info in infos]
+        return self._facts_of[split]
 
     def _training_images(self) -> BaseDataset | MultiImageMixDataset:
         if self.augment != "mosaic":

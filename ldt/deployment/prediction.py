@@ -16,7 +16,7 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import Compose, pseudo_collate
 
-from ldt.data.datamodule import test_steps
+from ldt.data.pipelines import test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
 from ldt.runs.files import write_json

@@ -101,11 +101,16 @@ def kitti_ap(images: Sequence[Image], classes: Sequence[str]) -> dict[str, float
     means, per_class = {}, {}
     for level, difficulty in DIFFICULTIES.items():
         values = [_ap(frames, classes.index(name), name, difficulty) for name in evaluated]
-        known = [value for value in values if not np.isnan(value)]
-        means[f"kitti_{level}"] = float(np.mean(known)) if known else float("nan")
+        means[f"kitti_{level}"] = mean_of_known(values)
         keys = (f"kitti_{level}/{name}" for name in evaluated)
         per_class |= dict(zip(keys, values, strict=True))
     return means | per_class
+
+
+def mean_of_known(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not nan; nan if there are none."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _frame(image: Image, objects: KittiObjects) -> Frame:

@@ -13,7 +13,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import rank_zero_warn
 
 from ldt.config.values import Count, check_value
-from ldt.evaluation.kitti_ap import kitti_ap
+from ldt.evaluation.kitti_ap import kitti_ap, mean_of_known
 from ldt.evaluation.tables import COLUMNS, Image, images_of, rows_of
 
 MAX_DETECTIONS = 100  # COCO's
@@ -109,7 +109,7 @@ class DetectionMetrics(Metric):
         self._warn_of_crowded(images)
         averages, coco = coco_ap(images, len(self.classes), self.max_detections)
         voc = voc_ap(images, len(self.classes))
-        averages["mAP"] = _nan_mean(voc)
+        averages["mAP"] = mean_of_known(voc)
         averages |= {f"AP/{name}": ap for name, ap in zip(self.classes, coco, strict=True)}
         averages |= {f"mAP/{name}": ap for name, ap in zip(self.classes, voc, strict=True)}
         return averages | kitti_ap(images, self.classes)
@@ -220,9 +220,3 @@ def _coco_truths(image: Image) -> dict[str, Tensor]:
 def _from_coco(value: float) -> float:
     """Convert -1, COCO's value if there is nothing to average, to nan."""
     return float("nan") if value < 0 else value
-
-
-def _nan_mean(values: Sequence[float]) -> float:
-    """Return the mean of the values that are not nan; nan if there are none."""
-    present = [value for value in values if not np.isnan(value)]
-    return float(np.mean(present)) if present else float("nan")

@@ -14,8 +14,8 @@ from mmengine.config import Config
 from real_data import KITTI, needs
 from torch import nn
 
-from ldt.data.datamodule import mosaic_steps, resize_steps
 from ldt.data.kitti import CLASSES, KittiDataModule
+from ldt.data.pipelines import mosaic_steps, resize_steps
 from ldt.data.sampling import Draw, EpochSampler, TrainingImages
 
 REST = "1.5 1.6 3.7 1.0 1.5 20.0 -1.5"
