@@ -47,7 +47,7 @@ class StrictLoader(ConfigLoaderImpl):
         StrictLoader.study = Path(config.hydra.sweep.dir)
         _check_place(config)
         check_keys(config)
-        _check_hydra_keys(config.hydra, "hydra")
+        _check_hydra_keys(config.hydra)
         return config
 
 
@@ -62,16 +62,22 @@ def _check_place(config: DictConfig) -> None:
             raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
 
 
-def _check_hydra_keys(node: Any, where: str) -> None:
-    """Reject keys that were added to Hydra's own node and its groups."""
-    kind = OmegaConf.get_type(node)
-    if isinstance(node, DictConfig) and is_dataclass(kind):
-        given = {str(key): None for key in node}
-        known = [key.name for key in fields(kind)]
-        check_names(where, given, [*known, "env"])  # a group of Hydra without a schema
-        for key in given:
-            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-                _check_hydra_keys(node[key], f"{where}.{key}")
+def _check_hydra_keys(config: DictConfig) -> None:
+    """Reject keys that were added to Hydra's own node or its groups.
+
+    What is below these belongs to plugins, whose schemas do not declare all keys.
+    """
+    parts = {
+        f"hydra.{key}": config[key]
+        for key in config
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key)
+    }
+    for where, node in {"hydra": config, **parts}.items():
+        kind = OmegaConf.get_type(node)
+        if isinstance(node, DictConfig) and is_dataclass(kind):
+            known = [key.name for key in fields(kind)]
+            # env: a group of Hydra without a schema
+            check_names(where, {str(key): None for key in node}, [*known, "env"])
 
 
 hydra.ConfigLoaderImpl = StrictLoader  # type: ignore[misc]

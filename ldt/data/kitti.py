@@ -2,13 +2,12 @@
 
 import hashlib
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
@@ -16,84 +15,18 @@ from PIL import Image, UnidentifiedImageError
 
 from ldt.config.values import check_value
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
+from ldt.data.kitti_labels import TYPES, KittiObject, parse_label
 from ldt.runs.inputs import digest, split_record
 
 log = logging.getLogger(__name__)
 
-TYPES = (  # all object types in KITTI's label files
-    *("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram"),
-    *("Misc", "DontCare"),
-)
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 GROUPINGS: dict[str, dict[str, str]] = {
     "merged": {"Van": "Car", "Truck": "Car", "Tram": "Car", "Person_sitting": "Pedestrian"},
     "strict": {},
 }
-COLUMNS = 15  # type, truncation, occlusion, angle, box (4), size (3), position (3), rotation
 IMAGES, LABELS = Path("training/image_2"), Path("training/label_2")
 LAYOUT = f"KITTI's folders {IMAGES} (.png or .jpg) and {LABELS} (.txt)"
-
-
-class KittiObject(NamedTuple):
-    """One labelled object; boxes are (x1, y1, x2, y2) in pixels.
-
-    Attributes:
-        name: its KITTI type.
-        box: its box, clipped to the image.
-        labelled: its box as it stands in the label.
-        truncation: share of the object outside the image.
-        occlusion: 0 visible, 1 partly, 2 largely hidden, 3 unknown.
-    """
-
-    name: str
-    box: tuple[float, ...]
-    labelled: tuple[float, ...]
-    truncation: float
-    occlusion: float
-
-
-def parse_label(label: Path | str, width: int, height: int) -> list[KittiObject]:
-    """Parse a KITTI label, given as a file or as text, of an image of `width` x `height` pixels.
-
-    Boxes are clipped to the image: KITTI's boxes may extend beyond it by about a pixel.
-
-    Raises:
-        ValueError: wrong number of columns, a value that is not a number, an unknown type, or a
-            box that is empty or entirely outside the image; the message names file and line.
-    """
-    if isinstance(label, Path):
-        source, text = str(label), label.read_text(encoding="utf-8", errors="replace")
-    else:
-        source, text = "label", label
-    return [
-        _parse_line(line, f"{source}, line {number}", width, height)
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    ]
-
-
-def _parse_line(line: str, where: str, width: int, height: int) -> KittiObject:
-    name, *rest = line.split()
-    if len(rest) + 1 != COLUMNS:
-        raise ValueError(
-            f"{where}: found {len(rest) + 1} columns, expected KITTI's {COLUMNS}: type, "
-            f"truncation, occlusion, angle, box (4), size (3), position (3), rotation; in {line!r}"
-        )
-    if name not in TYPES:
-        raise ValueError(f"{where}: unknown type {name!r}; allowed: {', '.join(TYPES)}")
-    try:
-        numbers = [float(value) for value in rest]
-    except ValueError as error:
-        raise ValueError(f"{where}: expected numbers after the type, {error}") from error
-    x1, y1, x2, y2 = box = numbers[3:7]
-    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    good = all(map(math.isfinite, box)) and clipped[2] > clipped[0] and clipped[3] > clipped[1]
-    if not good:
-        raise ValueError(
-            f"{where}: the box {tuple(box)} is empty or wholly outside the image of "
-            f"{width}x{height} pixels; expected x1 < x2 and y1 < y2, in pixels, partly inside"
-        )
-    return KittiObject(name, clipped, tuple(box), numbers[0], numbers[1])
 
 
 def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str]) -> list[dict]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from mmdet.structures.bbox import bbox_overlaps
 
-from ldt.data.kitti import TYPES
+from ldt.data.kitti_labels import TYPES
 from ldt.evaluation.tables import Image, KittiObjects
 
 

@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 
-from ldt.data.kitti import TYPES, KittiObject
+from ldt.data.kitti_labels import TYPES, KittiObject
 from ldt.objects import Instances
 
 # Columns of a row: kind, image id, label (of a KITTI object: index of its type), score, box (4),

@@ -158,8 +158,12 @@ def test_the_compare_page_shows_the_runs(server, sweep, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_job_of_a_sweep_arrives_as_failed(server, tmp_path):
-    experiment.run(online(tmp_path, "failing", "recipe.epochs=0"), tmp_path / "run", in_sweep=True)
+def test_a_failing_job_of_a_sweep_arrives_as_failed(server, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("detector.checkpoint")
+
+    monkeypatch.setattr(DetectorModule, "training_step", fail)
+    experiment.run(online(tmp_path, "failing"), tmp_path / "run", in_sweep=True)
     assert "detector.checkpoint" in summary(tmp_path / "run")["error"]
     assert server.exit_codes(run_id("compare", "failing")) == [1]
 

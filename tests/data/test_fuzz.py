@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldt.data import coco
-from ldt.data.kitti import COLUMNS, TYPES, KittiObject, parse_label, read_image_sets
+from ldt.data.kitti import read_image_sets
+from ldt.data.kitti_labels import COLUMNS, TYPES, KittiObject, parse_label
 
 WIDTH, HEIGHT = 100, 50
 FUZZ = settings(
