@@ -68,9 +68,10 @@ def _check_hydra_keys(config: DictConfig) -> None:
     What is below these belongs to plugins, whose schemas do not declare all keys.
     """
     parts = {
-        f"hydra.{key}": config[key]
+        f"hydra.{key}": config[str(key)]
         for key in config
-        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key)
+        if not OmegaConf.is_missing(config, str(key))
+        and not OmegaConf.is_interpolation(config, str(key))
     }
     for where, node in {"hydra": config, **parts}.items():
         kind = OmegaConf.get_type(node)
