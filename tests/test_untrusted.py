@@ -14,6 +14,7 @@ from torch import nn
 
 import ldt
 from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, AtomicCheckpointIO, resumable
+from ldt.deployment.prediction import Predictor
 from ldt.detectors.weights import load_weights
 
 
@@ -63,6 +64,17 @@ def test_a_model_config_cannot_call_what_is_not_registered(tmp_path: Path, part:
     torch.save({"state_dict": {}, "ldt": about}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=r"is not in|Cannot find"):
         ldt.load_pruned(tmp_path / "evil.ckpt")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_pipeline_cannot_call_what_is_not_registered(tmp_path: Path, nested: bool):
+    trap = tmp_path / "trap"
+    call = {"type": "subprocess.run", "args": ["touch", str(trap)]}
+    steps = [{"type": "Compose", "transforms": [call]}] if nested else [call]
+    torch.save({"state_dict": {}, "ldt": {"resize": steps}}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="mmdet cannot build the pipeline"):
+        Predictor(tmp_path / "evil.ckpt")
     assert not trap.exists()
 
 

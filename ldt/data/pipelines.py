@@ -8,6 +8,8 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from mmengine.dataset import BaseDataset, Compose
 
+from ldt.detectors.mmengine_internals import registered_types_only
+
 PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
 META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 FOR_METRICS = ("areas", "kitti")  # where a data set has them
@@ -81,5 +83,18 @@ def mosaic_steps(scale: tuple[int, int], resize: list[dict]) -> list[Any]:
 def with_pipeline(dataset: BaseDataset, steps: list[dict]) -> BaseDataset:
     """Return a view of `dataset` that shares its annotations and runs the transforms `steps`."""
     view = copy.copy(dataset)
-    view.pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    view.pipeline = Compose(build_transforms(steps))
     return view
+
+
+def build_transforms(steps: list[dict]) -> list[Any]:
+    """Build the transforms of a pipeline, which may come from a file: registered types only.
+
+    Raises:
+        ValueError: a ``type`` is not registered, or does not take an argument.
+    """
+    try:
+        with registered_types_only():
+            return [TRANSFORMS.build(step) for step in steps]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"mmdet cannot build the pipeline: {error}") from error

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.registry import TRANSFORMS
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import Compose, pseudo_collate
 
-from ldt.data.pipelines import test_steps
+from ldt.data.pipelines import build_transforms, test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
 from ldt.runs.files import write_json
@@ -63,10 +62,10 @@ class Predictor:
     def __init__(self, checkpoint: str | Path, device: str | torch.device = "cpu") -> None:
         content = read(checkpoint)
         steps = test_steps(resize_steps(content, checkpoint))
+        load, *rest = build_transforms(steps)
+        self._read, self._prepare = load, Compose(rest)
         self.detector: Any = detector_of(content, device)
         self.classes: tuple[str, ...] = self.detector.dataset_meta["classes"]
-        load, *rest = [TRANSFORMS.build(step) for step in steps]
-        self._read, self._prepare = load, Compose(rest)
 
     @torch.no_grad()
     def __call__(self, path: Path, number: int = 0) -> tuple[np.ndarray, DetDataSample]:
