@@ -44,7 +44,7 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.runs import files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
-from ldt.runs.refusal import KINDS, REFUSED_JOBS, is_refusal, one_line, refusing
+from ldt.runs.refusal import KINDS, Failed, Refused, is_refusal, one_line, refusing
 from ldt.runs.run import Run, open_run, stored_config
 
 log = logging.getLogger(__name__)
@@ -90,11 +90,11 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         if not in_sweep:
             raise
         if refused:  # not logged: the log file may be that of another run
-            REFUSED_JOBS.add(folder)
             print(f"error: {folder.name}: {one_line(error)}", file=sys.stderr)
         else:
             log.error("%s failed: %s", folder.name, error, exc_info=True)
-        return _result(config, {})  # the sweep continues with its other jobs
+        missing = Refused("nan") if refused else Failed("nan")
+        return _result(config, {}, missing)  # the sweep continues with its other jobs
     return _result(config, summary["rounds"][-1])
 
 
@@ -131,9 +131,11 @@ def _finish(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str
     return summary
 
 
-def _result(config: DictConfig, row: Mapping[str, float]) -> float | tuple[float, ...]:
+def _result(
+    config: DictConfig, row: Mapping[str, float], missing: float = float("nan")
+) -> float | tuple[float, ...]:
     names = config.objectives or [config.dataset.metric]
-    values = [float(row.get(name, float("nan"))) for name in names]
+    values = [row.get(name, missing) for name in names]
     return tuple(values) if len(values) > 1 else values[0]
 
 

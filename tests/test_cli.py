@@ -1,6 +1,8 @@
 """`ldt`, `run.py` and the older addresses: help at once, and one convention of exit codes."""
 
+import contextlib
 import json
+import pickle
 import resource
 import sys
 
@@ -15,10 +17,10 @@ from ldt import report as ldt_report
 from ldt.cli import main
 from ldt.cli.commands import ldt as commands
 from ldt.cli.exit_codes import exit_codes
-from ldt.cli.study_table import StudyTable
+from ldt.cli.study_table import StudyTable, exit_sweep
 from ldt.criteria.methods import find_method
 from ldt.deployment import prediction, to_mmdet
-from ldt.runs.refusal import is_refusal, refused, refusing
+from ldt.runs.refusal import Failed, Refused, is_refusal, refused, refusing
 
 HEAVY = (
     "torch",
@@ -190,32 +192,37 @@ def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, mo
 
 
 def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
-    folder = str(tmp_path)
-    config = experiment.OmegaConf.create(
-        {"hydra": {"sweep": {"dir": folder}, "runtime": {"output_dir": folder}}}
-    )
+    config = experiment.OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     monkeypatch.setattr(ldt_report, "print_study", lambda _: 1)
-    for jobs, code in (([1.0, "refused"], 1), (["refused"] * 2, 2), (["refused", "failed"], 1)):
+    refused_, failed = Refused("nan"), Failed("nan")
+    for values, code in (
+        ([1.0, refused_], 1),
+        ([refused_, (refused_, refused_)], 2),
+        ([refused_, failed], 1),
+    ):
+        jobs = [JobReturn(_return_value=value, status=JobStatus.COMPLETED) for value in values]
+        jobs = pickle.loads(pickle.dumps(jobs))  # as joblib and submitit hand them over
         table = StudyTable()
         for job in jobs:
-            state = {} if job == "refused" else {"status": "failed"}
-            (tmp_path / "summary.json").write_text(json.dumps(state))
-            value = NAN if isinstance(job, str) else job
-            table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
+            table.on_job_end(config, job)
         with pytest.raises(SystemExit) as ended:
             table.on_multirun_end(config)
+        assert ended.value.code == code
+        with pytest.raises(SystemExit) as ended:
+            exit_sweep(tmp_path, jobs)
         assert ended.value.code == code
 
 
 def test_a_finished_run_without_a_metric_is_no_refusal(tmp_path, monkeypatch):
-    place = {"sweep": {"dir": str(tmp_path)}, "runtime": {"output_dir": str(tmp_path)}}
-    config = experiment.OmegaConf.create({"hydra": place})
+    config = experiment.OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     monkeypatch.setattr(ldt_report, "print_study", lambda _: 0)
-    for status, count in (("finished", 0), ("interrupted", 1)):
-        (tmp_path / "summary.json").write_text(json.dumps({"status": status}))
+    for value, code in ((NAN, 0), (Failed("nan"), 1)):
         table = StudyTable()
-        table.on_job_end(config, JobReturn(_return_value=NAN, status=JobStatus.COMPLETED))
-        assert (table.refused, table.without_result) == (0, count)
+        table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
+        with contextlib.ExitStack() as stack:
+            if code:
+                stack.enter_context(pytest.raises(SystemExit, match=str(code)))
+            table.on_multirun_end(config)
 
 
 # The convention -------------------------------------------------------------------------------

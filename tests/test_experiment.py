@@ -20,6 +20,7 @@ from ldt.cli.study_table import StudyTable
 from ldt.data.datamodule import DetectionDataModule
 from ldt.figures import from_runs
 from ldt.module import DetectorModule
+from ldt.runs.refusal import Refused
 
 ROUNDS = 2
 
@@ -251,11 +252,8 @@ def test_a_refused_job_of_a_sweep_is_told_and_the_others_run(tmp_path):
 
 def test_a_refused_job_of_a_sweep_is_an_error_at_its_end(tmp_path, capsys):
     table = StudyTable()
-    place = str(tmp_path)
-    config = OmegaConf.create(
-        {"hydra": {"sweep": {"dir": place}, "runtime": {"output_dir": place}}}
-    )
-    for value in (0.5, float("nan")):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    for value in (0.5, Refused("nan")):
         table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
     with pytest.raises(SystemExit):
         table.on_multirun_end(config)

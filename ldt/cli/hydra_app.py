@@ -6,7 +6,7 @@
 import copyreg
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,19 +17,30 @@ from hydra._internal import hydra, utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.cli.exit_codes import exit_codes
+from ldt.cli.study_table import exit_sweep
 from ldt.config import conf_dir, register
 from ldt.config.keys import check_keys, check_names, explain_key
 from ldt.config.paths import quote_paths
 from ldt.runs.files import discard_sweep
 from ldt.runs.refusal import KINDS, refused
 
-utils.run_and_report = lambda func: func()  # let exceptions propagate to `exit_codes`
+
+def _run(function: Callable[[], Any]) -> Any:
+    """Let exceptions propagate to `exit_codes`; keep the results of a sweep."""
+    found = function()
+    if isinstance(found, list):
+        Job.returned = [job for batch in found for job in batch]
+    return found
+
+
+utils.run_and_report = _run
 
 
 class StrictLoader(ConfigLoaderImpl):
@@ -89,9 +100,11 @@ class Job:
 
     Attributes:
         begun: whether it has been called.
+        returned: the jobs of a sweep that has ended, also those of other processes.
     """
 
     begun = False
+    returned: Sequence[JobReturn] = ()
 
     def __call__(self, config: DictConfig) -> float | tuple[float, ...]:
         """Run one experiment.
@@ -136,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not job.begun and given.multirun and StrictLoader.study is not None:
                 discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
+        if given.multirun and StrictLoader.study is not None:
+            exit_sweep(StrictLoader.study, Job.returned)
 
 
 def _wrong_flag(message: str) -> NoReturn:

@@ -1,8 +1,8 @@
-"""Hydra callback for the end of a sweep; created before any job, so heavy imports are deferred."""
+"""The end of a sweep: its table and its exit code."""
 
 import contextlib
-import math
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +10,54 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ldt.runs.refusal import Failed, Refused
+
 
 class StudyTable(Callback):
-    """Print the study after a sweep; exit with an error code if a run of the study failed."""
+    """Print the study after a sweep; exit with an error code if a run of the study failed.
+
+    Hydra creates it before any job, so heavy imports are deferred.
+    """
 
     def __init__(self) -> None:
-        self.jobs = 0
-        self.without_result = 0
-        self.refused = 0  # before any work
+        self.jobs: list[JobReturn] = []  # of this process: joblib and submitit have others
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Count jobs and rejected jobs; Hydra calls it after each job."""
-        self.jobs += 1
-        value = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
-        values = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and math.isnan(v) for v in values):
-            refused, finished = _state(Path(config.hydra.runtime.output_dir))
-            self.refused += refused
-            self.without_result += refused or not finished
+        """Keep the result of a job; Hydra calls it after each job."""
+        self.jobs.append(job_return)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the study; Hydra calls it in the launching process."""
         from ldt import report
-        from ldt.runs.files import discard_sweep
 
         study, failed = Path(config.hydra.sweep.dir), 0
-        if self.refused == self.jobs > 0:
-            discard_sweep(study)
-            sys.exit(2)
+        exit_sweep(study, self.jobs, only_refused=True)
         with contextlib.suppress(FileNotFoundError):
             failed = report.print_study(study)
-        if failed or self.without_result:
+        if failed:
             sys.exit(1)
+        exit_sweep(study, self.jobs)
 
 
-def _state(folder: Path) -> tuple[bool, bool]:
-    """Return whether a job was refused and whether its directory holds a finished run.
+def exit_sweep(study: Path, jobs: Iterable[JobReturn], only_refused: bool = False) -> None:
+    """Exit with 2 if all jobs of a sweep were refused, and with 1 if some have no result.
 
-    The metric of a finished run is NaN too if there is no object to detect.
+    Args:
+        study: directory of the study; what Hydra wrote for refused jobs alone is removed.
+        jobs: the jobs of the sweep.
+        only_refused: exit only if all jobs were refused.
     """
-    from ldt.runs.files import SUMMARY, read_json
-    from ldt.runs.refusal import REFUSED_JOBS
+    from ldt.runs.files import discard_sweep
 
-    status = "damaged"
-    with contextlib.suppress(ValueError):
-        status = read_json(folder / SUMMARY).get("status")
-    return status is None or folder in REFUSED_JOBS, status == "finished"
+    values = [_values(job) for job in jobs]
+    refused = [any(isinstance(value, Refused) for value in each) for each in values]
+    if refused and all(refused):
+        discard_sweep(study)
+        sys.exit(2)
+    if not only_refused and any(isinstance(value, Failed) for each in values for value in each):
+        sys.exit(1)
+
+
+def _values(job: JobReturn) -> Sequence[Any]:
+    value = job.return_value if job.status == JobStatus.COMPLETED else None
+    return value if isinstance(value, tuple) else (value,)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +17,12 @@ KINDS = (  # raised by checks of configurations, arguments and files
 )
 
 
-REFUSED_JOBS: set[Path] = set()  # directories of refused jobs of this process's sweep
+class Failed(float):
+    """NaN as the result of a job of a sweep that failed."""
+
+
+class Refused(Failed):
+    """NaN as the result of a job of a sweep that was refused before any work."""
 
 
 @contextlib.contextmanager
