@@ -194,6 +194,7 @@ def check_labels(config: DictConfig, data: DetectionDataModule) -> bool:
             f"none of the training images has an object of {', '.join(data.classes)}: check the "
             "labels and dataset.classes"
         )
+    data.training_set()  # raises if the filter of the data leaves no image
     if not any(data.object_counts("val")):
         log.warning("none of the validation images has an object: metrics will be nan")
     single, background = sum(count >= 2 for count in counts) < 2, config.ldt.background

@@ -4,6 +4,7 @@
 """
 
 import gc
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
@@ -27,6 +28,11 @@ def rewrap_ddp(trainer: L.Trainer) -> None:
 def set_max_epochs(trainer: L.Trainer, epochs: int) -> None:
     """Change the number of epochs of a running fit."""
     trainer.fit_loop.max_epochs = epochs
+
+
+def next_epoch(checkpoint: dict[str, Any]) -> int:
+    """Return the epoch that a run resumed from a checkpoint goes on with."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
 def lift_step_limit(trainer: L.Trainer) -> None:

@@ -115,6 +115,8 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     Attributes:
         resize: the transforms between loading and packing an image, as in mmdet's configs.
+        first_epoch: the epoch that training begins with; set it when a run is resumed, for workers
+            fetch the first batches before Lightning tells the sampler the epoch.
 
     Raises:
         ValueError: an argument is out of range.
@@ -150,6 +152,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         self._facts_of: dict[str, list[ImageFacts]] = {}
         self._sampler: EpochSampler | None = None
         self._mix = True
+        self.first_epoch = 0
 
     @abstractmethod
     def load(self, split: Split) -> BaseDataset:
@@ -210,6 +213,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         self._sampler = EpochSampler(
             images, self.batch_size, rank, world, parts, self._mix, portrait
         )
+        self._sampler.set_epoch(self.first_epoch)
         return self._loader(images, None, self._sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -237,7 +241,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         """
         if images < 1:
             raise ValueError(f"{images} calibration images requested; allowed: 1 or more")
-        training = with_pipeline(self._training_set(), plain_steps(self.resize))
+        training = with_pipeline(self.training_set(), plain_steps(self.resize))
         if images > len(training):
             available = f"all {len(training)} images of the training set are used"
             warnings.warn(f"{available}, {images} calibration images requested", stacklevel=2)
@@ -270,8 +274,12 @@ class DetectionDataModule(LightningDataModule, ABC):
     def _plain(self, split: Split) -> BaseDataset:
         return with_pipeline(self.dataset(split), plain_steps(self.resize))
 
-    def _training_set(self) -> BaseDataset:
-        """Return the annotations of the training images that pass the filter."""
+    def training_set(self) -> BaseDataset:
+        """Return the annotations of the training images that pass the filter.
+
+        Raises:
+            ValueError: there is none.
+        """
         dataset, kept = self.dataset("train"), self._kept()
         if len(kept) == len(dataset):
             return dataset
@@ -326,9 +334,9 @@ class DetectionDataModule(LightningDataModule, ABC):
     def _training_images(self) -> BaseDataset | MultiImageMixDataset:
         if self.augment != "mosaic":
             steps = plain_steps(self.resize, self.augment)
-            return with_pipeline(self._training_set(), steps)
+            return with_pipeline(self.training_set(), steps)
         load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
-        single = with_pipeline(self._training_set(), load)
+        single = with_pipeline(self.training_set(), load)
         return MultiImageMixDataset(single, mosaic_steps(self.scale, self.resize))
 
     def _loader(

@@ -13,6 +13,7 @@ from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.lightning_internals import (
     callbacks_of,
     datamodule_of,
+    next_epoch,
     rebuild_optimizers,
     rewrap_ddp,
     set_max_epochs,
@@ -149,6 +150,7 @@ class PruneRetrain(L.Callback):
         """Load the state early: other callbacks need the ends of phases and of the run."""
         assert isinstance(pl_module, DetectorModule)
         self.load_state_dict(checkpoint["callbacks"][self.state_key])
+        _data(trainer).first_epoch = next_epoch(checkpoint)
         if self.round and not self._masking:
             thaw(pl_module.detector, self.schedule.scope)
         self._set_end(trainer)

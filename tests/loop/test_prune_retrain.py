@@ -223,9 +223,10 @@ def resume(config, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_a_pruned_phase_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])  # which fetch ahead
+def test_a_run_killed_in_a_pruned_phase_ends_as_if_it_had_not_been(tmp_path, monkeypatch, workers):
     phases = ["prune=oneshot", "recipe.retrain_epochs=3", "recipe.retrain_lr=0.5"]
-    config = tiny(tmp_path, *phases)
+    config = tiny(tmp_path, *phases, f"dataset.workers={workers}")
     run_and_kill(config, tmp_path, monkeypatch)
     watch = resume(config, tmp_path, monkeypatch)
     assert len(watch.lrs) == 4  # of eight steps in all: the epoch of the kill and the last one
