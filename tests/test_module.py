@@ -25,6 +25,7 @@ SIZE = (64, 128)
 MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "limit"), [((), 100), (("50",), 100), (("300",), 300)])
 def test_the_detections_that_count_are_returned_by_the_detector(tmp_path, given, limit):
     options = [f"dataset.max_detections={number}" for number in given]

@@ -38,6 +38,7 @@ def own(tmp_path_factory):
     return folder / "config.py", folder / "weights.pth", data.folder()
 
 
+@pytest.mark.slow
 def test_it_tells_what_goes_and_what_it_costs(own, tmp_path):
     out = tmp_path / "pruned.ckpt"
     done = prune(*own, "--rate", "0.3", "--budget", "macs", "--images", "4", "--out", out)

@@ -32,9 +32,9 @@ from ldt.runs.files import discard_sweep
 from ldt.runs.refusal import KINDS, refused
 
 
-def _run(function: Callable[[], Any]) -> Any:
+def _run(func: Callable[[], Any]) -> Any:
     """Let exceptions propagate to `exit_codes`; keep the results of a sweep."""
-    found = function()
+    found = func()
     if isinstance(found, list):
         Job.returned = [job for batch in found for job in batch]
     return found

@@ -138,6 +138,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch, covariance):
     assert all(all(step.values()) for step in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_cut_empties_the_memory(tmp_path, monkeypatch):
     """Also one that leaves the neck's widths as they are."""

@@ -64,6 +64,7 @@ def test_a_share_outside_of_the_healthy_range_is_told_once():
     assert told == [["alpha*L_LD"], [], ["beta*L_cov"], ["alpha*L_LD"]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_ldt_is_off_until_the_rate_is_warm_and_the_memory_full(monkeypatch):
     monkeypatch.setattr(ldt_weights, "STEPS", 2)
@@ -103,6 +104,7 @@ def test_the_share_is_that_of_the_gradients_in_the_step():
     assert found == pytest.approx({"ld": 0.1, "cov": 0.02}, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_measuring_leaves_the_training_as_it_is(monkeypatch):
     weights = {}
@@ -129,6 +131,7 @@ def test_without_a_second_class_ldt_stays_off_and_says_so(caplog):
     assert terms.weights.known == {}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_runs_from_a_shared_base_use_its_weights(tmp_path, caplog):
     """They are estimated in the base, stored with its weights, and kept after every cut."""
@@ -145,6 +148,7 @@ def test_runs_from_a_shared_base_use_its_weights(tmp_path, caplog):
         assert kept["weights"] == known
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_stopped_within_an_estimation_ends_as_if_it_had_not(tmp_path, monkeypatch):
     options = ["method=ldt", "ldt=default", "recipe.epochs=4", "ldt.memory=1", "prune=oneshot"]

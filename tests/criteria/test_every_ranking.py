@@ -35,6 +35,7 @@ def detector() -> nn.Module:
     return case("gfl_tiny").model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("name", AT_ONCE)
 def test_a_method_meets_the_rate(name: str, ranking: str, data) -> None:
