@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch_pruning.pruner.importance import Importance
 
-from ldt.config.values import Count, Share, check_value
+from ldt.config.values import Count, Seed, Share, check_value, check_values
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.checkpoints import pruning_record
@@ -47,6 +47,10 @@ class CalibrationData(Protocol):
 Images = Iterable[RawBatch] | Dataset | CalibrationData
 LayerSizes = dict[str, dict[str, int]]
 KEYS = ("out", "params", "multiply_adds")  # of a layer's sizes
+ALLOWED_IMAGES = (
+    "give a data loader of mmdet's batches, a data set of mmdet's (both have the keys inputs and "
+    "data_samples), or a data module of ldt"
+)
 NO_IMAGE = "images holds no image; criteria need some labelled ones"
 ARGUMENTS = {  # what messages about keys of the configuration name here
     "prune.rate": "rate",
@@ -120,8 +124,11 @@ class PruningResult:
         """Write a checkpoint that :func:`ldt.load_pruned` opens; return its path.
 
         Raises:
+            FileNotFoundError: there is no such folder.
             ValueError: the config of the unpruned detector is not known.
         """
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}")
         if self._about is None:
             raise ValueError(
                 "a checkpoint holds the config that the unpruned detector is built from, which "
@@ -193,6 +200,7 @@ def prune(
 
     Raises:
         ValueError: a value outside of what is allowed, or no image with an object.
+        FileNotFoundError: a config or weights file does not exist.
         UnreachableRateError: the rate is not reachable within the scope and per-layer limits.
 
     Example:
@@ -203,7 +211,18 @@ def prune(
         >>> print(f"{1 - network['macs_kept'] / network['macs']:.1f}")
         0.3
     """
-    _check_arguments(scope, calibration_images, batch_size, input_size)
+    check_values(
+        scope=(scope, Sequence[str], ["backbone"]),
+        limits=(limits, Limits | None, None),
+        classes=(classes, Sequence[str] | None, ["car", "person"]),
+        resize=(resize, Sequence[dict[str, Any]] | None, [{"type": "Resize", "scale": (640, 480)}]),
+        calibration_images=(calibration_images, Count, 32),
+        batch_size=(batch_size, Count, 16),
+        input_size=(input_size, tuple[Count, Count] | None, (480, 640)),
+        neck=(neck, str | None, "neck"),
+        predictors=(predictors, Sequence[str] | None, ["bbox_head.gfl_cls"]),
+        seed=(seed, Seed, 0),
+    )
     method = find_method(criterion, ranking)
     schedule = PruningSchedule.one_shot(
         _rate(rate, keep),
@@ -260,20 +279,6 @@ def _rate(rate: float | None, keep: float | None) -> float:
     return 1 - keep if keep is not None else rate  # type: ignore[return-value]
 
 
-def _check_arguments(
-    scope: Sequence[str],
-    calibration_images: int,
-    batch_size: int,
-    input_size: tuple[int, int] | None,
-) -> None:
-    """Check what the schedule would call by its keys of the configuration."""
-    if isinstance(scope, str):
-        raise ValueError(f"scope={scope!r}; give a list of parts, e.g. scope=[{scope!r}]")
-    check_value("calibration_images", calibration_images, Count, 32)
-    check_value("batch_size", batch_size, Count, 16)
-    check_value("input_size", input_size, tuple[Count, Count] | None, (480, 640))
-
-
 def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoader:
     """Return collated batches of at most ``limit`` images, the same at every pass.
 
@@ -292,18 +297,16 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
         module.setup("fit")
         return module.calibration_dataloader(limit, batch_size)
     if not isinstance(images, Iterable | Dataset) or isinstance(images, str | Mapping | Tensor):
-        raise ValueError(
-            f"images is a {type(images).__name__}; give a data loader of mmdet's batches, a data "
-            "set of mmdet's, or a data module of ldt"
-        )
+        raise ValueError(f"images is a {type(images).__name__}; {ALLOWED_IMAGES}")
     if hasattr(images, "__len__") and not len(module):
         raise ValueError(NO_IMAGE)
-    if hasattr(images, "__getitem__") and not isinstance(module[0]["data_samples"], list):
+    if hasattr(images, "__getitem__") and not isinstance(_samples(module[0]), list):
         count = min(limit, len(module))
         chosen = Subset(module, [index * len(module) // count for index in range(count)])
         return DataLoader(chosen, batch_size, collate_fn=pseudo_collate)
     found: list[RawBatch] = []
     for batch in module:
+        _samples(batch)
         room = limit - sum(len(earlier["data_samples"]) for earlier in found)
         found.append({key: list(islice(value, room)) for key, value in batch.items()})
         if len(found[-1]["data_samples"]) == room:
@@ -312,6 +315,13 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
         raise ValueError(NO_IMAGE)
     # copies, for mmdet's preprocessors change the samples that they are given
     return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
+
+
+def _samples(item: Any) -> Any:
+    """Return the labels of an item or batch of ``images``."""
+    if not isinstance(item, Mapping) or not {"inputs", "data_samples"} <= item.keys():
+        raise ValueError(f"images holds a {type(item).__name__}; {ALLOWED_IMAGES}")
+    return item["data_samples"]
 
 
 def _adapter(
@@ -367,7 +377,12 @@ def evaluate(
         >>> found = ldt.evaluate(detector, images.val_dataloader(), images.classes)
         >>> 0 <= found["AP"] <= found["AP50"]
         True
+
+    Raises:
+        ValueError: ``loader`` or ``detector`` is something else.
     """
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"loader is a {type(loader).__name__}; give batches of a data loader")
     names = tuple(classes or open_detector(detector).classes)
     metrics, training = DetectionMetrics(names, max_detections), detector.training
     step: Any = detector.test_step

@@ -24,7 +24,7 @@ from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config.keys import check_names
-from ldt.config.values import Count, check_arguments, check_value
+from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import read
 from ldt.detectors.models import model_config, raise_max_per_img
@@ -71,6 +71,10 @@ def check_config(config: DictConfig) -> None:
     method, recipe = plain["method"], plain["recipe"]
     check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
     check_value("base", plain["base"], Literal["own", "shared"])
+    check_value("seed", plain["seed"], Seed, 0)
+    check_value("report.pictures", plain["report"]["pictures"], NaturalNumber, 8)
+    check_value("trainer.validate_every", plain["trainer"]["validate_every"], NaturalNumber, 1)
+    check_value("trainer.threads", plain["trainer"]["threads"], Count | None, 2)
     check_value("objectives", plain["objectives"], list[Objective], ["AP", "params"])
     check_value("dataset.max_detections", _max_detections(plain), Count, MAX_DETECTIONS)
     _check_target("method.criterion", method["criterion"])

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ldt import report
 from ldt.build import (
@@ -34,6 +35,7 @@ from ldt.callbacks.checkpoint_io import resumable
 from ldt.callbacks.lightning_internals import was_interrupted
 from ldt.config import MethodConfig, PruneConfig, conf_dir, register
 from ldt.config.keys import check_keys
+from ldt.config.messages import explained
 from ldt.config.paths import expand_home, quote_paths
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import quiet
@@ -342,8 +344,11 @@ def train(*overrides: str, folder: str | Path | None = None) -> Run:
         [0, 1, 2]
     """
     register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        whole = compose("config", quote_paths(overrides), return_hydra_config=True)
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            whole = compose("config", quote_paths(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explained(error)) from error
     HydraConfig.instance().set_config(whole)  # run names are derived from the overrides
     place = Path(whole.hydra.run.dir if folder is None else folder)
     keys: Any = [key for key in whole if key != "hydra"]

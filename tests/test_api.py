@@ -239,8 +239,18 @@ def test_random_scores_depend_on_the_seed_only(detector, data):
         ({"rate": "half"}, r"^rate='half'; allowed: a number above 0 and below 1"),
         ({"rate": 0.3, "criterion": None}, r"criterion=None; give a name such as 'ldt'"),
         ({"rate": 0.3, "criterion": 3}, r"criterion=3; give a name such as 'ldt'"),
-        ({"rate": 0.3, "scope": "neck"}, r"scope='neck'; give a list of parts, e.g. .*\['neck'\]"),
-        ({"rate": 0.3, "input_size": 128}, r"^input_size=128; allowed"),
+        ({"rate": 0.3, "scope": "neck"}, r"^scope='neck'; allowed: a list, .*e.g. scope=\['back"),
+        ({"rate": 0.3, "input_size": 128}, r"^input_size=128; allowed: 2 values, each a whole num"),
+        ({"rate": 0.3, "input_size": (416,)}, r"^input_size=\(416,\); allowed: 2 values"),
+        ({"rate": 0.3, "classes": "car"}, r"^classes='car'; allowed: a list"),
+        ({"rate": 0.3, "classes": ["a", "b"]}, r"2 names; the detector predicts 3 classes"),
+        ({"rate": 0.3, "predictors": "bbox_head"}, r"^predictors='bbox_head'; allowed: a list"),
+        ({"rate": 0.3, "neck": 3}, r"^neck=3; allowed: a text"),
+        ({"rate": 0.3, "resize": 5}, r"^resize=5; allowed: "),
+        ({"rate": 0.3, "limits": 5}, r"^limits=5; allowed: .*Limits"),
+        ({"rate": 0.3, "seed": -1}, r"^seed=-1; allowed: a whole number of at least 0"),
+        ({"rate": 0.3, "images": [1, 2]}, r"images holds a int; give a data loader"),
+        ({"rate": 0.3, "images": [{"img": 1}]}, r"images holds a dict; give .*data_samples"),
         ({"rate": 0.3, "calibration_images": 0}, r"^calibration_images=0; allowed"),
         ({"rate": 0.3, "batch_size": 0}, r"^batch_size=0; allowed"),
     ],
@@ -257,6 +267,13 @@ def test_what_is_no_detector_is_told(data):
             ldt.prune(other, data, rate=0.3)
 
 
+def test_wrong_overrides_of_training_are_told():
+    with pytest.raises(ValueError, match=r"^prune.raet=1: unknown key; did you mean prune.rate\?"):
+        ldt.train("prune.raet=1")
+    with pytest.raises(ValueError, match=r"prune=oneshott: did you mean oneshot\?"):
+        ldt.train("prune=oneshott")
+
+
 def test_an_unreachable_rate_names_itself_and_its_unit(detector, data):
     for budget, unit in (("params", "parameters"), ("macs", "MACs")):
         with pytest.raises(
@@ -265,8 +282,10 @@ def test_an_unreachable_rate_names_itself_and_its_unit(detector, data):
             ldt.prune(detector, data, rate=0.99, budget=budget)
 
 
-def test_saving_needs_the_config(detector, data, tmp_path):
-    result = ldt.prune(detector, data, rate=0.3)
+def test_saving_needs_a_folder_and_the_config(detector, data, tmp_path):
+    result = ldt.prune(detector, data, rate=0.3, criterion="l1")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
+        result.save(tmp_path / "missing" / "x.ckpt")
     with pytest.raises(ValueError, match=r"config='my_config.py'"):
         result.save(tmp_path / "x.ckpt")
 

@@ -12,7 +12,7 @@ from ldt.data.coco import CocoDataModule
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.kitti import KittiDataModule
 from ldt.detectors.models import input_settings
-from ldt.detectors.opening import open_detector
+from ldt.detectors.opening import class_count, open_detector
 from ldt.loop.schedule import PruningSchedule
 from ldt.runs.refusal import refusing
 
@@ -59,12 +59,10 @@ def run(
         detector = open_detector(config, weights).model
         _check_classes(detector, module)
     click.echo(f"{config}: {images} calibration images of {data}")
-    before = _measure(detector, module, val)
-    with refusing():
-        result = prune(
-            detector, module, calibration_images=images, config=config, inplace=True, **options
-        )
+    with refusing():  # before anything is measured, since the rate may not be reachable
+        result = prune(detector, module, calibration_images=images, config=config, **options)
     click.echo(result)
+    before = _measure(detector, module, val)
     after = _measure(result.detector, module, val)
     for name in before:
         click.echo(
@@ -96,9 +94,8 @@ def _open_data(
 
 
 def _check_classes(detector: nn.Module, data: DetectionDataModule) -> None:
-    head: Any = getattr(detector, "bbox_head", None)
-    classes = getattr(head, "num_classes", len(data.classes))
-    if classes != len(data.classes):
+    classes = class_count(detector)
+    if classes not in (None, len(data.classes)):
         raise ValueError(
             f"the detector predicts {classes} classes, the data have {len(data.classes)} "
             f"({', '.join(data.classes[:5])}, ...): use the data that it was trained for"

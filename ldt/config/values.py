@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
 from typing import (
     Annotated,
@@ -27,6 +27,7 @@ Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 Count = Annotated[int, Ge(1)]
 NaturalNumber = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "of at least"), Lt: ("lt", "below"), Le: ("le", "up to")}
@@ -59,6 +60,16 @@ def check_value(key: str, value: object, kind: Any, example: object = None) -> N
         example = choices[0] if example is None and choices else example
         end = "" if example is None else f" (e.g. {key}={_typed(example)})"
         raise ValueError(f"{key}={value!r}; allowed: {allowed}{end}") from error
+
+
+def check_values(**values: tuple[object, Any, object]) -> None:
+    """Check the arguments of a function, each given as (value, type, example).
+
+    Raises:
+        ValueError: see :func:`check_value`.
+    """
+    for name, (value, kind, example) in values.items():
+        check_value(name, value, kind, repr(example))
 
 
 def check_arguments(
@@ -145,9 +156,13 @@ def _described(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         parts = ["null" if one is type(None) else _described(one) for one in get_args(kind)]
         return " or ".join(parts) if all(parts) else ""
+    if get_origin(kind) in (list, tuple, Sequence) and get_args(kind)[-1] is not Ellipsis:
+        parts = {_described(one) for one in get_args(kind)}
+        count = f"{len(get_args(kind))} values" if get_origin(kind) is tuple else "a list"
+        return f"{count}, each {parts.pop()}" if len(parts) == 1 and all(parts) else ""
     base, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     bounds = [
-        f"{word} {getattr(limit, name):g}"
+        f"{word} {_typed(getattr(limit, name))}"
         for limit in limits
         for kind_, (name, word) in BOUNDS.items()
         if isinstance(limit, kind_)

@@ -24,14 +24,14 @@ from ldt.runs.refusal import refusing
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def find_images(sources: Sequence[str | Path]) -> list[Path]:
+def find_images(sources: str | Path | Sequence[str | Path]) -> list[Path]:
     """Collect image files from files and folders; folders are sorted by name, not recursive.
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder has no images.
     """
     found: list[Path] = []
-    for source in map(Path, sources):
+    for source in map(Path, [sources] if isinstance(sources, (str, Path)) else sources):
         if not source.exists():
             raise FileNotFoundError(f"no image or folder at {str(source)!r}")
         inside = sorted(source.iterdir()) if source.is_dir() else []
@@ -82,7 +82,7 @@ class Predictor:
 
 def predict(
     checkpoint: str | Path,
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     out: str | Path,
     threshold: float = 0.3,
     device: str | torch.device = "cpu",

@@ -72,7 +72,7 @@ def open_detector(
     if weights is not None:
         load_weights(model, weights, ())
     model.eval()
-    names = _classes(model, plain, classes)
+    names = _classes(model, classes)
     return OpenedDetector(model, plain, names, untrained=weights is None)
 
 
@@ -83,7 +83,7 @@ def _opened(
     own = getattr(model, "cfg", None)  # set by mmdet's init_detector
     if config is None and own is not None:
         config = _plain_model(own)
-    return OpenedDetector(model, config, _classes(model, config or {}, classes), record)
+    return OpenedDetector(model, config, _classes(model, classes), record)
 
 
 def _read_config(detector: object) -> PlainConfig:
@@ -104,12 +104,21 @@ def _plain_model(config: Config | Mapping[str, Any]) -> PlainConfig:
     return plain
 
 
-def _classes(
-    model: nn.Module, config: Mapping[str, Any], classes: Sequence[str] | None
-) -> tuple[str, ...]:
+def class_count(model: nn.Module) -> int | None:
+    """Return how many classes the detector's head predicts; None if it does not say so."""
+    head: Any = getattr(model, "bbox_head", None)
+    if head is None:
+        head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
+    head = head[0] if isinstance(head, nn.ModuleList) else head  # of a cascade
+    return getattr(head, "num_classes", None)
+
+
+def _classes(model: nn.Module, classes: Sequence[str] | None) -> tuple[str, ...]:
+    count = class_count(model)
+    if classes and count is not None and len(classes) != count:
+        raise ValueError(
+            f"classes={list(classes)} are {len(classes)} names; the detector predicts {count} "
+            "classes"
+        )
     known = classes or (getattr(model, "dataset_meta", None) or {}).get("classes")
-    if known:
-        return tuple(known)
-    head = config.get("bbox_head") or (config.get("roi_head") or {}).get("bbox_head") or {}
-    head = head[0] if isinstance(head, list) else head
-    return tuple(f"class {index}" for index in range(head.get("num_classes", 0)))
+    return tuple(known or (f"class {index}" for index in range(count or 0)))

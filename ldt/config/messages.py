@@ -1,0 +1,49 @@
+"""One-line messages for errors of Hydra and OmegaConf about overrides and configurations."""
+
+import difflib
+from collections.abc import Sequence
+
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ldt.config.keys import explain_key
+
+COMPOSING = (HydraException, OmegaConfBaseException, ValueError, ImportError, OSError)
+
+
+def explained(error: Exception) -> str:
+    """Format an error about the command line or configuration, with the allowed values."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option}: {_allowed(option, error.options)}"
+    if told := explain_key(error):
+        return told
+    if isinstance(error, InstantiationException) and cause is not None:
+        return str(cause)
+    if not isinstance(error, COMPOSING):
+        kind = type(error).__name__
+        return f"the configuration cannot be composed ({kind}: {_first(str(error))})"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set; type {error.full_key}=<value>"
+    told = _first(str(error))
+    if told.startswith("Config group override must be"):
+        return "a group cannot be null: choose one of its options; --help lists them"
+    if told.startswith("Could not append to config. An item is already at"):
+        key = told.split("'")[1]
+        return f"+{key}: the key is there already; type {key}=... without +"
+    return f"{told}: {_first(str(cause))}" if isinstance(cause, OmegaConfBaseException) else told
+
+
+def _allowed(given: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(given, known, 1)
+    meant = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"{meant}choose from {', '.join(known)}"
+
+
+def _first(message: str) -> str:
+    """Strip the search path, schema types and documentation link from a Hydra message."""
+    for aside in ("Config search path:", "\n    full_key:", "\nSee https://hydra.cc"):
+        message = message.partition(aside)[0]
+    message = message.strip()
+    return message if message.endswith("...") else message.removesuffix(".")
