@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldt.config import register
+from ldt.config.sweeps import jobs
 from ldt.runs import files, identity
 from ldt.runs.differences import differences
 from ldt.runs.files import read_json, read_rows
 from ldt.runs.run import Run, open_runs
-from ldt.sweeps import jobs
 
 ROOT = Path(__file__).parents[1]
 METRICS = {  # column of expected.csv: key of a run's round, factor to the column's unit

@@ -5,7 +5,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-from ldt.sweeps import jobs
+from ldt.config.sweeps import jobs
 
 
 class GridSweeper(BasicSweeper):

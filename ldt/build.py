@@ -287,16 +287,12 @@ def build_trainer(
     plan: PruningSchedule,
     loop: PruneRetrain,
     folder: Path,
-    logger: Logger | None = None,
 ) -> L.Trainer:
-    """Build the trainer with the callbacks of a run, a CSV logger and an optional second logger.
+    """Build the trainer with the callbacks of a run and a CSV logger.
 
     Raises:
         ValueError: ``recipe.batch_size`` is not divisible among the processes.
     """
-    loggers: list[Logger] = [CSVLogger(folder, name="", version=files.next_logs(folder))]
-    if logger is not None:
-        loggers.append(logger)
     plain: Any = {"enable_model_summary": False}  # for older configurations without this key
     plain |= OmegaConf.to_container(config.trainer, resolve=True)
     given: dict[str, Any] = {
@@ -306,7 +302,7 @@ def build_trainer(
         "max_epochs": max(1, plan.total_epochs),  # with 0, a fit would end before it begins
         "gradient_clip_val": config.recipe.clip_grad,
         "callbacks": _callbacks(config, loop, folder),
-        "logger": loggers,
+        "logger": CSVLogger(folder, name="", version=files.next_logs(folder)),
         "plugins": [AtomicCheckpointIO()],
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,

@@ -4,7 +4,8 @@ import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,24 @@ def _finish(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str
         _show(config, summary, folder)
         return summary
     with contextlib.ExitStack() as opened:
-        with refusing(*REFUSALS):
-            logger = opened.enter_context(opened_logger(config, folder))
-        if not finished:
-            summary = _execute(config, plain, folder, logger)
+        open_log = partial(_open_log, config, folder, opened)
+        if finished:
+            open_log()
+        else:
+            summary = _execute(config, plain, folder, open_log)
         _show(config, summary, folder)
     return summary
+
+
+def _open_log(config: DictConfig, folder: Path, opened: contextlib.ExitStack) -> list[Logger]:
+    """Open the configured logger until the run ends; called when nothing can be refused any more.
+
+    Returns:
+        The logger, or an empty list where none is configured.
+    """
+    with refusing(*REFUSALS):
+        logger = opened.enter_context(opened_logger(config, folder))
+    return [] if logger is None else [logger]
 
 
 def _result(
@@ -163,12 +176,13 @@ def _record(folder: Path, state: dict[str, str]) -> None:
 
 
 def _execute(
-    config: DictConfig, plain: dict[str, Any], folder: Path, logger: Logger | None
+    config: DictConfig, plain: dict[str, Any], folder: Path, open_log: Callable[[], list[Logger]]
 ) -> dict[str, Any]:
     plan = build_schedule(config)
     if config.base == "shared" and plan.base_epochs:
         base = _shared_base(config, plain, folder.parent)
         if not plan.rounds:
+            open_log()
             return _adopt(base, folder, plain)
         continued = {
             "recipe": {"epochs": 0},
@@ -176,11 +190,14 @@ def _execute(
             "ldt": {"warmup_epochs": 0},  # already applied while training the base
         }
         config = OmegaConf.merge(config, continued)  # type: ignore[assignment]
-    return _train(config, plain, folder, logger)
+    return _train(config, plain, folder, open_log)
 
 
 def _train(
-    config: DictConfig, claimed: dict[str, Any], folder: Path, logger: Logger | None
+    config: DictConfig,
+    claimed: dict[str, Any],
+    folder: Path,
+    open_log: Callable[[], list[Logger]],
 ) -> dict[str, Any]:
     """Train the run to completion, from a shared base where there is one; return its summary.
 
@@ -188,7 +205,8 @@ def _train(
     """
     with refusing(*REFUSALS):
         plan = build_schedule(config)
-        loop, trainer, data, module = _set_up(config, plan, folder, logger)
+        loop, trainer, data, module = _set_up(config, plan, folder)
+        trainer.loggers = [*trainer.loggers, *open_log()]
         about = _claim(claimed, data, folder)
     resume = resumable(folder)
     if plan.base_epochs == 0 and resume is None:
@@ -234,7 +252,7 @@ def _summary(
 
 
 def _set_up(
-    config: DictConfig, plan: PruningSchedule, folder: Path, logger: Logger | None
+    config: DictConfig, plan: PruningSchedule, folder: Path
 ) -> tuple[PruneRetrain, L.Trainer, DetectionDataModule, DetectorModule]:
     """Build loop, trainer, data and module, and load the data."""
     quiet()
@@ -242,7 +260,7 @@ def _set_up(
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     loop = build_loop(config, plan, folder)
-    trainer = build_trainer(config, plan, loop, folder, logger)
+    trainer = build_trainer(config, plan, loop, folder)
     inputs.check_processes(folder, trainer.world_size)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     data = build_data(config)

@@ -10,7 +10,7 @@ import torch
 from object_vectors import FEW, LABELS, SHAPE, grad_of, make_features, make_objects, make_vectors
 
 from ldt import discriminant as D
-from ldt.measures import eigenvalues
+from ldt.criteria.measures import eigenvalues
 
 # --- eqs. 4-9 ------------------------------------------------------------------------------------
 

@@ -26,8 +26,7 @@ LEVELS = (  # a package or module imports from its own level and from those belo
     ("ldt.pruning",),
     ("ldt.runs",),
     (
-        "ldt.discriminant", "ldt.measures", "ldt.location", "ldt.objects", "ldt.recipe",
-        "ldt.sweeps", "ldt.config",
+        "ldt.discriminant", "ldt.location", "ldt.objects", "ldt.recipe", "ldt.config",
     ),
 )
 ALLOWED = {
@@ -37,7 +36,7 @@ ALLOWED = {
     ),
     "mmengine": ("ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment"),
     "click": ("ldt.cli",),
-    "hydra": ("ldt.cli", "ldt.experiment", "ldt.build", "ldt.config", "ldt.sweeps"),
+    "hydra": ("ldt.cli", "ldt.experiment", "ldt.build", "ldt.config"),
     "lightning": (
         "ldt.experiment", "ldt.build", "ldt.callbacks", "ldt.loop", "ldt.module", "ldt.data",
     ),

@@ -98,9 +98,13 @@ def _finished_study(study: Path) -> "list[Run]":
     if holds_run(study):
         raise FileNotFoundError(f"{study} is a run; give its study: {study.parent}")
     if not study.is_dir():
-        there = sorted(folder.name for folder in study.parent.glob("*/"))
+        there = sorted(
+            folder.name
+            for folder in study.parent.glob("*/")
+            if any(holds_run(run) for run in folder.glob("*/"))
+        )
         raise FileNotFoundError(
-            f"no study at {study}; {study.parent} has: {', '.join(there) or 'nothing'}"
+            f"no study at {study}; studies in {study.parent}: {', '.join(there) or 'none'}"
         )
     runs = open_runs(study)
     if not any(run.finished for run in runs):

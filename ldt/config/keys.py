@@ -85,6 +85,9 @@ def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> s
     told = f"{key}{where}" if given is None else f"{key}={given}{where}"
     if key in _owned():
         return f"{told} cannot be set: {_owned()[key]}"
+    if others := [name for name, schema in DATASETS.items() if key in _fields(schema, "dataset.")]:
+        sets = {name.rpartition(".")[2].removesuffix("DataModule").lower() for name in others}
+        return f"{told}: unknown key here; it belongs to dataset={' or '.join(sorted(sets))}"
     near = nearest(key, [*known, *_owned()])
     if not near:
         group = key.rpartition(".")[0]
@@ -136,10 +139,13 @@ def explain_key(error: Exception) -> str | None:
     if not what.startswith("Key '"):
         return f"{key}{where}: {what}" if where else None
     given = lines[-1].partition(f"+{key}=")[2] or None
-    if key.startswith(("detector.options.", "recipe.optimizer.", "recipe.paramwise.")):
-        return f"{key} is not in the configuration yet; to add it type +{key}={given or '...'}"
     group, parent = key.rpartition(".")[0], getattr(cause, "parent_node", None)
     siblings = [f"{group}.{name}" for name in parent] if isinstance(parent, DictConfig) else []
+    if key.startswith(("detector.options.", "recipe.optimizer.", "recipe.paramwise.")):
+        given = given or "..."
+        near = nearest(key, siblings)
+        meant = f"did you mean {near[0]}={given}? " if near else ""
+        return f"{key} is not in the configuration yet; {meant}to add it type +{key}={given}"
     return refusal(key, given, [*(siblings if group else ()), *known_keys()], where)
 
 

@@ -21,6 +21,8 @@ def explained(error: Exception) -> str:
         return told
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause)
+    if isinstance(error, AssertionError) and "root: NoneType" in str(error):
+        return "a key is added below one that is null, e.g. +method.gradual.x to method=ldt"
     if not isinstance(error, COMPOSING):
         kind = type(error).__name__
         return f"the configuration cannot be composed ({kind}: {_first(str(error))})"
@@ -29,6 +31,15 @@ def explained(error: Exception) -> str:
     told = _first(str(error))
     if told.startswith("Config group override must be"):
         return "a group cannot be null: choose one of its options; --help lists them"
+    if told.startswith("Multiple values for "):
+        group = told.removeprefix("Multiple values for ").partition(".")[0]
+        return f"{group} is given twice: type {group}=<option> once, without +"
+    if "does not support deletion" in str(cause):
+        key = told.partition("override ~")[2]
+        return f"~{key}: a key cannot be deleted; type {key}=<value>"
+    if told.startswith("Error parsing override") and "missing EQUAL" in told:
+        given = told.split("'")[1]
+        return f"{given} has no value; type {given}=<value>"
     if told.startswith("Could not append to config. An item is already at"):
         key = told.split("'")[1]
         return f"+{key}: the key is there already; type {key}=... without +"

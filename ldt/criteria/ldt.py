@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ldt.config.values import NotNegative, Positive, Share, checked
 from ldt.criteria.base import Batch, Criterion, Target, feature_gradients
-from ldt.discriminant import PHI, RIDGE, classes_of, location_aware_discriminants
-from ldt.location import ATTENTION_A, ATTENTION_B, attention
-from ldt.measures import (
+from ldt.criteria.measures import (
     channel_ratio,
     discriminant_directions,
     discriminative_channels,
     stacked_vectors,
 )
+from ldt.discriminant import PHI, RIDGE, classes_of, location_aware_discriminants
+from ldt.location import ATTENTION_A, ATTENTION_B, attention
 from ldt.objects import Objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import width_of

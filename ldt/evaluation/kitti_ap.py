@@ -21,7 +21,7 @@ import torch
 from mmdet.structures.bbox import bbox_overlaps
 
 from ldt.data.kitti_labels import TYPES
-from ldt.evaluation.tables import Image, KittiObjects
+from ldt.evaluation.detection_rows import Image, KittiObjects
 
 
 class Difficulty(NamedTuple):

@@ -13,8 +13,8 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import rank_zero_warn
 
 from ldt.config.values import Count, check_value
+from ldt.evaluation.detection_rows import COLUMNS, Image, images_of, rows_of
 from ldt.evaluation.kitti_ap import kitti_ap, mean_of_known
-from ldt.evaluation.tables import COLUMNS, Image, images_of, rows_of
 
 MAX_DETECTIONS = 100  # COCO's
 VOC_IOU = 0.5

@@ -9,16 +9,16 @@ import torch
 from mmdet.models.detectors import BaseDetector
 from torch import Tensor, nn
 
-from ldt.detectors.adapter import RawBatch
-from ldt.detectors.forward import neck_maps
-from ldt.discriminant import PHI, RIDGE, classes_of, mean_abs_correlation
-from ldt.measures import (
+from ldt.criteria.measures import (
     channel_ratio,
     discriminant_directions,
     discriminant_share,
     eigenvalues,
     stacked_vectors,
 )
+from ldt.detectors.adapter import RawBatch
+from ldt.detectors.forward import neck_maps
+from ldt.discriminant import PHI, RIDGE, classes_of, mean_abs_correlation
 from ldt.objects import Objects, background_boxes, labelled_objects
 
 

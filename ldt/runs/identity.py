@@ -293,7 +293,7 @@ def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:
         overrides: overrides as given on the command line.
         config: the composed, resolved configuration.
     """
-    from ldt.sweeps import parse  # imports Hydra
+    from ldt.config.sweeps import parse  # imports Hydra
 
     kept: dict[str, str] = {}
     aside = (*FREE, *idle(config))
@@ -318,7 +318,7 @@ def _trainer_keys(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _suffix_before(overrides: Iterable[str]) -> str:
-    from ldt.sweeps import parse
+    from ldt.config.sweeps import parse
 
     return _hashed(
         o.input_line or "" for o in parse(overrides) if o.key_or_group not in NAMED_BEFORE

@@ -169,7 +169,7 @@ def test_tables_are_printed_or_written(study, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("place", "told"),
     [
-        ("nowhere", "no study at .*nowhere; .* has: .*broken"),
+        ("nowhere", "no study at .*nowhere; studies in .*: none"),
         ("ldt-s0", "ldt-s0 is a run; give its study"),
         ("empty", "no finished run in .*empty, which has 0 runs"),
     ],

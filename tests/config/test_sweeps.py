@@ -3,7 +3,7 @@
 import pytest
 from short_runs import ROOT, python
 
-from ldt.sweeps import jobs
+from ldt.config.sweeps import jobs
 
 TWO = [{"detector": "a,b", "rate": "0.1,0.2"}, {"detector": "c", "rate": "0.2,0.3"}]
 

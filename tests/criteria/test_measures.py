@@ -6,14 +6,14 @@ import torch
 from eigen_reference import scatter
 from object_vectors import LABELS, make_vectors
 
-from ldt.discriminant import mean_abs_correlation
-from ldt.measures import (
+from ldt.criteria.measures import (
     channel_ratio,
     discriminant_directions,
     discriminant_share,
     discriminative_channels,
     eigenvalues,
 )
+from ldt.discriminant import mean_abs_correlation
 
 
 def test_discriminant_directions_solve_eq_9():
