@@ -58,7 +58,7 @@ def check_value(key: str, value: object, kind: Any, example: object = None) -> N
         choices = _choices(kind)
         allowed = _described(kind) or error.errors()[0]["msg"]
         example = choices[0] if example is None and choices else example
-        end = "" if example is None else f" (e.g. {key}={_typed(example)})"
+        end = "" if example is None else f" (e.g. {key}={typed(example)})"
         raise ValueError(f"{key}={value!r}; allowed: {allowed}{end}") from error
 
 
@@ -152,7 +152,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 def _described(kind: Any) -> str:
     """Describe the allowed values of a type; empty if pydantic's message is more specific."""
     if choices := _choices(kind):
-        return ", ".join(map(_typed, choices))
+        return ", ".join(map(typed, choices))
     if get_origin(kind) in (Union, UnionType):
         parts = ["null" if one is type(None) else _described(one) for one in get_args(kind)]
         return " or ".join(parts) if all(parts) else ""
@@ -162,7 +162,7 @@ def _described(kind: Any) -> str:
         return f"{count}, each {parts.pop()}" if len(parts) == 1 and all(parts) else ""
     base, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     bounds = [
-        f"{word} {_typed(getattr(limit, name))}"
+        f"{word} {typed(getattr(limit, name))}"
         for limit in limits
         for kind_, (name, word) in BOUNDS.items()
         if isinstance(limit, kind_)
@@ -170,12 +170,12 @@ def _described(kind: Any) -> str:
     return " ".join(filter(None, [NOUNS.get(base, ""), " and ".join(bounds)]))
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """Format a value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(typed, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldt.config.names import below
 from ldt.config.paths import expand_home
+from ldt.config.values import typed
 from ldt.runs import files
-from ldt.runs.differences import differences
+from ldt.runs.differences import NOT_SET, differences
 from ldt.runs.run import stored_config
 
 Flat = dict[str, Any]  # dotted key -> value
@@ -226,14 +227,13 @@ def claim(folder: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> 
     """
     if not known:
         return
-    told = [
-        f"{key}: {there!r} there, {now!r} now"
-        for key, there, now in differences(essence(known), essence(config))
-    ]
-    if told:
+    found = differences(essence(known), essence(config))
+    if found:
+        told = "; ".join(f"{key}: {there!r} there, {now!r} now" for key, there, now in found)
+        keys = " ".join(f"{key}={typed(there)}" for key, there, _ in found if there != NOT_SET)
         raise OtherRunError(
-            f"{folder} holds a run of another configuration ({'; '.join(told)}). Choose another "
-            "study=<name> or run_name=<name>, or remove the folder"
+            f"{folder} holds a run of another configuration ({told}). To go on with that run type "
+            f"{keys}; for another one, study=<name> or run_name=<name>, or remove the folder"
         )
 
 
