@@ -21,7 +21,11 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from ldt.cli.exit_codes import exit_codes
 from ldt.cli.study_table import exit_sweep
@@ -165,6 +169,8 @@ def explained(error: Exception) -> str:
         return f"{group}={option}: {_allowed(option, error.options)}"
     if told := explain_key(error):
         return told
+    if isinstance(error, InterpolationResolutionError) and isinstance(cause, ValueError):
+        return str(cause)
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause)
     if not isinstance(error, (HydraException, *KINDS)):

@@ -57,7 +57,7 @@ def check_value(key: str, value: object, kind: Any, example: object = None) -> N
         choices = _choices(kind)
         allowed = _described(kind) or error.errors()[0]["msg"]
         example = choices[0] if example is None and choices else example
-        end = "" if example is None else f" (e.g. {key}={_typed(example)})"
+        end = "" if example is None else f" (e.g. {key}={typed(example)})"
         raise ValueError(f"{key}={value!r}; allowed: {allowed}{end}") from error
 
 
@@ -141,7 +141,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 def _described(kind: Any) -> str:
     """Describe the allowed values of a type; empty if pydantic's message is more specific."""
     if choices := _choices(kind):
-        return ", ".join(map(_typed, choices))
+        return ", ".join(map(typed, choices))
     if get_origin(kind) in (Union, UnionType):
         parts = ["null" if one is type(None) else _described(one) for one in get_args(kind)]
         return " or ".join(parts) if all(parts) else ""
@@ -155,12 +155,12 @@ def _described(kind: Any) -> str:
     return " ".join(filter(None, [NOUNS.get(base, ""), " and ".join(bounds)]))
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """Format a value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(typed, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -63,6 +63,13 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "method.criterion.bn": "fuse",  # of PX
     "method.criterion.aggregate": "sum",
     "recipe.channels_last": False,
+    "recipe.gamma": 0.1,
+    "recipe.warmup_epochs": 0,
+    "recipe.cosine": [],
+    "recipe.pipeline": [],
+    "recipe.plain_pipeline": [],
+    "detector.mosaic_scale": [0.1, 2],
+    "detector.mixup": True,
     "trainer.precision": "32-true",
     "trainer.deterministic": "warn",
     "trainer.sync_batchnorm": False,
