@@ -111,11 +111,13 @@ def learning_rate(
     shape, start = recipe["warmup_shape"], recipe["warmup_start"]
 
     def rise(step: int) -> float:
-        if step >= warmup or shape == "constant":
-            return 1.0 if step >= warmup else start
+        if step + 1 >= warmup:
+            return 1.0
+        if shape == "constant":
+            return start
         if shape == "quadratic" or start is None:
             return ((step + 1) / warmup) ** (1 + (shape == "quadratic"))
-        return start + (1 - start) * step / max(1, warmup - 1)
+        return start + (1 - start) * step / (warmup - 1)
 
     return lambda step: scale * rise(step) * decay(step)
 
@@ -132,7 +134,7 @@ def _decay(
         return lambda _: 1.0
     if recipe["cosine"]:
         begin, end, period = (round(share * steps) for share in recipe["cosine"])
-        begin = max(begin, warmup)
+        begin, end = max(begin, warmup), end - 1  # mmengine's last change is before `end`
     else:
         begin, end = warmup, steps - plain
         period = end - begin

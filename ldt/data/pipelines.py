@@ -66,7 +66,7 @@ def mosaic_steps(
     resize: list[dict],
     ratios: tuple[float, float] = (0.1, 2.0),
     mixup: bool = True,
-) -> list[dict]:
+) -> list[Any]:
     """Return YOLOX's training steps (arXiv 2107.08430), as in mmdet's yolox_s_8xb8-300e_coco.
 
     They follow image and annotation loading. Contrary to its name, keep_empty=False makes

@@ -115,15 +115,19 @@ def _clip_grad(content: Config) -> float | None:
 
 
 def _batch_size(content: Config) -> int:
-    """Return the images that the learning rate holds for.
+    if (batch := _base_batch_size(content)) is None:
+        raise NotExpressedError("auto_scale_lr.base_batch_size does not say what lr is for")
+    return batch
+
+
+def _base_batch_size(content: Config) -> int | None:
+    """Return the images that the learning rate holds for; None if the config does not say.
 
     Configs that inherit a smaller number than a single GPU has (mmdet's RTMDet) are for 8 GPUs.
     """
     batch = (content.get("auto_scale_lr") or {}).get("base_batch_size")
     own = (content.get("train_dataloader") or {}).get("batch_size") or 1
-    if batch is None:
-        raise NotExpressedError("auto_scale_lr.base_batch_size does not say what lr is for")
-    return batch if batch >= own else GPUS * own
+    return batch if batch is None or batch >= own else GPUS * own
 
 
 # Length and schedule --------------------------------------------------------------------------
@@ -176,8 +180,9 @@ def _warmup(kind: str, each: Mapping[str, Any], content: Config) -> dict[str, An
     if kind == "ConstantLR" and start[kind] == 1:
         return {}
     stairs = by_epoch and not each.get("convert_to_iter_based") and kind != "ConstantLR"
-    long = end is None or (by_epoch == in_epochs and end > MOST * length)
-    if each.get("begin", 0) or each.get("end_factor", 1) != 1 or stairs or long:
+    if end is None or (by_epoch == in_epochs and end > MOST * length):
+        return None
+    if each.get("begin", 0) or each.get("end_factor", 1) != 1 or stairs:
         return None
     keys = {"warmup_shape": SHAPES[kind], "warmup_start": start.get(kind)}
     times = train_pipelines.repeats(content)
@@ -247,6 +252,7 @@ def _augment(name: str) -> Callable[[Config], Any]:
 READERS: dict[str, Callable[[Config], Any]] = {
     "epochs": _epochs,
     "batch_size": _batch_size,
+    "base_batch_size": _base_batch_size,
     "clip_grad": _clip_grad,
     "ema": _ema,
     "plain_epochs": _plain_epochs,

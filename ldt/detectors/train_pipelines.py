@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mmengine.config import Config, ConfigDict
 
@@ -87,7 +87,7 @@ def _plain(steps: Sequence[Any]) -> list[Step]:
     """Return transforms as plain data, with our own loading of images and without masks."""
     found = []
     for given in steps:
-        step = ConfigDict(given).to_dict()
+        step = cast(Step, ConfigDict(given).to_dict())
         kind = str(step["type"]).rpartition(".")[2]
         if kind in NEED_MORE:
             raise UnknownTransformError(f"the transform {kind} needs more than images with boxes")
