@@ -50,6 +50,7 @@ LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
     *("ldt.alpha_share", "ldt.beta_share", "ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
 )
+MOSAIC = ("detector.mosaic_scale", "detector.mixup")  # keys without effect on other images
 REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
@@ -144,7 +145,9 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     pruning = UNPRUNED if _prunes_nothing(config) else ()
     own = config.get("ldt") or {}
     given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
-    return (*pruning, *(LDT_OFF if _off(config) else given))
+    augment = (config.get("recipe") or {}).get("augment", "mosaic")
+    mosaic = () if augment == "mosaic" else MOSAIC
+    return (*pruning, *mosaic, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:
