@@ -16,6 +16,7 @@ from torch import nn
 
 from ldt import experiment
 from ldt.build import check_config
+from ldt.cli.hydra_app import explained
 from ldt.config import RecipeConfig
 from ldt.detectors.models import build, model_config, read_config
 from ldt.detectors.recipes import OPTIMIZER
@@ -295,8 +296,10 @@ def test_what_cannot_be_read_is_told_with_its_name_and_what_to_type(tmp_path, te
 
 
 def test_what_is_given_need_not_be_read():
-    with pytest.raises(InterpolationResolutionError, match="counts 90000 iterations, not epochs"):
+    with pytest.raises(InterpolationResolutionError) as raised:
         of_config(BY_ITERATION)
+    told = f"recipe.epochs of mmdet::{BY_ITERATION}.py: train_cfg counts 90000 iterations"
+    assert explained(raised.value).startswith(told)
     found = of_config(BY_ITERATION, "recipe.epochs=3", "recipe.retrain_epochs=2")
     assert (found["epochs"], found["retrain_epochs"]) == (3, 2)
 

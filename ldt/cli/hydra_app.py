@@ -169,8 +169,8 @@ def explained(error: Exception) -> str:
         return f"{group}={option}: {_allowed(option, error.options)}"
     if told := explain_key(error):
         return told
-    if isinstance(error, InterpolationResolutionError) and isinstance(cause, ValueError):
-        return str(cause)
+    if isinstance(error, InterpolationResolutionError):  # of a resolver: only its own message
+        return _first(str(error)).rpartition(" raised while resolving interpolation: ")[2]
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause)
     if not isinstance(error, (HydraException, *KINDS)):

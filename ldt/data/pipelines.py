@@ -103,10 +103,10 @@ def build_transforms(steps: list[dict]) -> list[Any]:
     """Build the transforms of a pipeline, which may come from a file: registered types only.
 
     Raises:
-        ValueError: a ``type`` is not registered, or does not take an argument.
+        ValueError: a ``type`` is not registered, does not take an argument, or needs a package.
     """
     try:
         with registered_types_only():
             return [TRANSFORMS.build(step) for step in steps]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"mmdet cannot build the pipeline: {error}") from error
