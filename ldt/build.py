@@ -24,17 +24,17 @@ from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config.keys import check_names
-from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value
+from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value, typed
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.checkpoints import read
-from ldt.detectors.models import model_config, raise_max_per_img
+from ldt.detectors.models import input_settings, model_config, raise_max_per_img
 from ldt.evaluation.metrics import MAX_DETECTIONS
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
-from ldt.recipe import PARAMWISE, check_recipe, micro_batch
+from ldt.recipe import PARAMWISE, check_recipe, given, micro_batch
 from ldt.runs import files, inputs
 from ldt.runs.run import Run, load_config
 
@@ -82,8 +82,30 @@ def check_config(config: DictConfig) -> None:
     _check_target("logger", plain["logger"], passed=["save_dir"])
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
-    optimizer = find_optimizer(recipe["optimizer"].get("type"))
-    check_arguments("recipe.optimizer", optimizer, recipe["optimizer"], ["type"], ["params"])
+    optimizer, keys = find_optimizer(recipe["optimizer"].get("type")), given(recipe["optimizer"])
+    check_arguments("recipe.optimizer", optimizer, keys, ["type"], ["params"])
+    _check_input(plain)
+
+
+def _check_input(plain: dict[str, Any]) -> None:
+    """Check that the training pipeline of an mmdet config has the input size of the data.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    if plain["recipe"]["augment"] != "config":
+        return
+    dataset, path = plain["dataset"], plain["detector"]["config"]
+    theirs = input_settings(path)
+    ours = {"keep_ratio": dataset.get("keep_ratio", True), "pad": plain["detector"]["pad"]}
+    ours["scale"] = tuple(dataset["scale"])
+    keys = {"scale": "dataset.scale", "keep_ratio": "dataset.keep_ratio", "pad": "detector.pad"}
+    needed = [f"{keys[key]}={typed(theirs[key])}" for key in keys if theirs[key] != ours[key]]
+    if needed:
+        raise ValueError(
+            f"recipe.augment=config trains as {path} says, whose input is another: type "
+            f"{' '.join(needed)}, or recipe.augment=flip"
+        )
 
 
 def _check_target(where: str, given: dict[str, Any] | None, passed: Iterable[str] = ()) -> None:
@@ -148,11 +170,13 @@ def _of_data(dataset: Any) -> dict[str, Any]:
 
 def _for_data(config: DictConfig) -> dict[str, Any]:
     """Arguments of the data module that come from other config groups."""
+    recipe: Any = OmegaConf.to_container(config.recipe, resolve=True)
+    detector: Any = OmegaConf.to_container(config.detector, resolve=True)
     return {
         "batch_size": config.recipe.batch_size,
         "seed": config.seed,
-        "augment": config.recipe.augment,
-        "pad": config.detector.pad,
+        **{key: recipe[key] for key in ("augment", "pipeline", "plain_pipeline")},
+        **{key: detector[key] for key in ("pad", "mosaic_scale", "mixup")},
     }
 
 

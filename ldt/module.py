@@ -1,7 +1,7 @@
 """LightningModule for any mmdet detector."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from mmengine.logging import MessageHub
 from mmengine.optim import OPTIMIZERS, build_optim_wrapper
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,7 +21,7 @@ from ldt.detectors.weights import load_weights
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
 from ldt.objects import Objects
 from ldt.pruning import structure
-from ldt.recipe import learning_rate, warmup_steps
+from ldt.recipe import given, learning_rate, warmup_steps
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,14 @@ def find_optimizer(name: str | None) -> type[Optimizer]:
     near = [by_case[match] for match in get_close_matches(str(name).lower(), by_case, 1)]
     meant = f"did you mean {near[0]}?" if near else "e.g. SGD or AdamW"
     raise ValueError(f"recipe.optimizer.type={name}: unknown optimizer; {meant}")
+
+
+def build_optimizer(detector: nn.Module, recipe: Mapping[str, Any]) -> Optimizer:
+    """Build a recipe's optimizer with mmengine, whose groups follow ``recipe.paramwise``."""
+    config: dict[str, Any] = {"optimizer": given(recipe["optimizer"])}
+    if paramwise := given(recipe["paramwise"]):
+        config["paramwise_cfg"] = paramwise
+    return build_optim_wrapper(detector, config).optimizer
 
 
 class DetectorModule(L.LightningModule):
@@ -180,16 +188,14 @@ class DetectorModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the recipe's optimizer with mmengine, and a schedule over the current phase."""
-        config: dict[str, Any] = {"optimizer": dict(self.recipe["optimizer"])}
-        if self.recipe["paramwise"]:
-            config["paramwise_cfg"] = dict(self.recipe["paramwise"])
-        optimizer: Optimizer = build_optim_wrapper(self.detector, config).optimizer
+        optimizer = build_optimizer(self.detector, self.recipe)
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 1
         plain: int = self.recipe["plain_epochs"]
         self.phase_steps = max(1, round(steps / epochs * self.phase_epochs))
         factor = learning_rate(
             self.recipe | {"schedule": self.schedule},
             self.phase_steps,
+            self.phase_epochs,
             self.lr_scale * self._batch_scale(),
             round(steps / epochs * plain) if plain < self.phase_epochs else 0,
         )
@@ -209,7 +215,7 @@ class DetectorModule(L.LightningModule):
     @property
     def warmup_steps(self) -> int:
         """Return the number of optimizer steps of the phase's learning-rate warm-up."""
-        return warmup_steps(self.recipe, self.phase_steps)
+        return warmup_steps(self.recipe, self.phase_steps, self.phase_epochs)
 
     def _batch_scale(self) -> float:
         """Return the linear scaling rule's factor: lr is for ``recipe.base_batch_size`` images."""

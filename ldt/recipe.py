@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MaxLen, MinLen
 
-from ldt.config.values import Count, NaturalNumber, Positive, Share, check_value
+from ldt.config.values import Count, NaturalNumber, NotNegative, Positive, Share, check_value
 
 PARAMWISE = (  # the keys that mmengine reads from recipe.paramwise
     "custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult",
@@ -22,9 +22,13 @@ KINDS: dict[str, tuple[Any, Any]] = {  # type and example of each recipe key
     "base_batch_size": (Count, 16),
     "schedule": (Literal["step", "cosine", "constant"], "step"),
     "milestones": (list[Ratio], [0.67, 0.92]),
+    "gamma": (Ratio, 0.1),
     "warmup": (NaturalNumber, 500),
-    "warmup_shape": (Literal["linear", "quadratic"], "linear"),
+    "warmup_epochs": (NotNegative, 5),
+    "warmup_shape": (Literal["linear", "quadratic", "constant"], "linear"),
+    "warmup_start": (Ratio, 0.001),
     "min_lr": (Ratio, 0.05),
+    "cosine": (Annotated[list[Ratio], MinLen(3), MaxLen(3)] | Annotated[list, MaxLen(0)], []),
     "retrain_lr": (Positive, 1.0),
     "clip_grad": (Positive, 35),
     "ema": (Share, 1e-4),
@@ -32,7 +36,7 @@ KINDS: dict[str, tuple[Any, Any]] = {  # type and example of each recipe key
 }
 
 
-NULLABLE = ("base_batch_size", "clip_grad", "ema")
+NULLABLE = ("base_batch_size", "warmup_start", "clip_grad", "ema")
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
@@ -45,8 +49,15 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
         if key in recipe:
             kind = kind | None if key in NULLABLE else kind
             check_value(f"recipe.{key}", recipe[key], kind, example)
+    if recipe["warmup_shape"] == "constant" and recipe["warmup_start"] is None:
+        raise ValueError("recipe.warmup_shape=constant needs recipe.warmup_start (e.g. 0.333)")
     lr = recipe["optimizer"].get("lr")
     check_value("recipe.optimizer.lr", lr, Positive, 0.01)
+
+
+def given(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of ``optimizer`` or ``paramwise`` that are neither null nor empty."""
+    return {key: value for key, value in keys.items() if value is not None and value != {}}
 
 
 def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
@@ -71,32 +82,65 @@ def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
     return batch_size // parts
 
 
-def warmup_steps(recipe: Mapping[str, Any], steps: int) -> int:
-    """Return the steps of the learning rate's warm-up in a phase of so many steps."""
-    return min(int(recipe["warmup"]), steps // 5)
+def warmup_steps(recipe: Mapping[str, Any], steps: int, epochs: int) -> int:
+    """Return the steps of the learning rate's warm-up in a phase of so many steps and epochs."""
+    wanted = round(recipe["warmup_epochs"] * steps / max(1, epochs)) or recipe["warmup"]
+    return min(int(wanted), steps // 5)
 
 
 def learning_rate(
-    recipe: dict[str, Any], steps: int, scale: float, plain: int = 0
+    recipe: Mapping[str, Any], steps: int, epochs: int = 1, scale: float = 1.0, plain: int = 0
 ) -> Callable[[int], float]:
-    """Return the function from step t of a phase of T steps to its learning-rate factor.
+    """Return the function from a step of a phase to its learning-rate factor, a product of three.
 
-    During the warm-up of W steps ((t+1)/W)^p, p = 1 (linear) or 2 (quadratic); then 0.1 per passed
-    milestone (``step``), or 1 (``constant``), or m + (1 - m) (1 + cos(pi (t-W)/(T-P-W)))/2 with the
-    share m = ``min_lr``, which is kept for the last ``plain`` = P steps (``cosine``, as in YOLOX).
+    The warm-up of W steps rises from s = ``warmup_start`` in step 0 to 1 in step W - 1, by default
+    from 1/W: linearly; ``quadratic`` is ((t+1)/W)^2, ``constant`` stays at s. The ``step``
+    schedule is ``gamma`` per passed milestone. ``cosine`` is m + (1 - m) (1 + cos(pi n/N))/2 after
+    n of N steps, m = ``min_lr``, and keeps its last value. By default it lasts from the warm-up to
+    the last ``plain`` steps, which have the rate m then, as in YOLOX.
+
+    Args:
+        recipe: the keys of :class:`ldt.config.RecipeConfig`.
+        steps: optimizer steps of the phase.
+        epochs: epochs of the phase.
+        scale: factor on the whole schedule.
+        plain: steps of the epochs without mosaic at the end.
     """
-    kind = recipe["schedule"]
-    warmup = warmup_steps(recipe, steps)
+    warmup = warmup_steps(recipe, steps, epochs)
+    decay = _decay(recipe, steps, warmup, plain)
+    shape, start = recipe["warmup_shape"], recipe["warmup_start"]
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return scale * ((step + 1) / warmup) ** (1 + (recipe["warmup_shape"] == "quadratic"))
-        if kind == "step":
-            return scale * 0.1 ** sum(step >= m * steps for m in recipe["milestones"])
-        if kind == "cosine":
-            low = recipe["min_lr"]
-            share = min(1.0, (step - warmup) / max(1, steps - plain - warmup))
-            return scale * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
-        return scale
+    def rise(step: int) -> float:
+        if step + 1 >= warmup:
+            return 1.0
+        if shape == "constant":
+            return start
+        if shape == "quadratic" or start is None:
+            return ((step + 1) / warmup) ** (1 + (shape == "quadratic"))
+        return start + (1 - start) * step / (warmup - 1)
 
-    return factor
+    return lambda step: scale * rise(step) * decay(step)
+
+
+def _decay(
+    recipe: Mapping[str, Any], steps: int, warmup: int, plain: int
+) -> Callable[[int], float]:
+    """Return the function from a step to its factor, without warm-up and scale."""
+    kind, low = recipe["schedule"], recipe["min_lr"]
+    if kind == "step":
+        milestones = [round(share * steps) for share in recipe["milestones"]]
+        return lambda step: recipe["gamma"] ** sum(step >= passed for passed in milestones)
+    if kind == "constant":
+        return lambda _: 1.0
+    if recipe["cosine"]:
+        begin, end, period = (round(share * steps) for share in recipe["cosine"])
+        begin, end = max(begin, warmup), end - 1  # mmengine's last change is before `end`
+    else:
+        begin, end = warmup, steps - plain
+        period = end - begin
+
+    def cosine(step: int) -> float:
+        share = (max(begin, min(step, end)) - begin) / max(1, period)
+        return low + (1 - low) * (1 + math.cos(math.pi * share)) / 2
+
+    return cosine

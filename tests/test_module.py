@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
-from mmengine.config import Config
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
 from small import composed
@@ -16,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from ldt.build import build_data, build_module
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.config import RecipeConfig
 from ldt.detectors.forward import find_neck
-from ldt.detectors.models import _config_file, model_config
+from ldt.detectors.models import model_config
 from ldt.module import DetectorModule, NonFiniteLossError
 from ldt.recipe import check_recipe, learning_rate
 
@@ -188,9 +188,11 @@ def test_mixed_precision_keeps_ldt_finite():
 # Schedules ------------------------------------------------------------------------------------
 
 
-def rates(steps, scale=1.0, **recipe):
-    known = {"schedule": "constant", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.0}
-    factor = learning_rate(known | {"milestones": [2 / 3, 11 / 12]} | recipe, steps, scale)
+def rates(steps, scale=1.0, plain=0, **recipe):
+    known = OmegaConf.to_container(OmegaConf.structured(RecipeConfig))
+    factor = learning_rate(
+        known | {"schedule": "constant", "warmup": 0} | recipe, steps, scale=scale, plain=plain
+    )
     return [factor(step) for step in range(steps)]
 
 
@@ -225,8 +227,7 @@ def test_a_phase_scales_its_whole_schedule():
 
 
 def test_a_cosine_stays_at_its_floor_for_the_plain_epochs():
-    known = {"schedule": "cosine", "warmup": 0, "warmup_shape": "linear", "min_lr": 0.05}
-    found = [learning_rate(known, 100, 1.0, plain=20)(step) for step in range(100)]
+    found = rates(100, plain=20, schedule="cosine", min_lr=0.05)
     assert found[:80] == pytest.approx(rates(80, schedule="cosine", min_lr=0.05))
     assert found[80:] == [pytest.approx(0.05)] * 20
 
@@ -236,12 +237,15 @@ def test_a_cosine_stays_at_its_floor_for_the_plain_epochs():
     [
         ({"schedule": "poly"}, r"recipe.schedule='poly'.*step, cosine, constant"),
         ({"warmup_shape": "cubic"}, r"recipe.warmup_shape='cubic'.*linear, quadratic"),
+        ({"warmup_shape": "constant"}, r"recipe.warmup_shape=constant needs recipe.warmup_start"),
+        ({"cosine": [0.5, 1.0]}, r"recipe.cosine=\[0.5, 1.0\]"),
         ({"optimizer": {"lr": "abc"}}, r"recipe.optimizer.lr='abc'"),
         ({"optimizer": {}}, r"recipe.optimizer.lr=None"),
     ],
 )
 def test_a_wrong_recipe_is_told(wrong, message):
-    known = {"schedule": "step", "warmup_shape": "linear", "optimizer": {"lr": 0.1}}
+    known = OmegaConf.to_container(OmegaConf.structured(RecipeConfig(1, 1, 1)))
+    known["optimizer"] = {"lr": 0.1}
     check_recipe(known)
     with pytest.raises(ValueError, match=message):
         check_recipe(known | wrong)
@@ -273,36 +277,6 @@ def test_the_learning_rate_follows_the_batch(base, lr):
     more = {"warmup": 0, "schedule": "constant", "batch_size": 2, "base_batch_size": base}
     (optimizer,) = fit(module_of(optimizer=sgd, **more), [many()]).optimizers
     assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "packaged"),
-    [
-        ("mmdet_1x", "gfl/gfl_r50_fpn_1x_coco"),
-        ("mmdet_1x", "atss/atss_r50_fpn_1x_coco"),
-        ("mmdet_yolof", "yolof/yolof_r50-c5_8xb8-1x_coco"),
-        ("mmdet_yolox", "yolox/yolox_s_8xb8-300e_coco"),
-    ],
-)
-def test_a_recipe_of_mmdet_is_mmdets(recipe, packaged):
-    ours = OmegaConf.to_container(composed(f"recipe={recipe}").recipe, resolve=True)
-    theirs = Config.fromfile(_config_file(f"mmdet::{packaged}.py"))
-    wrapper, scheduler = theirs.optim_wrapper, theirs.param_scheduler
-    assert ours["optimizer"] == dict(wrapper.optimizer)
-    assert ours["paramwise"] == dict(wrapper.get("paramwise_cfg", {}))
-    assert ours["clip_grad"] == wrapper.get("clip_grad", {}).get("max_norm")
-    assert ours["epochs"] == theirs.train_cfg.max_epochs
-    assert ours["base_batch_size"] == theirs.auto_scale_lr.base_batch_size
-    assert ours["batch_size"] == 8 * theirs.train_dataloader.batch_size  # of mmdet's 8 GPUs
-    kinds = {step["type"] for step in theirs.train_pipeline}
-    assert (ours["augment"] == "mosaic") == ("Mosaic" in kinds)
-    assert (ours["augment"] == "shift") == ("RandomShift" in kinds)
-    if ours["schedule"] == "step":
-        assert [m * ours["epochs"] for m in ours["milestones"]] == scheduler[1].milestones
-        assert ours["warmup"] == scheduler[0].end
-    else:
-        assert ours["min_lr"] * ours["optimizer"]["lr"] == pytest.approx(scheduler[1].eta_min)
-        assert ours["epochs"] - ours["plain_epochs"] == scheduler[2].begin
 
 
 # Checkpoints ----------------------------------------------------------------------------------

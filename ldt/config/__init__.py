@@ -26,6 +26,8 @@ class DetectorConfig:
     predictors: list[str] | None = None  # modules never pruned; null: detected automatically
     size: str = "full"  # full | tiny: picks the input scale of a data set
     pad: str = "none"  # none | square: YOLOX pads every image to the input scale
+    mosaic_scale: list[float] = field(default_factory=lambda: [0.1, 2.0])  # of augment=mosaic
+    mixup: bool = True  # of augment=mosaic
 
 
 @dataclass
@@ -42,15 +44,21 @@ class RecipeConfig:
     paramwise: dict[str, Any] = field(default_factory=dict)
     schedule: str = "step"  # step | cosine | constant
     milestones: list[float] = field(default_factory=lambda: [2 / 3, 11 / 12])  # shares of a phase
+    gamma: float = 0.1  # factor at each milestone
     warmup: int = 500  # steps, at most a fifth of a phase
-    warmup_shape: str = "linear"  # linear | quadratic
+    warmup_epochs: float = 0.0  # above 0: instead of `warmup`
+    warmup_shape: str = "linear"  # linear | quadratic | constant
+    warmup_start: float | None = None  # share of the learning rate at first; null: 1 / steps
     min_lr: float = 0.0  # final share of the learning rate of the cosine schedule
+    cosine: list[float] = field(default_factory=list)  # begin, end, half period: shares of a phase
     retrain_lr: float = 1.0  # share of the learning rate used while retraining
     clip_grad: float | None = None  # maximum gradient norm
     channels_last: bool = False  # images and feature maps in NHWC order: a fifth faster on CPUs
     ema: float | None = None  # mmdet's ExpMomentumEMA momentum; null = no moving average
-    augment: str = "flip"  # none | flip | shift | mosaic
+    augment: str = "flip"  # none | flip | shift | mosaic | config: what `pipeline` says
     plain_epochs: int = 0  # last epochs of a phase without mosaic and with YOLOX's L1 loss
+    pipeline: list[Any] = field(default_factory=list)  # of augment=config: mmdet's transforms
+    plain_pipeline: list[Any] = field(default_factory=list)  # that of the plain epochs
 
 
 @dataclass
@@ -237,6 +245,7 @@ def register() -> None:
     ):
         store.store(group="dataset", name=f"{name}_schema", node=node)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("from_config", _from_config, replace=True)
 
 
 def _run_name(overrides: Any, *, _root_: Any) -> str:
@@ -244,3 +253,18 @@ def _run_name(overrides: Any, *, _root_: Any) -> str:
     from hydra.utils import get_method
 
     return get_method("ldt.runs.identity.run_name")(overrides, _root_)
+
+
+def _from_config(key: str, *, _root_: Any) -> Any:
+    """Return a key as the mmdet config of ``detector.config`` says; read once a configuration.
+
+    Args:
+        key: of the recipe (``optimizer.lr``), or ``detector.`` and one of the detector.
+    """
+    from hydra.utils import get_method
+
+    path, known = _root_.detector.config, OmegaConf.get_cache(_root_)["from_config"]
+    if path not in known:
+        known[path] = get_method("ldt.detectors.recipes.ConfigRecipe")(path)
+    group, _, name = key.rpartition(".")
+    return known[path].of_detector(name) if group == "detector" else known[path].read(key)

@@ -4,7 +4,11 @@ import difflib
 from collections.abc import Sequence
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from ldt.config.keys import explain_key
 
@@ -19,6 +23,8 @@ def explained(error: Exception) -> str:
         return f"{group}={option}: {_allowed(option, error.options)}"
     if told := explain_key(error):
         return told
+    if isinstance(error, InterpolationResolutionError):  # of a resolver: only its own message
+        return _first(str(error)).rpartition(" raised while resolving interpolation: ")[2]
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause)
     if isinstance(error, AssertionError) and "root: NoneType" in str(error):

@@ -22,6 +22,7 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from torch.utils.data import DataLoader, Subset
 
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
+from ldt.data.mixing import PipelineImages
 from ldt.data.pipelines import (
     mosaic_steps,
     plain_steps,
@@ -34,7 +35,7 @@ from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
 Split = Literal["train", "val"]
-Augment = Literal["none", "flip", "shift", "mosaic"]
+Augment = Literal["none", "flip", "shift", "mosaic", "config"]
 Pad = Literal["none", "square"]
 OPTIONS = {  # config key of each argument of the data module
     "batch_size": "recipe.batch_size",
@@ -43,6 +44,7 @@ OPTIONS = {  # config key of each argument of the data module
     "seed": "seed",
     "augment": "recipe.augment",
     "pad": "detector.pad",
+    "mixup": "detector.mixup",
 }
 
 
@@ -102,7 +104,12 @@ class DetectionDataModule(LightningDataModule, ABC):
         val_batch_size: validation images per batch and process.
         workers: loader processes; 0 loads in the main process. Batches do not depend on it.
         seed: seed of shuffling, augmentation and the calibration subset.
-        augment: "none", "flip" (left-right), "shift" (YOLOF's, with flip), "mosaic" (YOLOX's).
+        augment: "none", "flip" (left-right), "shift" (YOLOF's, with flip), "mosaic" (YOLOX's), or
+            "config": the transforms of `pipeline`, whatever `scale` and `pad` are.
+        pipeline: configs of mmdet's transforms, which load an image and its annotations first.
+        plain_pipeline: those after `augment_off`; empty: the same.
+        mosaic_scale: range of the random scale of mosaics.
+        mixup: whether mosaics are mixed with images.
         pad: "square" pads every image to `scale` with grey, as YOLOX does; "none" does not.
         keep_ratio: fit the image inside `scale`; False stretches it to `scale`.
         classes: class names in label order; empty for the data set's default.
@@ -129,6 +136,10 @@ class DetectionDataModule(LightningDataModule, ABC):
     workers: NaturalNumber = 0
     seed: NaturalNumber = 0
     augment: Augment = "flip"
+    pipeline: Sequence[dict[str, Any]] = ()
+    plain_pipeline: Sequence[dict[str, Any]] = ()
+    mosaic_scale: tuple[float, float] = (0.1, 2.0)
+    mixup: bool = True
     pad: Pad = "none"
     keep_ratio: bool = True
     classes: tuple[str, ...] = ()
@@ -147,6 +158,16 @@ class DetectionDataModule(LightningDataModule, ABC):
         self.scale = (scale[0], scale[1])
         self.classes = tuple(self.classes or ())
         check_fields(self, OPTIONS)
+        if len(self.mosaic_scale) != 2 or not 0 < self.mosaic_scale[0] <= self.mosaic_scale[1]:
+            raise ValueError(
+                f"detector.mosaic_scale={list(self.mosaic_scale)}; allowed: the lowest and highest "
+                "scale (e.g. detector.mosaic_scale=[0.5,1.5])"
+            )
+        if self.augment == "config" and not self.pipeline:
+            raise ValueError(
+                "recipe.augment=config takes mmdet's transforms from recipe.pipeline, which is "
+                "empty; type recipe=config, or recipe.augment=flip"
+            )
         self.resize = resize_steps(self.scale, self.keep_ratio, self.pad)
         self._datasets: dict[str, BaseDataset] = {}
         self._facts_of: dict[str, list[ImageFacts]] = {}
@@ -202,7 +223,8 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled, augmented training images; Lightning sets the sampler's epoch."""
-        images = TrainingImages(self._training_images(), self.seed)
+        plain = PipelineImages(self.training_set(), self.plain_pipeline) if self._switches else None
+        images = TrainingImages(self._training_images(), self.seed, plain)
         trainer: Any = self.trainer
         world, parts = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
         if trainer and trainer.overfit_batches:  # always the first images
@@ -256,9 +278,9 @@ class DetectionDataModule(LightningDataModule, ABC):
     def augment_off(self) -> None:
         """Disable mosaic, affine and mix-up from the next epoch on (YOLOX's last epochs).
 
-        Flip and colour augmentation stay enabled. Loaders are not recreated: the flag is sent
-        with the indices (`Draw`), also to persistent workers. No effect for other values of
-        `augment`.
+        Flip and colour augmentation stay enabled; a given `pipeline` is replaced by
+        `plain_pipeline`. Loaders are not recreated: the flag is sent with the indices (`Draw`),
+        also to persistent workers. No effect for other values of `augment`.
         """
         self._set_mix(False)
 
@@ -331,13 +353,21 @@ class DetectionDataModule(LightningDataModule, ABC):
             self._facts_of[split] = [_facts_in(info) for info in infos]
         return self._facts_of[split]
 
-    def _training_images(self) -> BaseDataset | MultiImageMixDataset:
+    @property
+    def _switches(self) -> bool:
+        return self.augment == "config" and bool(self.plain_pipeline)
+
+    def _training_images(self) -> BaseDataset | MultiImageMixDataset | PipelineImages:
+        if self.augment == "config":
+            return PipelineImages(self.training_set(), self.pipeline)
         if self.augment != "mosaic":
             steps = plain_steps(self.resize, self.augment)
             return with_pipeline(self.training_set(), steps)
         load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
         single = with_pipeline(self.training_set(), load)
-        return MultiImageMixDataset(single, mosaic_steps(self.scale, self.resize))
+        low, high = self.mosaic_scale
+        steps = mosaic_steps(self.scale, self.resize, (low, high), self.mixup)
+        return MultiImageMixDataset(single, steps)
 
     def _loader(
         self,

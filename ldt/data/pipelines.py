@@ -61,17 +61,29 @@ def test_steps(resize: list[dict]) -> list[dict]:
     return [{"type": "ReadImage"}, *resize, annotations, pack]
 
 
-def mosaic_steps(scale: tuple[int, int], resize: list[dict]) -> list[Any]:
+def mosaic_steps(
+    scale: tuple[int, int],
+    resize: list[dict],
+    ratios: tuple[float, float] = (0.1, 2.0),
+    mixup: bool = True,
+) -> list[Any]:
     """Return YOLOX's training steps (arXiv 2107.08430), as in mmdet's yolox_s_8xb8-300e_coco.
 
     They follow image and annotation loading. Contrary to its name, keep_empty=False makes
     FilterAnnotations of mmdet 3.3 keep images without boxes.
+
+    Args:
+        scale: the network's input size (width, height).
+        resize: the steps that resize an image to `scale`, for the epochs without mosaic.
+        ratios: range of the random scale of a mosaic; (0.5, 1.5) for YOLOX-Nano and Tiny.
+        mixup: whether mosaics are mixed with images; not for YOLOX-Nano and Tiny.
     """
     border = (-scale[0] // 2, -scale[1] // 2)
+    mix = {"type": "MixUp", "img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0}
     return [
         {"type": "Mosaic", "img_scale": scale, "pad_val": 114.0},
-        {"type": "RandomAffine", "scaling_ratio_range": (0.1, 2), "border": border},
-        {"type": "MixUp", "img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0},
+        {"type": "RandomAffine", "scaling_ratio_range": ratios, "border": border},
+        *([mix] if mixup else []),
         {"type": "YOLOXHSVRandomAug"},
         {"type": "RandomFlip", "prob": 0.5},
         *resize,
@@ -91,10 +103,10 @@ def build_transforms(steps: list[dict]) -> list[Any]:
     """Build the transforms of a pipeline, which may come from a file: registered types only.
 
     Raises:
-        ValueError: a ``type`` is not registered, or does not take an argument.
+        ValueError: a ``type`` is not registered, does not take an argument, or needs a package.
     """
     try:
         with registered_types_only():
             return [TRANSFORMS.build(step) for step in steps]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"mmdet cannot build the pipeline: {error}") from error

@@ -12,9 +12,9 @@ from mmengine.dataset import BaseDataset
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from ldt.data.mixing import PipelineImages
+from ldt.detectors.train_pipelines import MIX
 from ldt.recipe import micro_batch
-
-MIX = ("Mosaic", "RandomAffine", "MixUp")  # disabled by YOLOX for the last epochs
 
 
 @contextmanager
@@ -44,10 +44,21 @@ class Draw(NamedTuple):
 
 
 class TrainingImages(Dataset):
-    """Training images whose augmentation is a pure function of (seed, epoch, index)."""
+    """Training images whose augmentation is a pure function of (seed, epoch, index).
 
-    def __init__(self, images: BaseDataset | MultiImageMixDataset, seed: int) -> None:
-        self.images = images
+    Args:
+        images: the augmented images.
+        seed: the seed.
+        plain: those of draws without mixing; None: `images`, of which YOLOX's mosaics are switched.
+    """
+
+    def __init__(
+        self,
+        images: BaseDataset | MultiImageMixDataset | PipelineImages,
+        seed: int,
+        plain: PipelineImages | None = None,
+    ) -> None:
+        self.images, self.plain = images, plain
         self.seed = seed
 
     def __len__(self) -> int:
@@ -60,8 +71,9 @@ class TrainingImages(Dataset):
         draw = item if isinstance(item, Draw) else Draw(item, epoch=0, mix=True)
         if isinstance(self.images, MultiImageMixDataset):
             self.images.update_skip_type_keys([] if draw.mix else list(MIX))
+        images = self.images if draw.mix or self.plain is None else self.plain
         with seeded(self.seed, draw.epoch, draw.index):
-            return self.images[draw.index]
+            return images[draw.index]
 
 
 class EpochSampler(DistributedSampler):

@@ -55,7 +55,7 @@ def model_config(
     Raises:
         ValueError: there is no such config, or it defines no ``model``.
     """
-    content = _read_config(config)
+    content = read_config(config)
     if "model" not in content:
         raise ValueError(f"detector.config={config!r} defines no `model`; is it an mmdet config?")
     content.merge_from_dict({"model": options})
@@ -79,7 +79,7 @@ def input_settings(config: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such config, or its test pipeline has no ``Resize``.
     """
-    content = _read_config(config)
+    content = read_config(config)
     loader = content.get("test_dataloader") or {}
     steps = (loader.get("dataset") or {}).get("pipeline") or content.get("test_pipeline") or []
     resize = next((step for step in steps if step["type"] == "Resize"), None)
@@ -93,7 +93,15 @@ def input_settings(config: str) -> dict[str, Any]:
     }
 
 
-def _read_config(config: str) -> Config:
+def read_config(config: str) -> Config:
+    """Read an mmdet config.
+
+    Args:
+        config: as for :func:`model_config`.
+
+    Raises:
+        ValueError: there is no such config.
+    """
     use_mmdet()
     try:
         with packages_by_importlib():

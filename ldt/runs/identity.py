@@ -51,6 +51,7 @@ LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
     *("ldt.alpha_share", "ldt.beta_share", "ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
 )
+MOSAIC = ("detector.mosaic_scale", "detector.mixup")  # keys without effect on other images
 REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
@@ -64,6 +65,13 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "method.criterion.bn": "fuse",  # of PX
     "method.criterion.aggregate": "sum",
     "recipe.channels_last": False,
+    "recipe.gamma": 0.1,
+    "recipe.warmup_epochs": 0,
+    "recipe.cosine": [],
+    "recipe.pipeline": [],
+    "recipe.plain_pipeline": [],
+    "detector.mosaic_scale": [0.1, 2],
+    "detector.mixup": True,
     "trainer.precision": "32-true",
     "trainer.deterministic": "warn",
     "trainer.sync_batchnorm": False,
@@ -138,7 +146,9 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     pruning = UNPRUNED if _prunes_nothing(config) else ()
     own = config.get("ldt") or {}
     given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
-    return (*pruning, *(LDT_OFF if _off(config) else given))
+    augment = (config.get("recipe") or {}).get("augment", "mosaic")
+    mosaic = () if augment == "mosaic" else MOSAIC
+    return (*pruning, *mosaic, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:

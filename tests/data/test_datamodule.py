@@ -1,21 +1,16 @@
 """Laws of the loaders: reproducible batches, and boxes where the network sees them."""
 
 import random
-from pathlib import Path
 
 import cv2
 import lightning.pytorch as lightning
-import mmdet
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import TRANSFORMS
-from mmengine.config import Config
 from real_data import KITTI, needs
 from torch import nn
 
 from ldt.data.kitti import CLASSES, KittiDataModule
-from ldt.data.pipelines import mosaic_steps, resize_steps
 from ldt.data.sampling import Draw, EpochSampler, TrainingImages
 
 REST = "1.5 1.6 3.7 1.0 1.5 20.0 -1.5"
@@ -285,20 +280,6 @@ def test_too_few_or_too_many_calibration_images(root):
 
 
 # Mosaic
-
-
-def test_mosaic_is_the_pipeline_of_mmdets_yolox():
-    name = "yolox/yolox_s_8xb8-300e_coco.py"
-    theirs = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / name).train_pipeline
-    scale = (640, 640)
-    ours = mosaic_steps(scale, resize_steps(scale, keep_ratio=True, pad="square"))
-    for mine, packaged in zip(ours, theirs, strict=True):
-        if mine["type"] == "Pad":  # they pad to a square, we to `scale`: the same at 640x640
-            image = np.zeros((300, 640, 3), np.uint8)
-            done = [TRANSFORMS.build(s)({"img": image})["img"] for s in (mine, packaged)]
-            np.testing.assert_array_equal(*done)
-        else:
-            assert TRANSFORMS.build(mine).__dict__ == TRANSFORMS.build(packaged).__dict__
 
 
 def test_mosaic_fills_the_scale(root):

@@ -18,6 +18,7 @@ from ldt.runs.run import stored_config
 
 OLD = sorted(Path(__file__).parents[2].glob("notebooks/runs/probe/*/config.yaml"))
 UNPRUNED = "method=none "
+GFL = "detector=mmdet detector.config=mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ PAIRS = [
     (UNPRUNED, "method=l1 prune.rounds=0", "same run"),
     ("method=l1", "method=l1 ldt.alpha=0.5 ldt.memory=9", "same run"),
     ("", "ldt.alpha_share=0.2", "same run"),  # alpha is a number
+    ("", "detector.mixup=false", "same run"),  # there are no mosaics
     # spelling
     ("prune.budget=flops", "prune.budget=macs", "same run"),
     ("recipe.optimizer.lr=1e-3", "recipe.optimizer.lr=0.001", "same run"),
@@ -90,6 +92,10 @@ PAIRS = [
     ("", "ldt.background=true", "other run"),
     ("", "recipe.epochs=10", "other run"),
     ("", "recipe.batch_size=4", "other run"),
+    ("", "recipe.warmup_epochs=1", "other run"),
+    ("recipe=mmdet_yolox", "recipe=mmdet_yolox detector.mixup=false", "other run"),
+    (GFL, f"{GFL} recipe.gamma=0.5", "other run"),
+    (f"{GFL} recipe=mmdet_1x", GFL, "same run"),
     ("", "trainer.precision=bf16-mixed", "other run"),
     ("", "trainer.deterministic=true", "other run"),
     ("", "trainer.precision=bf16", "other run"),

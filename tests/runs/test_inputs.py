@@ -243,6 +243,7 @@ def own_model(tmp_path, monkeypatch):
     yield tiny(
         tmp_path,
         "detector=mmdet",
+        "recipe=mmdet_1x",  # the config says how to build the model only
         "detector.pretrained=true",
         f"detector.config={tmp_path / 'own.py'}",
         f"detector.checkpoint={tmp_path / 'weights.pth'}",
