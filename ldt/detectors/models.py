@@ -182,7 +182,7 @@ def _plain(node: object) -> Plain:
 
 
 def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
-    """Build an mmdet detector from the result of :func:`model_config`.
+    """Build an mmdet detector, in training mode, from the result of :func:`model_config`.
 
     Args:
         model: the model config.
@@ -211,6 +211,7 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
                 "+detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
                 "detector.pretrained=false"
             ) from error
+    detector.train()  # only this puts the norms of `norm_eval` into eval mode; Lightning does not
     return detector
 
 
@@ -234,6 +235,7 @@ def quiet() -> None:
         "`num_anchors` is deprecated",
         "torch.cuda.amp.autocast",
         "LeafSpec",
+        "in eval mode at the start of training",  # `norm_eval`, frozen stages
         "have overridden `transfer_batch_to_device`",
         "exists and is not empty",  # a run's folder: expected when resuming
         "smaller than the logging interval",

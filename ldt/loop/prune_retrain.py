@@ -22,6 +22,7 @@ from ldt.callbacks.lightning_internals import (
 from ldt.criteria.base import check_importance
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
+from ldt.detectors.batch_norm import settle_batch_norms
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.freezing import thaw
 from ldt.evaluation import profiling
@@ -272,10 +273,12 @@ class PruneRetrain(L.Callback):
     def _prune(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Score, select and remove channels, then prepare the retraining."""
         assert self.criterion is not None
+        images = self._calibration(trainer, module)
+        settle_batch_norms(module.adapter, images)
         record = prune_round(
             module.adapter,
             self.criterion,
-            self._calibration(trainer, module),
+            images,
             self.schedule,
             self.round,
             self._unpruned,

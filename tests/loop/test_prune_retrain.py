@@ -9,6 +9,7 @@ import torch
 from forked import draw_nothing
 from short_runs import python, rows, summary, tiny
 from small import SCOPE
+from torch import nn
 
 import ldt
 from ldt import experiment
@@ -313,7 +314,9 @@ def test_frozen_stages_train_from_the_first_cut_on(tmp_path, monkeypatch):
         held[-1] |= {n for n, p in parts if n.startswith(SCOPE) and p.grad is None}
 
     def still(module, batch, index, plain=DetectorModule.training_step):
-        assert not module.detector.backbone.bn1.training
+        norms = [m for m in module.detector.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == 20
+        assert not any(norm.training for norm in norms)
         if index == 0:
             held.append(set())
         return plain(module, batch, index)
