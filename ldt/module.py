@@ -103,6 +103,7 @@ class DetectorModule(L.LightningModule):
         self.model_config, self.recipe = model, recipe
         self.classes, self.resize = tuple(classes), list(resize)
         self.detector = build(model, initialise=initialise and checkpoint is None)
+        self.detector.train()  # puts norms of `norm_eval` into eval mode; Lightning does not
         self.loss_terms: dict[str, LossTerm] = {}
         self.phase_epochs, self.lr_scale = int(recipe["epochs"]), 1.0
         self.schedule: str = recipe["schedule"]

@@ -182,7 +182,7 @@ def _plain(node: object) -> Plain:
 
 
 def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
-    """Build an mmdet detector, in training mode, from the result of :func:`model_config`.
+    """Build an mmdet detector from the result of :func:`model_config`.
 
     Args:
         model: the model config.
@@ -211,7 +211,6 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
                 "+detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
                 "detector.pretrained=false"
             ) from error
-    detector.train()  # only this puts the norms of `norm_eval` into eval mode; Lightning does not
     return detector
 
 
