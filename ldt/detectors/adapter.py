@@ -18,6 +18,7 @@ from ldt.detectors.forward import (
     neck_maps,
     raw_forward,
 )
+from ldt.detectors.mmengine_internals import copy_without_waiting
 from ldt.objects import Objects, background_boxes, labelled_objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
@@ -110,9 +111,11 @@ class Detector:
         return PreparedBatch(images, samples, labelled_objects(samples, shape, loaded, background))
 
     def _preprocess(self, batch: RawBatch, training: bool) -> RawBatch:
-        preprocessor, device = self.model.data_preprocessor, next(self.model.parameters()).device
+        preprocessor = cast(DetDataPreprocessor, self.model.data_preprocessor)
+        device = next(self.model.parameters()).device
         if preprocessor.device != device:  # moving a module that holds the detector leaves it as is
             preprocessor.to(device)
+            copy_without_waiting(preprocessor)
         data = preprocessor(batch, training)
         if self.channels_last:  # layers preserve the memory format of their input
             data["inputs"] = data["inputs"].contiguous(memory_format=torch.channels_last)
