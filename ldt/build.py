@@ -36,6 +36,7 @@ from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch
 from ldt.runs import files, inputs
+from ldt.runs.identity import PRECISION_ALIASES
 from ldt.runs.run import Run, load_config
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ Objective = Literal[
     "multiply_adds",
     "latency_ms",
 ]
-OURS = ("validate_every", "threads")  # keys of trainer that Lightning does not have
+OURS = ("validate_every", "threads", "compile")  # keys of trainer that Lightning does not have
 
 
 def check_config(config: DictConfig) -> None:
@@ -77,9 +78,25 @@ def check_config(config: DictConfig) -> None:
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
+    _check_gradual(method["gradual"], plain["trainer"])
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
     optimizer = find_optimizer(recipe["optimizer"].get("type"))
     check_arguments("recipe.optimizer", optimizer, recipe["optimizer"], ["type"], ["params"])
+
+
+def _check_gradual(gradual: dict[str, Any] | None, trainer: dict[str, Any]) -> None:
+    """Refuse what falsifies the gradients that masking collects while training."""
+    precision = str(trainer.get("precision"))
+    if gradual and PRECISION_ALIASES.get(precision, precision) == "16-mixed":
+        raise ValueError(
+            f"trainer.precision={precision} scales gradients, which method.gradual collects: type "
+            "trainer.precision=bf16-mixed"
+        )
+    if gradual and trainer.get("compile"):
+        raise ValueError(
+            "trainer.compile=true hides the layers whose gradients method.gradual collects: type "
+            "trainer.compile=false"
+        )
 
 
 def _check_target(where: str, given: dict[str, Any] | None, passed: Iterable[str] = ()) -> None:
@@ -178,6 +195,7 @@ def build_module(
         resize=data.resize,
         background=background,
         max_detections=_max_detections(plain),
+        compiled=bool(plain["trainer"].get("compile")),
     )
 
 

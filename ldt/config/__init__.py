@@ -156,7 +156,7 @@ class CocoConfig(DatasetConfig):
 
 @dataclass
 class TrainerConfig:
-    """Arguments of ``lightning.Trainer`` (null: its default), and two keys of ldt.
+    """Arguments of ``lightning.Trainer`` (null: its default), and three keys of ldt.
 
     Arguments controlled by the prune-retrain loop are in :data:`ldt.config.keys.OWNED`.
     """
@@ -185,6 +185,7 @@ class TrainerConfig:
     enable_autolog_hparams: bool | None = None
     validate_every: int = 0  # ldt: in epochs; 0 = only at the end of a phase
     threads: int | None = None  # ldt: torch CPU threads; null = torch's default
+    compile: bool = False  # ldt: torch.compile the backbone and the neck for training steps
 
 
 @dataclass

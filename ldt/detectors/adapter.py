@@ -1,6 +1,6 @@
 """Adapter of an mmdet detector with the operations that criteria, tracing and evaluation need."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -79,6 +79,7 @@ class Detector:
         self.background = background
         self.model, self.neck, self.channels_last = cast(BaseDetector, model), neck, channels_last
         self.input_size = (int(input_size[0]), int(input_size[1]))
+        self._compiled: dict[nn.Module, Callable[..., object]] = {}
         find_neck(model, neck)
         self.predictors = list(predictors or self._find_predictors())
         known = dict(model.named_modules())
@@ -99,6 +100,32 @@ class Detector:
     def example(self) -> Tensor:
         """Return a zero image [1, 3, H, W] of the input size, on the detector's device."""
         return next(self.model.parameters()).new_zeros(1, 3, *self.input_size)
+
+    def arrange(self) -> None:
+        """Order the weights as the feature maps are; a GPU would reorder them in every pass."""
+        if self.channels_last and next(self.model.parameters()).device.type != "cpu":
+            self.model.to(memory_format=torch.channels_last)
+
+    def compile(self) -> None:
+        """Compile backbone and neck as they are now, for passes within :meth:`compiled`.
+
+        Compiled forwards lie beside the network, not in it: names of weights, copies and traces of
+        the network remain what they are, and so do passes with hooks on its layers.
+        """
+        torch.compiler.reset()  # what was compiled for other widths
+        parts = (getattr(self.model, name, None) for name in ("backbone", "neck"))
+        self._compiled = {part: torch.compile(part.forward) for part in parts if part is not None}
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Use what :meth:`compile` has compiled, if anything, within the context."""
+        try:
+            for module, forward in self._compiled.items():
+                module.__dict__["forward"] = forward
+            yield
+        finally:
+            for module in self._compiled:
+                module.__dict__.pop("forward", None)
 
     def prepare(self, batch: RawBatch, training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
