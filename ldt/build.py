@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -324,6 +325,7 @@ def build_trainer(
         "plugins": [AtomicCheckpointIO()],
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
+        "accelerator": _accelerator(str(plain.get("accelerator", "auto"))),
     }
     try:
         with warnings.catch_warnings():
@@ -336,6 +338,22 @@ def build_trainer(
         lift_step_limit(trainer)
     micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     return trainer
+
+
+def _accelerator(asked: str) -> str:
+    """Return Lightning's accelerator: never Apple's GPUs, which ``auto`` and ``gpu`` mean on a Mac.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    if asked not in ("auto", "gpu", "mps") or not MPSAccelerator.is_available():
+        return asked
+    if asked == "auto":
+        return "cpu"
+    raise ValueError(
+        f"trainer.accelerator={asked}: Apple's GPUs (MPS) have no float64, which the discriminants "
+        "and the criteria need: type trainer=cpu"
+    )
 
 
 def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.Callback]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from detections import random_samples
 from hydra.utils import instantiate
+from lightning.pytorch.accelerators import MPSAccelerator
 from short_runs import rows, tiny
 from small import Batch, case, composed
 from stand_in import DEVICE, OnDevice, StandIn, moved, on_stand_in
@@ -23,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from ldt import discriminant, experiment, location, measures
+from ldt.build import _accelerator
 from ldt.callbacks.ema import Average, ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.evaluation.metrics import DetectionMetrics
@@ -235,6 +237,38 @@ def test_a_whole_run_on_the_device_is_one_on_the_cpu(tmp_path, monkeypatch):
         experiment.run(tiny(tmp_path, *options), tmp_path / "gpu")
     for here, there in itertools.zip_longest(rows(tmp_path / "cpu"), rows(tmp_path / "gpu")):
         assert here == pytest.approx(there, rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+def test_weights_are_ordered_as_the_maps_on_the_device_and_stay_as_they_are_on_the_cpu():
+    def in_order(module: nn.Module) -> bool:
+        convs = [m.weight for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+        return all(w.is_contiguous(memory_format=torch.channels_last) for w in convs)
+
+    adapter = module_of("gfl_tiny", channels_last=True).adapter
+    adapter.arrange()
+    assert not in_order(adapter.model)
+    with StandIn():
+        adapter.model.to(DEVICE)
+        adapter.arrange()
+        assert in_order(adapter.model)
+        images = adapter.prepare(many()).images
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        maps = adapter.raw_maps(images)
+        assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"), [("auto", "cpu"), ("cpu", "cpu"), ("gpu", None), ("mps", None)]
+)
+def test_apples_gpus_are_refused_before_anything_is_built(monkeypatch, asked, taken):
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    if taken is None:
+        with pytest.raises(ValueError, match=f"trainer.accelerator={asked}: .*type trainer=cpu"):
+            _accelerator(asked)
+    else:
+        assert _accelerator(asked) == taken
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
+    assert _accelerator(asked) == asked
 
 
 # The average ----------------------------------------------------------------------------------

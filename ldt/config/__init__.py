@@ -113,7 +113,7 @@ class DatasetConfig:
     )  # input (width, height) per detector.size
     scale: list[int] = field(default_factory=list)
     keep_ratio: bool = True
-    workers: int = 2
+    workers: Any = 2  # processes that load images; auto: by the CPUs at hand
     val_batch_size: int = 16
     group_shapes: bool = False  # batches of like shapes: little padding
     filter_empty_gt: bool = False  # train on images with objects only

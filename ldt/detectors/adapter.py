@@ -116,6 +116,10 @@ class Detector:
         parts = (getattr(self.model, name, None) for name in ("backbone", "neck"))
         self._compiled = {part: torch.compile(part.forward) for part in parts if part is not None}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the compiled forwards, which belong to this network: a copy is not compiled."""
+        return self.__dict__ | {"_compiled": {}}
+
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Use what :meth:`compile` has compiled, if anything, within the context."""
