@@ -1,7 +1,7 @@
 """What a GPU is needed for: overhead of LDT, throughput, and latency of base and pruned detectors.
 
     python benchmarks/gpu.py [--detectors gfl atss] [--write gpu.md]
-    python benchmarks/gpu.py --device cpu --detectors gfl_tiny --divide 2 --runs 30 --epochs 1
+    python benchmarks/gpu.py --device cpu --detectors gfl_tiny --divide 4 --runs 30 --eager
 
 Prints a table in markdown; what was not measured is an empty cell. Steps with and without LDT
 alternate, as do the epochs of this loop and of mmengine's Runner. Detectors are pruned as in
@@ -94,7 +94,7 @@ def _each_kind(
 ) -> dict[str, float]:
     found = {}
     for precision, dtype in PRECISIONS.items():
-        for how in ("eager", "compiled"):
+        for how in ("eager",) if given.eager else ("eager", "compiled"):
             network = deepcopy(detector).to(dtype)
             if how == "compiled":
                 torch.compiler.reset()
@@ -160,7 +160,7 @@ def report(given: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 2 if there is no GPU and none other device is named."""
+    """Run the command; return 2 if there is no GPU and no other device is named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--detectors", nargs="+", default=list(CASES))
     parser.add_argument("--device", choices=("cuda", "cpu"))
@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=100, help=help_)
     help_ = "divides the input's sides, to try this script quickly; 1 is the paper's input"
     parser.add_argument("--divide", type=int, choices=(1, 2, 4), default=1, help=help_)
+    parser.add_argument("--eager", action="store_true", help="leave out torch.compile")
     parser.add_argument("--train", type=int, help="training images of the loops")
     parser.add_argument("--write", type=Path, help="file for the tables, beside the terminal")
     given = parser.parse_args(arguments)

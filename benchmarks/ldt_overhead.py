@@ -99,6 +99,7 @@ def main() -> None:
     term = LDTLoss(alpha=5e-4, beta=7.5, warmup_epochs=0)
     module.trainer = trainer
     term.setup(trainer, module, "fit")
+    term.weights.steps_left = 0  # the shares are measured in few steps of an epoch
     step, data = Step(module, term), batch()
     step(data, with_ldt=True)  # warm-up
     plain, ldt = [], []

@@ -182,7 +182,7 @@ class LDTLoss(L.Callback):
         assert self._module is not None
         module, trainer = self._module, self._module.trainer
         was_known = bool(self.weights.known)
-        if not self._representative() or (was_known and not self.weights.steps_left):
+        if (was_known and not self.weights.steps_left) or not self._representative():
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         one = torch.ones((), device=features[0].device)  # scaled: the scale, without waiting for it
