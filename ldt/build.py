@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,6 +37,7 @@ from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
 from ldt.recipe import PARAMWISE, check_recipe, given, micro_batch
 from ldt.runs import files, inputs
+from ldt.runs.identity import PRECISION_ALIASES
 from ldt.runs.run import Run, load_config
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ Objective = Literal[
     "multiply_adds",
     "latency_ms",
 ]
-OURS = ("validate_every", "threads")  # keys of trainer that Lightning does not have
+OURS = ("validate_every", "threads", "compile")  # keys of trainer that Lightning does not have
 
 
 def check_config(config: DictConfig) -> None:
@@ -81,6 +83,7 @@ def check_config(config: DictConfig) -> None:
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
+    _check_gradual(method["gradual"], plain["trainer"])
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
     optimizer, keys = find_optimizer(recipe["optimizer"].get("type")), given(recipe["optimizer"])
     check_arguments("recipe.optimizer", optimizer, keys, ["type"], ["params"])
@@ -105,6 +108,21 @@ def _check_input(plain: dict[str, Any]) -> None:
         raise ValueError(
             f"recipe.augment=config trains as {path} says, whose input is another: type "
             f"{' '.join(needed)}, or recipe.augment=flip"
+        )
+
+
+def _check_gradual(gradual: dict[str, Any] | None, trainer: dict[str, Any]) -> None:
+    """Refuse what falsifies the gradients that masking collects while training."""
+    precision = str(trainer.get("precision"))
+    if gradual and PRECISION_ALIASES.get(precision, precision) == "16-mixed":
+        raise ValueError(
+            f"trainer.precision={precision} scales gradients, which method.gradual collects: type "
+            "trainer.precision=bf16-mixed"
+        )
+    if gradual and trainer.get("compile"):
+        raise ValueError(
+            "trainer.compile=true hides the layers whose gradients method.gradual collects: type "
+            "trainer.compile=false"
         )
 
 
@@ -206,6 +224,7 @@ def build_module(
         resize=data.resize,
         background=background,
         max_detections=_max_detections(plain),
+        compiled=bool(plain["trainer"].get("compile")),
     )
 
 
@@ -330,6 +349,7 @@ def build_trainer(
         "plugins": [AtomicCheckpointIO()],
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
+        "accelerator": _accelerator(str(plain.get("accelerator", "auto"))),
     }
     try:
         with warnings.catch_warnings():
@@ -342,6 +362,22 @@ def build_trainer(
         lift_step_limit(trainer)
     micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     return trainer
+
+
+def _accelerator(asked: str) -> str:
+    """Return Lightning's accelerator: never Apple's GPUs, which ``auto`` and ``gpu`` mean on a Mac.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    if asked not in ("auto", "gpu", "mps") or not MPSAccelerator.is_available():
+        return asked
+    if asked == "auto":
+        return "cpu"
+    raise ValueError(
+        f"trainer.accelerator={asked}: Apple's GPUs (MPS) have no float64, which the discriminants "
+        "and the criteria need: type trainer=cpu"
+    )
 
 
 def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.Callback]:

@@ -33,6 +33,7 @@ FREE = (  # keys, and groups of keys, that are not part of the identity: results
     # hardware and speed
     *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
+    "trainer.compile",
     # additional measurements, figures, logging, objectives of a sweeper
     *("report", "logger", "objectives", "trainer.logger", "trainer.log_every_n_steps"),
     *("trainer.validate_every", "trainer.check_val_every_n_epoch", "trainer.val_check_interval"),

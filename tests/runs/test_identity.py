@@ -44,6 +44,8 @@ PAIRS = [
     ("dataset=kitti dataset.root=/a", "dataset=kitti dataset.root=/b", "same run"),
     ("", "dataset.cache=/tmp/x", "same run"),
     ("", "dataset.workers=7", "same run"),
+    ("dataset=kitti", "dataset=kitti dataset.workers=3", "same run"),
+    ("", "trainer.compile=true", "same run"),
     ("", "trainer.devices=2 trainer.strategy=ddp", "same run"),
     ("", "trainer=cpu", "same run"),
     ("trainer=gpu", "trainer=ddp trainer.num_nodes=2", "same run"),
