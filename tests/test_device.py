@@ -23,10 +23,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from ldt import discriminant, experiment, location, measures
+from ldt import discriminant, experiment, location
 from ldt.build import _accelerator
 from ldt.callbacks.ema import Average, ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
+from ldt.criteria import measures
 from ldt.evaluation.metrics import DetectionMetrics
 from ldt.loop.pruning_round import Unpruned, prune_round
 from ldt.loop.schedule import PruningSchedule

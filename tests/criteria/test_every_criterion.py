@@ -66,6 +66,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_one_finite_score_per_channel(name: str, network: str) -> None:
@@ -79,6 +80,7 @@ def test_one_finite_score_per_channel(name: str, network: str) -> None:
     assert any(len(values.unique()) > 1 for values in scores.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_scoring_leaves_the_network_alone(name: str, network: str) -> None:
@@ -94,6 +96,7 @@ def test_scoring_leaves_the_network_alone(name: str, network: str) -> None:
     assert all(torch.equal(after[key], value) for key, value in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_equal_seeds_give_equal_scores(name: str, network: str) -> None:
@@ -145,6 +148,7 @@ def test_permuting_channels_permutes_scores(name: str, network: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_detector_is_cut_to_the_asked_rate_and_goes_on(name: str) -> None:
     subject, rate = case("gfl_tiny"), 0.5

@@ -80,6 +80,7 @@ def epoch(loader, number):
 # Order and chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", AUGMENT)
 def test_two_modules_of_one_seed_give_equal_batches_with_any_number_of_workers(root, augment):
     loader = module(root, augment=augment).train_dataloader()
@@ -90,6 +91,7 @@ def test_two_modules_of_one_seed_give_equal_batches_with_any_number_of_workers(r
         assert epoch(loader, number) == epoch(other, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", AUGMENT)
 def test_batches_are_a_function_of_seed_and_epoch(root, augment):
     loader = module(root, augment=augment).train_dataloader()
@@ -102,6 +104,7 @@ def test_batches_are_a_function_of_seed_and_epoch(root, augment):
     assert epoch(module(root, augment=augment, seed=1).train_dataloader(), 0) not in (first, second)
 
 
+@pytest.mark.slow
 def test_loading_leaves_the_global_generators_alone(root):
     def state():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
@@ -149,6 +152,7 @@ def test_however_a_step_is_shared_it_sees_the_same_images(
         assert len(alone) < batch_size or len(together) == batch_size
 
 
+@pytest.mark.slow
 def test_a_plain_index_is_epoch_0(root):
     images = module(root, augment="mosaic").train_dataloader().dataset
     assert torch.equal(images[3]["inputs"], images[Draw(3, 0, True)]["inputs"])
@@ -286,6 +290,7 @@ def test_too_few_or_too_many_calibration_images(root):
 # Mosaic
 
 
+@pytest.mark.slow
 def test_mosaic_fills_the_scale(root):
     for image, sample in images(module(root, augment="mosaic").train_dataloader()):
         assert tuple(image.shape[1:]) == sample.img_shape == SCALE[::-1]
@@ -398,6 +403,7 @@ class Brightness(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (4, 4), (6, 2)])
 def test_accumulated_parts_of_a_step_train_as_the_whole_step(root, batch_size, accumulate):
