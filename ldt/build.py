@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -24,6 +24,7 @@ from ldt.callbacks.lightning_internals import lift_step_limit, set_max_epochs
 from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
+from ldt.config import as_dict
 from ldt.config.keys import check_names
 from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value, typed
 from ldt.data.datamodule import DetectionDataModule
@@ -69,7 +70,7 @@ def check_config(config: DictConfig) -> None:
         ValueError: a value is not allowed or a class does not accept a key; the message names the
             key and what is allowed or the closest argument.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = as_dict(config)
     method, recipe = plain["method"], plain["recipe"]
     check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
     check_value("base", plain["base"], Literal["own", "shared"])
@@ -159,7 +160,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """Build the prune-retrain loop and its criterion."""
     method = config.method
-    check_recipe(OmegaConf.to_container(config.recipe, resolve=True))  # type: ignore[arg-type]
+    check_recipe(as_dict(config.recipe))
     criterion = build_criterion(config)
     return PruneRetrain(
         plan,
@@ -188,8 +189,8 @@ def _of_data(dataset: Any) -> dict[str, Any]:
 
 def _for_data(config: DictConfig) -> dict[str, Any]:
     """Arguments of the data module that come from other config groups."""
-    recipe: Any = OmegaConf.to_container(config.recipe, resolve=True)
-    detector: Any = OmegaConf.to_container(config.detector, resolve=True)
+    recipe = as_dict(config.recipe)
+    detector = as_dict(config.detector)
     return {
         "batch_size": config.recipe.batch_size,
         "seed": config.seed,
@@ -310,7 +311,7 @@ def data_of(run: Run) -> DetectionDataModule:
 
 def module_of(run: Run) -> DetectorModule:
     """Load the detector of a run's selected round as a module in eval mode."""
-    recipe: Any = OmegaConf.to_container(load_config(run.folder).recipe, resolve=True)
+    recipe = as_dict(load_config(run.folder).recipe)
     return restored(read(run.checkpoint()), recipe)
 
 
@@ -320,7 +321,7 @@ def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
     with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
-            plain: Any = OmegaConf.to_container(config, resolve=True)
+            plain = as_dict(config)
             logger.log_hyperparams(plain)
         yield logger
 
@@ -337,7 +338,7 @@ def build_trainer(
         ValueError: ``recipe.batch_size`` is not divisible among the processes.
     """
     plain: Any = {"enable_model_summary": False}  # for older configurations without this key
-    plain |= OmegaConf.to_container(config.trainer, resolve=True)
+    plain |= as_dict(config.trainer)
     given: dict[str, Any] = {
         key: value for key, value in plain.items() if key not in OURS and value is not None
     }

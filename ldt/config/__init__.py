@@ -8,7 +8,7 @@ rejected by :func:`ldt.config.keys.check_keys`.
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
 
@@ -224,6 +224,12 @@ class Config:
     )  # values returned to the sweeper; [] = the metric
     seed: int = 0
     run_name: str = MISSING
+
+
+def as_dict(config: object, resolve: bool = True, throw_on_missing: bool = False) -> dict[str, Any]:
+    """Return a configuration, or a group of it, as plain data."""
+    plain = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=throw_on_missing)
+    return cast(dict[str, Any], plain)
 
 
 def conf_dir() -> Path:
