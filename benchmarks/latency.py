@@ -57,14 +57,14 @@ CASES = {
 }
 
 
-def built(name: str) -> DetectorModule:
+def built(name: str, size: tuple[int, int] = (128, 128)) -> DetectorModule:
     """Build the paper's detector with random weights, in eval mode."""
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose("config", overrides=[f"detector={name}", "run_name=latency"])
     detector: Any = OmegaConf.to_container(config.detector, resolve=True)
     recipe: Any = OmegaConf.to_container(config.recipe, resolve=True)
     model = model_config(detector["config"], detector["options"], len(CLASSES), pretrained=False)
-    return DetectorModule(model, CLASSES, recipe, (128, 128)).eval()
+    return DetectorModule(model, CLASSES, recipe, size).eval()
 
 
 def prune(module: DetectorModule, rate: float) -> None:

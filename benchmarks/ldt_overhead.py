@@ -30,20 +30,21 @@ from ldt.objects import Objects
 HEIGHT, WIDTH, BATCH, OBJECTS = 416, 1344, 2, 12
 
 
-def batch(images: int = BATCH) -> dict[str, Any]:
-    """Random images with a dozen objects of three classes each."""
-    corner = torch.rand(OBJECTS, 2) * torch.tensor([WIDTH - 200.0, HEIGHT - 150.0])
-    boxes = torch.cat([corner, corner + 20 + torch.rand(OBJECTS, 2) * 120], 1)
+def batch(images: int = BATCH, size: tuple[int, int] = (HEIGHT, WIDTH)) -> dict[str, Any]:
+    """Random images of a (height, width) with a dozen objects of three classes each."""
+    height, width = size
+    sides = torch.tensor([width, height], dtype=torch.float32)
+    corner = torch.rand(OBJECTS, 2) * sides * torch.tensor([0.85, 0.65])
+    boxes = torch.cat([corner, corner + sides * (0.05 + 0.1 * torch.rand(OBJECTS, 2))], 1)
     samples = []
     for _ in range(images):
-        shape = (HEIGHT, WIDTH)
-        sample = DetDataSample(metainfo={"img_shape": shape, "scale_factor": (1.0, 1.0)})
+        sample = DetDataSample(metainfo={"img_shape": size, "scale_factor": (1.0, 1.0)})
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(OBJECTS) % 3)
         sample.ignored_instances = InstanceData(
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
         )
         samples.append(sample)
-    inputs = [torch.randint(0, 255, (3, HEIGHT, WIDTH), dtype=torch.uint8) for _ in range(images)]
+    inputs = [torch.randint(0, 255, (3, height, width), dtype=torch.uint8) for _ in range(images)]
     return {"inputs": inputs, "data_samples": samples}
 
 
@@ -98,6 +99,7 @@ def main() -> None:
     term = LDTLoss(alpha=5e-4, beta=7.5, warmup_epochs=0)
     module.trainer = trainer
     term.setup(trainer, module, "fit")
+    term.weights.steps_left = 0  # the shares are measured in few steps of an epoch
     step, data = Step(module, term), batch()
     step(data, with_ldt=True)  # warm-up
     plain, ldt = [], []

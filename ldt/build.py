@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import lightning as L
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -23,6 +24,7 @@ from ldt.callbacks.lightning_internals import lift_step_limit, set_max_epochs
 from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
+from ldt.config import as_dict
 from ldt.config.keys import check_names
 from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value, typed
 from ldt.data.datamodule import DetectionDataModule
@@ -36,6 +38,7 @@ from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
 from ldt.recipe import PARAMWISE, check_recipe, given, micro_batch
 from ldt.runs import files, inputs
+from ldt.runs.identity import PRECISION_ALIASES
 from ldt.runs.run import Run, load_config
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ Objective = Literal[
     "multiply_adds",
     "latency_ms",
 ]
-OURS = ("validate_every", "threads")  # keys of trainer that Lightning does not have
+OURS = ("validate_every", "threads", "compile")  # keys of trainer that Lightning does not have
 
 
 def check_config(config: DictConfig) -> None:
@@ -67,7 +70,7 @@ def check_config(config: DictConfig) -> None:
         ValueError: a value is not allowed or a class does not accept a key; the message names the
             key and what is allowed or the closest argument.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = as_dict(config)
     method, recipe = plain["method"], plain["recipe"]
     check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
     check_value("base", plain["base"], Literal["own", "shared"])
@@ -81,6 +84,7 @@ def check_config(config: DictConfig) -> None:
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
+    _check_gradual(method["gradual"], plain["trainer"])
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
     optimizer, keys = find_optimizer(recipe["optimizer"].get("type")), given(recipe["optimizer"])
     check_arguments("recipe.optimizer", optimizer, keys, ["type"], ["params"])
@@ -105,6 +109,21 @@ def _check_input(plain: dict[str, Any]) -> None:
         raise ValueError(
             f"recipe.augment=config trains as {path} says, whose input is another: type "
             f"{' '.join(needed)}, or recipe.augment=flip"
+        )
+
+
+def _check_gradual(gradual: dict[str, Any] | None, trainer: dict[str, Any]) -> None:
+    """Refuse what falsifies the gradients that masking collects while training."""
+    precision = str(trainer.get("precision"))
+    if gradual and PRECISION_ALIASES.get(precision, precision) == "16-mixed":
+        raise ValueError(
+            f"trainer.precision={precision} scales gradients, which method.gradual collects: type "
+            "trainer.precision=bf16-mixed"
+        )
+    if gradual and trainer.get("compile"):
+        raise ValueError(
+            "trainer.compile=true hides the layers whose gradients method.gradual collects: type "
+            "trainer.compile=false"
         )
 
 
@@ -141,7 +160,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """Build the prune-retrain loop and its criterion."""
     method = config.method
-    check_recipe(OmegaConf.to_container(config.recipe, resolve=True))  # type: ignore[arg-type]
+    check_recipe(as_dict(config.recipe))
     criterion = build_criterion(config)
     return PruneRetrain(
         plan,
@@ -170,8 +189,8 @@ def _of_data(dataset: Any) -> dict[str, Any]:
 
 def _for_data(config: DictConfig) -> dict[str, Any]:
     """Arguments of the data module that come from other config groups."""
-    recipe: Any = OmegaConf.to_container(config.recipe, resolve=True)
-    detector: Any = OmegaConf.to_container(config.detector, resolve=True)
+    recipe = as_dict(config.recipe)
+    detector = as_dict(config.detector)
     return {
         "batch_size": config.recipe.batch_size,
         "seed": config.seed,
@@ -206,6 +225,7 @@ def build_module(
         resize=data.resize,
         background=background,
         max_detections=_max_detections(plain),
+        compiled=bool(plain["trainer"].get("compile")),
     )
 
 
@@ -291,7 +311,7 @@ def data_of(run: Run) -> DetectionDataModule:
 
 def module_of(run: Run) -> DetectorModule:
     """Load the detector of a run's selected round as a module in eval mode."""
-    recipe: Any = OmegaConf.to_container(load_config(run.folder).recipe, resolve=True)
+    recipe = as_dict(load_config(run.folder).recipe)
     return restored(read(run.checkpoint()), recipe)
 
 
@@ -301,7 +321,7 @@ def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
     with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
-            plain: Any = OmegaConf.to_container(config, resolve=True)
+            plain = as_dict(config)
             logger.log_hyperparams(plain)
         yield logger
 
@@ -318,7 +338,7 @@ def build_trainer(
         ValueError: ``recipe.batch_size`` is not divisible among the processes.
     """
     plain: Any = {"enable_model_summary": False}  # for older configurations without this key
-    plain |= OmegaConf.to_container(config.trainer, resolve=True)
+    plain |= as_dict(config.trainer)
     given: dict[str, Any] = {
         key: value for key, value in plain.items() if key not in OURS and value is not None
     }
@@ -330,6 +350,7 @@ def build_trainer(
         "plugins": [AtomicCheckpointIO()],
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
+        "accelerator": _accelerator(str(plain.get("accelerator", "auto"))),
     }
     try:
         with warnings.catch_warnings():
@@ -342,6 +363,22 @@ def build_trainer(
         lift_step_limit(trainer)
     micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     return trainer
+
+
+def _accelerator(asked: str) -> str:
+    """Return Lightning's accelerator: never Apple's GPUs, which ``auto`` and ``gpu`` mean on a Mac.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    if asked not in ("auto", "gpu", "mps") or not MPSAccelerator.is_available():
+        return asked
+    if asked == "auto":
+        return "cpu"
+    raise ValueError(
+        f"trainer.accelerator={asked}: Apple's GPUs (MPS) have no float64, which the discriminants "
+        "and the criteria need: type trainer=cpu"
+    )
 
 
 def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.Callback]:

@@ -9,16 +9,17 @@ Symbols, as in "Visual Detector Compression via Location-Aware Discriminant Anal
 Shape suffixes, one letter per dimension: s scales, n objects (in `nchw`: images), c channels,
 g classes, h rows, w columns.
 
-All of it is float64 for any precision of the detector; autocast leaves float64 alone. Labels are on
-the CPU: the classes of a batch follow from them without waiting for the device of the vectors.
+All of it is float64 for any precision of the detector, with autocast off. Labels are on the CPU:
+the classes of a batch follow from them without waiting for the device of the vectors, to which they
+are copied once. On a GPU only the eigen-solver makes the host wait.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from ldt.location import object_vectors
 from ldt.objects import Objects
@@ -53,6 +54,8 @@ class Discriminants(NamedTuple):
 class Classes(NamedTuple):
     """The classes with at least two objects: a single object has no covariance.
 
+    Its tensors are on the device of the vectors.
+
     Attributes:
         rows: [N] int64, the indices of their objects.
         which: [N] int64, the class of each of these objects, from 0 to G - 1.
@@ -68,12 +71,13 @@ class Classes(NamedTuple):
         return len(self.counts)
 
 
-def classes_of(labels: Tensor) -> Classes:
-    """Find the classes with two or more objects; all tensors are on the CPU, as the labels."""
+def classes_of(labels: Tensor, device: torch.device | None = None) -> Classes:
+    """Find the classes with two or more objects by labels on the CPU, and copy them to a device."""
+    device = device or labels.device
     _, which, counts = labels.unique(return_inverse=True, return_counts=True)
     (rows,) = (counts[which] >= 2).nonzero(as_tuple=True)
     _, which, counts = labels[rows].unique(return_inverse=True, return_counts=True)
-    return Classes(rows, which, counts)
+    return Classes(*(found.to(device, non_blocking=True) for found in (rows, which, counts)))
 
 
 def within_root(x: Tensor, classes: Classes) -> Tensor:
@@ -84,12 +88,13 @@ def within_root(x: Tensor, classes: Classes) -> Tensor:
     division of Dorfer et al. (2016), on which the paper is based; without it, no eigenvalue would
     be positive for N > C.
     """
-    members_ng = one_hot(classes.which, len(classes)).double()
+    every = torch.arange(len(classes), device=x.device)
+    members_ng = (classes.which[:, None] == every).double()
     averaging_gn = (members_ng / classes.counts).mT
     weight_n1 = (len(classes) * (classes.counts - 1)).double().rsqrt()[classes.which, None]
     x = x.double()
-    means = members_ng.to(x.device) @ (averaging_gn.to(x.device) @ x)
-    return (x - means) * weight_n1.to(x.device)
+    means = members_ng @ (averaging_gn @ x)
+    return (x - means) * weight_n1
 
 
 def total_root(x: Tensor) -> Tensor:
@@ -261,25 +266,43 @@ def discriminants_of(
         raise ValueError(f"covariance={covariance!r} is unknown; use {allowed}")
     if memory is not None:
         vectors, labels = _append(vectors, labels, memory)
-    classes = classes_of(labels)
-    widths = [v.shape[1] for v in vectors]
+    with _full_precision(vectors[0].device.type):
+        return _discriminants(vectors, labels, covariance, phi, ridge, absolute)
+
+
+def _full_precision(kind: str) -> AbstractContextManager[object]:
+    """Switch autocast off on a kind of device, within the context."""
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
+
+
+def _discriminants(
+    vectors: Vectors, labels: Tensor, covariance: str, phi: float, ridge: float, absolute: float
+) -> Discriminants:
     loss_ld = loss_cov = torch.stack([v.sum() for v in vectors]).sum() * 0.0
-    counts = torch.zeros(len(widths), dtype=torch.int64, device=loss_ld.device)
-    largest = counts.double()
+    classes, widths = classes_of(labels, loss_ld.device), [v.shape[1] for v in vectors]
     # Two classes of two objects each are enough: N >= 2 G implies the N > G that S_w needs.
-    for width in dict.fromkeys(widths) if len(classes) >= 2 else ():
+    if len(classes) < 2:
+        counts = torch.zeros(len(widths), dtype=torch.int64, device=loss_ld.device)
+        return Discriminants(loss_ld, loss_cov, counts, counts.double())
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # per scale, K and the largest eigenvalue
+    for width in dict.fromkeys(widths):
         scales = [s for s, c in enumerate(widths) if c == width]
-        x_snc = torch.stack([vectors[s] for s in scales])
-        x_snc = x_snc.index_select(-2, classes.rows.to(x_snc.device)).double()
-        one_ld, counts[scales], largest[scales] = ld_loss(x_snc, classes, phi, ridge, absolute)
-        if covariance == "correlation":
-            one_cov = mean_abs_correlation(x_snc).sum()
-        else:
-            B = total_root(x_snc)
-            one_cov = covariance_penalty(B.mT @ B, covariance)
+        x_snc = torch.stack([vectors[s] for s in scales]).index_select(-2, classes.rows).double()
+        one_ld, counts, largest = ld_loss(x_snc, classes, phi, ridge, absolute)
+        found |= zip(scales, zip(counts.unbind(), largest.unbind(), strict=True), strict=True)
         loss_ld = loss_ld + one_ld.to(loss_ld.dtype)
-        loss_cov = loss_cov + one_cov.to(loss_cov.dtype)
+        loss_cov = loss_cov + _cov_loss(x_snc, covariance).to(loss_cov.dtype)
+    counts, largest = (torch.stack([found[s][i] for s in range(len(widths))]) for i in (0, 1))
     return Discriminants(loss_ld, loss_cov, counts, largest)
+
+
+def _cov_loss(x: Tensor, covariance: str) -> Tensor:
+    """Return L_cov of `x` [S, N, C], in one of its forms."""
+    if covariance == "correlation":
+        return mean_abs_correlation(x).sum()
+    B = total_root(x)
+    return covariance_penalty(B.mT @ B, covariance)
 
 
 def _append(vectors: Vectors, labels: Tensor, memory: Memory) -> tuple[Vectors, Tensor]:

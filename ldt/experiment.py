@@ -34,7 +34,7 @@ from ldt.build import (
 )
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.callbacks.lightning_internals import was_interrupted
-from ldt.config import MethodConfig, PruneConfig, conf_dir, register
+from ldt.config import MethodConfig, PruneConfig, as_dict, conf_dir, register
 from ldt.config.keys import check_keys
 from ldt.config.messages import explained
 from ldt.config.paths import expand_home, quote_paths
@@ -104,7 +104,7 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
 def _check(config: DictConfig) -> dict[str, Any]:
     """Check all that needs neither data nor model; return the configuration resolved."""
     check_keys(config)
-    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    plain = as_dict(config, throw_on_missing=True)
     check_config(config)
     build_schedule(config)
     return plain
@@ -262,7 +262,7 @@ def _set_up(
     loop = build_loop(config, plan, folder)
     trainer = build_trainer(config, plan, loop, folder)
     inputs.check_processes(folder, trainer.world_size)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = as_dict(config)
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")
@@ -299,7 +299,7 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     base.method = MethodConfig(name="none")
     base.prune = PruneConfig(rate=0.5, rounds=0)
     base.base, base.run_name = "own", ""
-    own: Any = OmegaConf.to_container(base, resolve=True)
+    own = as_dict(base)
     facts = identity.short_hash(identity.essence(own))
     kind = "ldt" if base.ldt.enabled else "plain"
     name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{facts}"

@@ -20,14 +20,14 @@ def cell_boxes(boxes: Tensor, shape: tuple[int, int], map_hw: tuple[int, int]) -
     fractional if the size of the map was rounded up. The first cell is floor(x1 / stride), the last
     ceil(x2 / stride) - 1, clamped to the map; every box has at least one cell.
     """
-    (height, width), (h, w) = shape, map_hw
-    edges = boxes.double()
-    # Multiply before dividing, in float64, so that a box edge on a cell border is exactly on it.
-    edges = edges * edges.new_tensor([w, h, w, h]) / edges.new_tensor([width, height] * 2)
-    limit = torch.tensor([w - 1, h - 1], device=boxes.device)
-    first = edges[:, :2].floor().long().clamp(min=0).minimum(limit)
-    last = (edges[:, 2:].ceil().long() - 1).minimum(limit).maximum(first)
-    return torch.cat([first, last], dim=1)
+    sides = []
+    for axis, (pixels, cells) in enumerate(zip(reversed(shape), reversed(map_hw), strict=True)):
+        # Multiply first, in float64: a box edge on a cell border is exactly on it then.
+        edges = boxes[:, axis::2].double() * cells / pixels
+        first = edges[:, 0].floor().long().clamp(0, cells - 1)
+        last = (edges[:, 1].ceil().long() - 1).clamp(max=cells - 1).maximum(first)
+        sides.append(torch.stack([first, last], dim=1))
+    return torch.stack(sides, dim=2).flatten(1)
 
 
 def object_vectors(feat_nchw: Tensor, objects: Objects) -> Tensor:
@@ -42,7 +42,7 @@ def object_vectors(feat_nchw: Tensor, objects: Objects) -> Tensor:
     """
     n, _, h, w = feat_nchw.shape
     # The pooling operator does not check indices: a wrong one would read out of bounds.
-    image = objects.image.tolist()
+    image = objects.image.tolist()  # on the CPU, so nothing waits
     if image and not 0 <= min(image) <= max(image) < n:
         raise ValueError(
             f"objects.image goes from {min(image)} to {max(image)}, but the features hold {n} "
@@ -50,7 +50,8 @@ def object_vectors(feat_nchw: Tensor, objects: Objects) -> Tensor:
         )
     feat_nchw = feat_nchw.to(torch.promote_types(feat_nchw.dtype, torch.float32))
     cells = cell_boxes(objects.boxes, objects.shape, (h, w))
-    rois = torch.cat([objects.image.to(cells)[:, None], cells], dim=1).to(feat_nchw)
+    image_k = objects.image.to(cells, non_blocking=True)
+    rois = torch.cat([image_k[:, None], cells], dim=1).to(feat_nchw)
     return roi_pool(feat_nchw, rois, output_size=1, spatial_scale=1.0).flatten(1)
 
 
@@ -78,7 +79,7 @@ def attention(
     # Attention decreases with distance, so its maximum is at the smallest distance.
     d2_nhw = torch.full((n_images, *map_hw), torch.inf, device=objects.boxes.device)
     for image, d2_hw in enumerate(d2_nhw):
-        for boxes in objects.boxes[objects.image == image].split(OBJECTS_AT_ONCE):
+        for boxes in objects.of_image(image).boxes.split(OBJECTS_AT_ONCE):
             d2_khw = _squared_distances(boxes, objects.shape, map_hw)
             d2_hw.copy_(torch.cat([d2_hw[None], d2_khw]).amin(0))  # d2_khw may be empty
     return (a * d2_nhw.pow(-b)).clamp(max=1)

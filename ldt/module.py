@@ -70,6 +70,7 @@ class DetectorModule(L.LightningModule):
             configs; they are stored in checkpoints.
         background: add boxes of the background to the objects, as a class, for LDT.
         max_detections: detections per image and class that count for AP.
+        compiled: compile backbone and neck for training steps (``torch.compile``).
 
     Attributes:
         detector: the mmdet detector; the prefix of its weights is ``detector.``.
@@ -98,6 +99,7 @@ class DetectorModule(L.LightningModule):
         resize: Sequence[dict[str, Any]] = (),
         background: bool = False,
         max_detections: int = MAX_DETECTIONS,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model_config, self.recipe = model, recipe
@@ -118,6 +120,7 @@ class DetectorModule(L.LightningModule):
             bool(recipe.get("channels_last")),
             background,
         )
+        self._compiled = compiled
         if self.adapter.acts_on_backbone:
             log.info(
                 "%s has no neck: LDT uses the output of its backbone", type(self.detector).__name__
@@ -128,6 +131,16 @@ class DetectorModule(L.LightningModule):
                 self.term_constants = dict(record.get("term_constants", {}))
 
     # Training and validation --------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Prepare the detector for its device."""
+        self.fit_to_device()
+
+    def fit_to_device(self) -> None:
+        """Arrange and compile the network for its device; repeat it after a cut."""
+        self.adapter.arrange()
+        if self._compiled:
+            self.adapter.compile()
 
     def transfer_batch_to_device(
         self, batch: RawBatch, device: torch.device, dataloader_idx: int
@@ -141,7 +154,8 @@ class DetectorModule(L.LightningModule):
         hub.update_info("iter", self.global_step)
         hub.update_info("epoch", self.current_epoch)
         prepared = self.adapter.prepare(batch, training=True)
-        total, logs, maps = self.adapter.losses(prepared)
+        with self.adapter.compiled():
+            total, logs, maps = self.adapter.losses(prepared)
         detection, shares = total, {}
         for term in self.loss_terms.values():
             for name, value in term(maps, prepared.objects, detection).items():
@@ -169,8 +183,13 @@ class DetectorModule(L.LightningModule):
                 f"{', '.join(terms)} is not finite at step {self.global_step} (epoch "
                 f"{self.current_epoch}). The last good checkpoint is kept. Lower the learning "
                 "rate (recipe.optimizer.lr), clip gradients (recipe.clip_grad=35), or weaken LDT "
-                "(ldt.alpha, ldt.beta, ldt.ridge)"
+                f"(ldt.alpha, ldt.beta, ldt.ridge){self._in_full_precision()}"
             )
+
+    def _in_full_precision(self) -> str:
+        """Return a further advice where numbers overflow early."""
+        mixed = self._trainer is not None and "mixed" in str(self.trainer.precision)
+        return "; or compute in full precision (trainer.precision=32-true)" if mixed else ""
 
     def validation_step(self, batch: RawBatch, batch_idx: int) -> None:
         """Collect detections for the metrics."""

@@ -29,14 +29,18 @@ class Objects(NamedTuple):
 
     def foreground(self) -> "Objects":
         """Return the objects alone."""
-        (rows,) = (self.labels != BACKGROUND).nonzero(as_tuple=True)
-        boxes = self.boxes[rows.to(self.boxes.device)]
-        return Objects(boxes, self.labels[rows], self.image[rows], self.shape)
+        return self._where(self.labels != BACKGROUND)
 
     def of_image(self, index: int) -> "Objects":
         """Return the objects of one image, as those of a batch of its own."""
-        own = self.image == index
-        return Objects(self.boxes[own], self.labels[own], self.image[own] - index, self.shape)
+        own = self._where(self.image == index)
+        return own._replace(image=own.image - index)
+
+    def _where(self, mask: Tensor) -> "Objects":
+        """Return the objects of a mask, which is on the CPU as labels are."""
+        (rows,) = mask.nonzero(as_tuple=True)
+        boxes = self.boxes[rows.to(self.boxes.device, non_blocking=True)]
+        return Objects(boxes, self.labels[rows], self.image[rows], self.shape)
 
 
 class Instances(Protocol):
@@ -82,7 +86,7 @@ def labelled_objects(
     for sample, relative in zip(samples, background, strict=bool(background)):
         height, width = sample.img_shape[:2]
         pixels = relative * relative.new_tensor([width, height] * 2)
-        boxes.append(pixels.to(boxes[0]))
+        boxes.append(pixels.to(boxes[0], non_blocking=True))
         labels.append(torch.full((len(relative),), BACKGROUND))
     counts = torch.tensor([len(own) for own in boxes])
     order = torch.arange(len(samples)).repeat(1 + bool(background))

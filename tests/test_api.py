@@ -98,6 +98,7 @@ def test_the_rate_is_met_on_a_copy(detector, data, criterion, budget):
     assert result.detector.training is False
 
 
+@pytest.mark.slow
 def test_in_place_prunes_the_given_detector(detector, data):
     result = ldt.prune(detector, data, keep=0.7, inplace=True)
     assert result.detector is detector
@@ -152,6 +153,7 @@ def test_a_config_and_weights_are_a_detector(detector, config, data, tmp_path):
         opened.save(tmp_path / "pruned.ckpt")
 
 
+@pytest.mark.slow
 def test_another_family_with_an_instance_of_a_criterion(data):
     class Width(Criterion):
         def collect(self, target, graph, batches):
@@ -197,6 +199,7 @@ def test_batch_norms_get_the_average_over_the_batches(detector, data):
     assert all(norm.momentum == 0.1 and not norm.training for norm in norms)
 
 
+@pytest.mark.slow
 def test_without_re_estimation_the_norms_are_those_that_were(detector, data):
     result = ldt.prune(detector, data, rate=0.3, criterion="l1", reestimate_bn=False)
     known = {float(v) for v in detector.backbone.bn1.running_mean}  # type: ignore[union-attr]
@@ -267,6 +270,7 @@ def test_what_is_no_detector_is_told(data):
             ldt.prune(other, data, rate=0.3)
 
 
+@pytest.mark.slow
 def test_wrong_overrides_of_training_are_told():
     with pytest.raises(ValueError, match=r"^prune.raet=1: unknown key; did you mean prune.rate\?"):
         ldt.train("prune.raet=1")
@@ -274,6 +278,7 @@ def test_wrong_overrides_of_training_are_told():
         ldt.train("prune=oneshott")
 
 
+@pytest.mark.slow
 def test_an_unreachable_rate_names_itself_and_its_unit(detector, data):
     for budget, unit in (("params", "parameters"), ("macs", "MACs")):
         with pytest.raises(
@@ -282,6 +287,7 @@ def test_an_unreachable_rate_names_itself_and_its_unit(detector, data):
             ldt.prune(detector, data, rate=0.99, budget=budget)
 
 
+@pytest.mark.slow
 def test_saving_needs_a_folder_and_the_config(detector, data, tmp_path):
     result = ldt.prune(detector, data, rate=0.3, criterion="l1")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):

@@ -57,6 +57,7 @@ def refusal(capsys, *arguments, code=2):
 # Help -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(commands.commands))
 def test_help_shows_an_example_and_imports_nothing_heavy(name, tmp_path):
     done = python("-c", WATCHED, name, "--help", cwd=tmp_path)
@@ -66,6 +67,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_a_command_the_commands_are_shown(tmp_path):
     for arguments in ([], ["--help"]):
         done = python("-c", WATCHED, *arguments, cwd=tmp_path)
@@ -121,6 +123,7 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -22,6 +22,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_what_it_names_exists(option):
     needed = ["detector.config=mmdet::gfl/gfl_r50_fpn_1x_coco.py"] * (option == "detector=mmdet")
@@ -32,6 +33,7 @@ def test_every_option_composes_and_what_it_names_exists(option):
     assert len(plain["dataset"]["scale"]) == 2
 
 
+@pytest.mark.slow
 def test_options_bring_their_typed_schema():
     kinds = {
         "roadscenes": config.RoadScenesConfig,
@@ -50,6 +52,7 @@ def test_the_scenes_of_the_schema_are_those_of_the_generator():
     assert schema.scene_seed == scenes.seed
 
 
+@pytest.mark.slow
 def test_a_detector_brings_its_recipe_which_can_be_replaced():
     assert composed("detector=yolox_s").recipe == composed("recipe=paper_yolox").recipe
     assert composed("detector=gfl", "recipe=short").recipe == composed("recipe=short").recipe
@@ -57,6 +60,7 @@ def test_a_detector_brings_its_recipe_which_can_be_replaced():
     assert composed("detector=gfl", "ldt=paper").ldt.alpha == 5e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -86,6 +90,7 @@ def test_a_mistake_is_named(mistake):
     assert key in f"{raised.value} {raised.value.__cause__}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -139,6 +144,7 @@ def composed_with_hydra(*overrides):
         return compose("config", overrides=list(overrides), return_hydra_config=True)
 
 
+@pytest.mark.slow
 def test_slurm_composes_with_its_keys():
     more = ["hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=4"]
     launcher = composed_with_hydra("hydra/launcher=slurm", *more).hydra.launcher
@@ -148,6 +154,7 @@ def test_slurm_composes_with_its_keys():
     assert launcher.max_num_timeout > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target"),
     [("joblib", "JoblibLauncher"), ("submitit_local", "LocalLauncher")],
@@ -160,6 +167,7 @@ def test_other_launchers_compose(name, target):
 EXPERIMENTS = sorted(file.stem for file in Path(CONF, "experiment").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_has_a_study(name):
     found = composed_with_hydra(f"experiment={name}")
@@ -168,6 +176,7 @@ def test_every_experiment_composes_and_has_a_study(name):
     assert found.hydra.sweeper.params or found.hydra.sweeper.grids
 
 
+@pytest.mark.slow
 def test_the_comparison_names_methods_and_detectors_that_exist():
     params = composed_with_hydra("experiment=roadscenes").hydra.sweeper.params
     for group in ("method", "detector"):

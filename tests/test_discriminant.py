@@ -192,6 +192,7 @@ def correlations(x_snc):
     return D.discriminants_of(x_snc, LABELS, covariance="correlation").loss_cov
 
 
+@pytest.mark.slow
 def test_the_correlation_penalty_is_that_of_numpy():
     x_snc = make_vectors(LABELS)
     off = ~np.eye(5, dtype=bool)
@@ -304,6 +305,7 @@ def test_gradients_are_those_of_finite_differences(loss, labels, n_channels):
     assert torch.autograd.gradcheck(loss_of, x_snc)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_features_through_boxes():
     objects = make_objects(8, n_classes=2)
     (_, _, feat_nchw) = make_features((3, 3, 3))

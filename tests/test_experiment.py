@@ -189,6 +189,7 @@ def test_real_images_run_as_they_are(dataset, root, tmp_path):
     assert (tmp_path / "run/pictures/detections.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_missing_data_set_says_what_to_type(tmp_path):
     with pytest.raises(ValueError, match=r"dataset.root is not set; type dataset.root="):
         experiment.run(composed("dataset=kitti", "run_name=x"), tmp_path / "a")
@@ -211,6 +212,7 @@ def test_a_damaged_summary_is_named(tmp_path):
 RUN = str(ROOT / "run.py")
 
 
+@pytest.mark.slow
 def test_help_lists_groups_and_examples(tmp_path):
     done = python(RUN, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -219,6 +221,7 @@ def test_help_lists_groups_and_examples(tmp_path):
     assert len([line for line in done.stdout.splitlines() if "python run.py " in line]) >= 3
 
 
+@pytest.mark.slow
 def test_a_typo_on_the_command_line_stops_at_once(tmp_path):
     done = python(RUN, "dataset.trian=3", cwd=tmp_path)
     assert done.returncode == 2
@@ -315,6 +318,7 @@ def test_runs_of_a_study_share_their_base_training(tmp_path, monkeypatch):
     ldt.load_pruned(tmp_path / "none" / summary(tmp_path / "none")["checkpoint"])
 
 
+@pytest.mark.slow
 def test_another_base_is_told(tmp_path, nothing_is_trained):
     with pytest.raises(ValueError, match=r"base='common'; allowed: own, shared"):
         experiment.run(tiny(tmp_path, "base=common"), tmp_path / "run")

@@ -97,6 +97,7 @@ def test_a_module_imports_nothing_from_above(file):
     assert up == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ALLOWED)
 def test_a_library_is_imported_where_it_belongs(library):
     strangers = {
@@ -114,6 +115,7 @@ def test_the_reader_of_imports_sees_them():
     assert {"ldt.config", "ldt.experiment"} <= found  # one of them in a function
 
 
+@pytest.mark.slow
 def test_no_cycles():
     graph = {name(file): edges(file) for file in FILES}
     done = set()

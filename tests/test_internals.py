@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from mmengine.config import config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import registry
 from torch import nn
 
@@ -46,6 +47,7 @@ def parameters(function):
         (Strategy, "setup_optimizers", ["self", "trainer"], LIGHTNING),
         (DDPStrategy, "configure_ddp", ["self"], LIGHTNING),
         (WeightAveraging, "_copy_average_to_current", ["self", "pl_module"], LIGHTNING),
+        (WeightAveraging, "setup", ["self", "trainer", "pl_module", "stage"], LIGHTNING),
         (registry, "get_object_from_string", ["obj_name"], MMENGINE),
         (config, "is_installed", ["package"], MMENGINE),
         (config, "get_installed_path", ["package"], MMENGINE),
@@ -68,6 +70,11 @@ def test_a_function_takes_what_it_took(owner, name, expected, file):
     assert function is not None, f"{owner.__name__}.{name} is gone: mend {file}"
     found = parameters(function)
     assert found == expected, f"{owner.__name__}.{name} takes {found} now: mend {file}"
+
+
+def test_an_average_and_a_preprocessor_have_what_is_set():
+    assert WeightAveraging()._average_model is None, f"the average: mend {LIGHTNING}"
+    assert BaseDataPreprocessor()._non_blocking is False, f"copies: mend {MMENGINE}"
 
 
 def test_a_group_of_torch_pruning_has_what_is_read():

@@ -81,6 +81,7 @@ def fit(module, batches, *callbacks, epochs=1, **options):
     return trainer
 
 
+@pytest.mark.slow
 def test_the_total_is_mmdets_sum_and_the_terms():
     module, batch = module_of().train(), many()
     ready = module.adapter.prepare(batch, training=True)
@@ -98,6 +99,7 @@ def test_the_total_is_mmdets_sum_and_the_terms():
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
     from mmdet.structures.mask import BitmapMasks  # needs ldt's operators, in a new process too
 
@@ -115,6 +117,7 @@ def test_a_batch_is_scored_with_padded_masks_and_without_augmentation():
     assert torch.equal(trained.images, 2 * ready.images)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_terms_are_logged_with_their_share_of_the_detection_loss():
     module = module_of()
@@ -124,6 +127,7 @@ def test_terms_are_logged_with_their_share_of_the_detection_loss():
     torch.testing.assert_close(logged["train/share_x"], logged["train/loss_x"] / detection)
 
 
+@pytest.mark.slow
 def test_the_hook_on_the_neck_does_not_stay():
     module = module_of().train()
     neck = find_neck(module.detector)
@@ -135,6 +139,7 @@ def test_the_hook_on_the_neck_does_not_stay():
     assert not neck._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["term", "detector"])
 def test_a_loss_that_is_not_finite_is_named_with_its_step(source):
     module = module_of().train()
@@ -149,6 +154,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(source):
         module.training_step(many(), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["gfl_tiny", "atss_tiny", "yolox_nano", "yolof_tiny"])
 @pytest.mark.parametrize(
@@ -167,6 +173,7 @@ def test_ldt_trains_on_any_number_of_objects(name, boxes, labels):
     assert all(p.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mixed_precision_keeps_ldt_finite():
     seen = {}
@@ -254,6 +261,7 @@ def test_a_wrong_recipe_is_told(wrong, message):
 # Optimizer ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_paramwise_keys_reach_their_parameters():
     sgd = {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
@@ -270,6 +278,7 @@ def test_paramwise_keys_reach_their_parameters():
     assert groups[id(norm)]["weight_decay"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("base", "lr"), [(None, 0.01), (16, 0.00125)])
 def test_the_learning_rate_follows_the_batch(base, lr):
@@ -282,6 +291,7 @@ def test_the_learning_rate_follows_the_batch(base, lr):
 # Checkpoints ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_is_refused():
     module = module_of()
     with pytest.raises(ValueError, match="not written by ldt"):
@@ -292,6 +302,7 @@ def test_a_foreign_checkpoint_is_refused():
         module.on_load_checkpoint(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_its_phase_along():
     module, other, checkpoint = module_of(), module_of(), {}
     module.phase_epochs, module.lr_scale = 7, 0.25

@@ -43,6 +43,7 @@ def test_without_room_or_objects_there_is_no_background():
     assert background_boxes(sample([])).shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_a_batch_has_the_background_as_a_class_of_its_own():
     adapter = module_of().adapter
     batch = collated(MANY[:2], [1, 1])
@@ -57,6 +58,7 @@ def test_a_batch_has_the_background_as_a_class_of_its_own():
     assert (both.boxes[2:] <= torch.tensor([width, height, width, height])).all()
 
 
+@pytest.mark.slow
 def test_background_boxes_follow_a_batch_that_is_resized():
     module = module_of().train()
     module.adapter.background = True
@@ -73,6 +75,7 @@ def test_background_boxes_follow_a_batch_that_is_resized():
     torch.testing.assert_close(half.boxes, whole.boxes / 2)
 
 
+@pytest.mark.slow
 def test_labels_and_images_stay_on_the_cpu():
     module = module_of().to("meta")  # a device whose values cannot be read
     objects = module.adapter.prepare(collated(MANY, [0, 0, 1, 1]), training=True).objects

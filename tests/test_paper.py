@@ -166,6 +166,7 @@ def test_the_results_are_mean_deviation_and_difference(built):
     assert "92.6 | 93.00 ± 1.41 | +0.40 |" in line
 
 
+@pytest.mark.slow
 def test_missing_cells_are_listed_with_a_command_that_composes(built):
     listed = [line for line in built[1].splitlines() if line.startswith("python run.py -m")]
     assert len(listed) == 3
@@ -181,6 +182,7 @@ def test_a_run_with_another_setting_is_left_out_and_told(built):
     assert "- study/stray: other ldt.alpha, ldt.alpha_share\n" in built[1]
 
 
+@pytest.mark.slow
 def test_without_runs_the_whole_experiment_is_missing(tmp_path):
     build.build(NAME, "small", [tmp_path], [], tmp_path)
     text = (tmp_path / "results_small.md").read_text()
@@ -188,6 +190,7 @@ def test_without_runs_the_whole_experiment_is_missing(tmp_path):
     assert f"python run.py -m experiment={NAME}_small\n" in text
 
 
+@pytest.mark.slow
 def test_small_results_show_changes_and_stand_ins_and_no_difference(tmp_path):
     for index, (_, config) in enumerate(composed(f"{NAME}_small")[1]):
         run_of(tmp_path, config, f"run-{index}", ap=0.4 + 0.01 * index)
@@ -227,6 +230,7 @@ def test_the_best_method_of_a_rate_is_bold(tmp_path):
     assert "| b | 0.5 | **41.00** |" in text
 
 
+@pytest.mark.slow
 def test_a_latency_counts_for_the_device_it_was_measured_on(tmp_path):
     _, jobs = composed("table4_latency")
     run_of(tmp_path, jobs[0][1], "run")
@@ -268,6 +272,7 @@ def test_a_figure_shows_the_runs_of_its_cells(study, tmp_path):
         assert found == [figure, *(str(study / folder) for folder in folders), "--out", out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -65,6 +65,7 @@ PACKAGED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "packaged"), PACKAGED)
 def test_a_recipe_of_mmdet_is_that_of_its_config(recipe, packaged):
     ours, read = plain(f"recipe={recipe}"), of_config(packaged)
@@ -80,6 +81,7 @@ def test_a_recipe_of_mmdet_is_that_of_its_config(recipe, packaged):
 EVERY = [GFL, FASTER, YOLOF, YOLOX, NANO, RTMDET, DEFORMABLE, DINO, FCOS, LSJ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packaged", EVERY)
 def test_what_is_read_is_what_the_config_says(packaged):
     found, config = of_config(packaged), theirs(packaged)
@@ -101,6 +103,7 @@ def _lists(node: Any) -> Any:
     return [_lists(item) for item in node] if isinstance(node, (list, tuple)) else node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packaged", "expected"),
     [
@@ -114,11 +117,13 @@ def test_optimizers_known_by_heart(packaged, expected):
     assert of_config(packaged)["optimizer"] == expected
 
 
+@pytest.mark.slow
 def test_a_batch_below_that_of_a_single_gpu_is_that_of_eight():
     assert theirs(RTMDET).auto_scale_lr.base_batch_size == 16  # inherited: lr is not for it
     assert of_config(RTMDET)["batch_size"] == 8 * theirs(RTMDET).train_dataloader.batch_size == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packaged", "epochs"), [(YOLOX, 15), (NANO, 15), (RTMDET, 20), (GFL, 0)])
 def test_the_last_epochs_are_those_of_the_hook(packaged, epochs):
     found, config = of_config(packaged), theirs(packaged)
@@ -130,6 +135,7 @@ def test_the_last_epochs_are_those_of_the_hook(packaged, epochs):
             assert epochs == hook.num_last_epochs
 
 
+@pytest.mark.slow
 def test_the_papers_recipes_share_with_mmdet_what_the_paper_does_not_say():
     paper, one = plain("recipe=paper"), of_config(GFL)
     assert paper["optimizer"] == one["optimizer"]
@@ -186,6 +192,7 @@ CURVES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "packaged", "steps_of_an_epoch"), CURVES)
 def test_the_learning_rate_of_every_step_is_mmengines(name, packaged, steps_of_an_epoch):
@@ -209,6 +216,7 @@ def test_a_schedule_by_iterations_keeps_its_shares():
     assert [found(step) for step in range(steps)] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shorter_training_keeps_the_shape():
     long, short = of_config(FASTER), of_config(FASTER, "recipe.epochs=3", "recipe.warmup=0")
     assert short["milestones"] == long["milestones"]
@@ -242,6 +250,7 @@ def _by_parameter(optimizer):
 CHANGED = ["recipe.epochs=3", "recipe.batch_size=8", "recipe.optimizer.lr=0.5", "recipe.ema=0.01"]
 
 
+@pytest.mark.slow
 def test_keys_on_top_win():
     more = ["recipe.paramwise.norm_decay_mult=0", "recipe.milestones=[0.5]", "recipe.augment=none"]
     found, read = of_config(FASTER, *CHANGED, *more), of_config(FASTER)
@@ -271,6 +280,7 @@ train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),
     dict(type='CopyPaste'), dict(type='PackDetInputs')]))"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -295,6 +305,7 @@ def test_what_cannot_be_read_is_told_with_its_name_and_what_to_type(tmp_path, te
     plain("detector=mmdet", f"detector.config={path}", "recipe=mmdet_1x")
 
 
+@pytest.mark.slow
 def test_what_is_given_need_not_be_read():
     with pytest.raises(InterpolationResolutionError) as raised:
         of_config(BY_ITERATION)
@@ -304,6 +315,7 @@ def test_what_is_given_need_not_be_read():
     assert (found["epochs"], found["retrain_epochs"]) == (3, 2)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_another_size_is_told():
     name = f"detector.config=mmdet::{DEFORMABLE}.py"
     config = composed("detector=mmdet", name, "dataset.scale=[640,360]", "run_name=x")
@@ -312,6 +324,7 @@ def test_a_pipeline_of_another_size_is_told():
     check_config(composed("detector=mmdet", name, "dataset.scale=[1333,800]", "run_name=x"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packaged", "pad", "scale"), [(YOLOX, "square", [640, 640]), (GFL, "none", [1333, 800])]
 )

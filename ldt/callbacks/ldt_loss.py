@@ -171,7 +171,8 @@ class LDTLoss(L.Callback):
             logs[f"eigenvalue_{scale}"] = largest.float()
         numbers = {"alpha": alpha, "beta": beta}
         numbers |= {f"gradient_share_{k}": v for k, v in self.weights.measured.items()}
-        return logs | {k: result.loss_ld.new_tensor(v) for k, v in numbers.items()}
+        # filled on the device: a copy from the host would wait for it
+        return logs | {k: result.loss_ld.new_full((), v) for k, v in numbers.items()}
 
     def _measure(self, features: Sequence[Tensor], losses: Sequence[Tensor]) -> None:
         """Measure the losses' gradients at the neck over all ranks, in the steps where it is due.
@@ -181,10 +182,11 @@ class LDTLoss(L.Callback):
         assert self._module is not None
         module, trainer = self._module, self._module.trainer
         was_known = bool(self.weights.known)
-        if not self._representative() or (was_known and not self.weights.steps_left):
+        if (was_known and not self.weights.steps_left) or not self._representative():
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        one = torch.ones((), device=features[0].device)  # scaled: the scale, without waiting for it
+        scale = 1.0 if scaler is None else scaler.scale(one)
         squared = squared_gradient_norms(losses, features, scale)
         squared = trainer.strategy.reduce(squared, reduce_op="sum")
         steps = min(STEPS, max(1, module.phase_steps // 10))
@@ -221,11 +223,13 @@ class LDTLoss(L.Callback):
         return vectors, torch.cat([labels for _, labels in self._memory])
 
     def _warmup_factor(self) -> float:
+        if not self.warmup_epochs:
+            return 1.0
         assert self._module is not None
         trainer = self._module.trainer
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         steps = self.warmup_epochs * per_epoch
-        return min(1.0, (trainer.global_step - self._begun + 1) / steps) if steps else 1.0
+        return min(1.0, (trainer.global_step - self._begun + 1) / steps)
 
 
 def gather_vectors(vectors: Sequence[Tensor], labels: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -239,8 +243,8 @@ def gather_vectors(vectors: Sequence[Tensor], labels: Tensor) -> tuple[list[Tens
         vectors: [K, C_s] per scale; K may differ between ranks.
         labels: [K], on the CPU.
     """
-    rows = torch.cat([*vectors, labels[:, None].to(vectors[0])], dim=1)
-    count = torch.tensor([len(rows)], device=rows.device)
+    rows = torch.cat([*vectors, labels[:, None].to(vectors[0], non_blocking=True)], dim=1)
+    count = torch.full((1,), len(rows), device=rows.device)
     counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     sizes = torch.cat(counts).tolist()

@@ -118,7 +118,7 @@ class TermWeights:
 
 
 def squared_gradient_norms(
-    losses: Sequence[Tensor], maps: Sequence[Tensor], scale: float = 1.0
+    losses: Sequence[Tensor], maps: Sequence[Tensor], scale: Tensor | float = 1.0
 ) -> Tensor:
     """Return the squared norm of each loss's gradient with respect to all `maps`: [len(losses)].
 

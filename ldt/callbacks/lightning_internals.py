@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from torch.optim.swa_utils import AveragedModel
 
 
 def rebuild_optimizers(trainer: L.Trainer) -> None:
@@ -45,6 +46,17 @@ def validate(trainer: L.Trainer) -> None:
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
+
+
+def set_average(averaging: WeightAveraging, average: AveragedModel) -> None:
+    """Replace the model that holds the averaged weights."""
+    averaging._average_model = average
+
+
+def average_of(averaging: WeightAveraging) -> AveragedModel:
+    """Return the model that holds the averaged weights, from the start of a fit on."""
+    assert averaging._average_model is not None
+    return averaging._average_model
 
 
 def copy_average(averaging: WeightAveraging, module: L.LightningModule) -> None:

@@ -8,7 +8,7 @@ rejected by :func:`ldt.config.keys.check_keys`.
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
 
@@ -121,7 +121,7 @@ class DatasetConfig:
     )  # input (width, height) per detector.size
     scale: list[int] = field(default_factory=list)
     keep_ratio: bool = True
-    workers: int = 2
+    workers: Any = 2  # processes that load images; auto: by the CPUs at hand
     val_batch_size: int = 16
     group_shapes: bool = False  # batches of like shapes: little padding
     filter_empty_gt: bool = False  # train on images with objects only
@@ -164,7 +164,7 @@ class CocoConfig(DatasetConfig):
 
 @dataclass
 class TrainerConfig:
-    """Arguments of ``lightning.Trainer`` (null: its default), and two keys of ldt.
+    """Arguments of ``lightning.Trainer`` (null: its default), and three keys of ldt.
 
     Arguments controlled by the prune-retrain loop are in :data:`ldt.config.keys.OWNED`.
     """
@@ -193,6 +193,7 @@ class TrainerConfig:
     enable_autolog_hparams: bool | None = None
     validate_every: int = 0  # ldt: in epochs; 0 = only at the end of a phase
     threads: int | None = None  # ldt: torch CPU threads; null = torch's default
+    compile: bool = False  # ldt: torch.compile the backbone and the neck for training steps
 
 
 @dataclass
@@ -223,6 +224,12 @@ class Config:
     )  # values returned to the sweeper; [] = the metric
     seed: int = 0
     run_name: str = MISSING
+
+
+def as_dict(config: object, resolve: bool = True, throw_on_missing: bool = False) -> dict[str, Any]:
+    """Return a configuration, or a group of it, as plain data."""
+    plain = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=throw_on_missing)
+    return cast(dict[str, Any], plain)
 
 
 def conf_dir() -> Path:

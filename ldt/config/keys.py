@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig
+from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig, as_dict
 
 # Arguments of Lightning's Trainer controlled by the prune-retrain loop, and what to type instead.
 # fmt: off
@@ -58,7 +58,7 @@ def check_keys(config: DictConfig) -> None:
     Raises:
         ValueError: in one line, the unknown keys, the closest known ones and what to type.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=False)
+    plain = as_dict(config, resolve=False)
     plain.pop("hydra", None)
     schema = _dataset_schema(plain)
     unknown = dict(_unknown(plain, Config, schema))

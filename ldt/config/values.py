@@ -170,7 +170,7 @@ def _described(kind: Any) -> str:
     return " ".join(filter(None, [NOUNS.get(base, ""), " and ".join(bounds)]))
 
 
-def typed(value: Any) -> str:
+def typed(value: object) -> str:
     """Format a value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")

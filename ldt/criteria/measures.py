@@ -121,10 +121,10 @@ def discriminant_share(eigs: Tensor, k: int) -> Tensor:
 
 def _select(x: Tensor, labels: Tensor) -> tuple[Tensor, Classes]:
     """Select the objects of the classes with two or more; ValueError for fewer than two classes."""
-    classes = classes_of(labels)
+    classes = classes_of(labels, x.device)
     if len(classes) < 2:
         raise ValueError(
             f"the objects have the classes {labels.unique().tolist()}, but two classes with two "
             "objects each are needed: use more images"
         )
-    return x.index_select(-2, classes.rows.to(x.device)), classes
+    return x.index_select(-2, classes.rows), classes

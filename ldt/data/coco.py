@@ -71,15 +71,15 @@ def _list(fields: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in fields.items())
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return _whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _inside(value: Any) -> bool:
+def _inside(value: object) -> bool:
     """Whether a relative file name stays inside its folder."""
     path = PurePath(value) if isinstance(value, str) and value and "\0" not in value else None
     return path is not None and not path.is_absolute() and ".." not in path.parts

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import cv2
 import torch
+from lightning.fabric.utilities import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from mmdet.datasets import MultiImageMixDataset
 from mmengine.dataset import BaseDataset, pseudo_collate
@@ -34,6 +35,7 @@ from ldt.data.sampling import Batches, EpochSampler, SizeSampler, TrainingImages
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
+MOST_WORKERS = 16  # by itself: each holds two batches in memory
 Split = Literal["train", "val"]
 Augment = Literal["none", "flip", "shift", "mosaic", "config"]
 Pad = Literal["none", "square"]
@@ -102,7 +104,8 @@ class DetectionDataModule(LightningDataModule, ABC):
         scale: the network's input size (width, height) in pixels.
         batch_size: training images per optimizer step, over all processes.
         val_batch_size: validation images per batch and process.
-        workers: loader processes; 0 loads in the main process. Batches do not depend on it.
+        workers: loader processes; 0 loads in the main process, "auto" takes one for each CPU at
+            hand but one, at most 16, shared by the training processes. Batches do not depend on it.
         seed: seed of shuffling, augmentation and the calibration subset.
         augment: "none", "flip" (left-right), "shift" (YOLOF's, with flip), "mosaic" (YOLOX's), or
             "config": the transforms of `pipeline`, whatever `scale` and `pad` are.
@@ -133,7 +136,7 @@ class DetectionDataModule(LightningDataModule, ABC):
     scale: tuple[int, int] = (640, 640)
     batch_size: Count = 8
     val_batch_size: Count = 8
-    workers: NaturalNumber = 0
+    workers: NaturalNumber | Literal["auto"] = 0
     seed: NaturalNumber = 0
     augment: Augment = "flip"
     pipeline: Sequence[dict[str, Any]] = ()
@@ -369,18 +372,28 @@ class DetectionDataModule(LightningDataModule, ABC):
         steps = mosaic_steps(self.scale, self.resize, (low, high), self.mixup)
         return MultiImageMixDataset(single, steps)
 
+    def _workers(self) -> int:
+        """Return the number of loader processes."""
+        if self.workers != "auto":
+            return self.workers
+        processes = cast(Any, self.trainer).num_devices if self.trainer else 1
+        return min(suggested_max_num_workers(processes), MOST_WORKERS)
+
     def _loader(
         self,
         dataset: Any,
         batch_size: int | None,
         sampler: EpochSampler | SizeSampler | None = None,
     ) -> DataLoader:
+        workers, trainer = self._workers(), cast(Any, self.trainer)
         return DataLoader(
             dataset,
             batch_size,
             sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0 and isinstance(sampler, EpochSampler),
+            num_workers=workers,
+            persistent_workers=workers > 0 and isinstance(sampler, EpochSampler),
+            # images in pinned memory are copied to a GPU while the host goes on
+            pin_memory=bool(trainer) and trainer.strategy.root_device.type == "cuda",
             collate_fn=pseudo_collate,
             worker_init_fn=one_thread,
             # Own generator: creating an iterator must not advance torch's global one.

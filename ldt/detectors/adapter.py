@@ -1,6 +1,6 @@
 """Adapter of an mmdet detector with the operations that criteria, tracing and evaluation need."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +18,7 @@ from ldt.detectors.forward import (
     neck_maps,
     raw_forward,
 )
+from ldt.detectors.mmengine_internals import copy_without_waiting
 from ldt.objects import Objects, background_boxes, labelled_objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
@@ -78,6 +79,7 @@ class Detector:
         self.background = background
         self.model, self.neck, self.channels_last = cast(BaseDetector, model), neck, channels_last
         self.input_size = (int(input_size[0]), int(input_size[1]))
+        self._compiled: dict[nn.Module, Callable[..., object]] = {}
         find_neck(model, neck)
         self.predictors = list(predictors or self._find_predictors())
         known = dict(model.named_modules())
@@ -99,6 +101,36 @@ class Detector:
         """Return a zero image [1, 3, H, W] of the input size, on the detector's device."""
         return next(self.model.parameters()).new_zeros(1, 3, *self.input_size)
 
+    def arrange(self) -> None:
+        """Order the weights as the feature maps are; a GPU would reorder them in every pass."""
+        if self.channels_last and next(self.model.parameters()).device.type != "cpu":
+            self.model.to(memory_format=torch.channels_last)
+
+    def compile(self) -> None:
+        """Compile backbone and neck as they are now, for passes within :meth:`compiled`.
+
+        Compiled forwards lie beside the network, not in it: names of weights, copies and traces of
+        the network remain what they are, and so do passes with hooks on its layers.
+        """
+        torch.compiler.reset()  # what was compiled for other widths
+        parts = (getattr(self.model, name, None) for name in ("backbone", "neck"))
+        self._compiled = {part: torch.compile(part.forward) for part in parts if part is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the compiled forwards, which belong to this network: a copy is not compiled."""
+        return self.__dict__ | {"_compiled": {}}
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Use what :meth:`compile` has compiled, if anything, within the context."""
+        try:
+            for module, forward in self._compiled.items():
+                module.__dict__["forward"] = forward
+            yield
+        finally:
+            for module in self._compiled:
+                module.__dict__.pop("forward", None)
+
     def prepare(self, batch: RawBatch, training: bool = False) -> PreparedBatch:
         """Normalise, pad and move a collated batch; ``training`` allows batch augmentation."""
         loaded = batch["data_samples"]  # the preprocessor may change them
@@ -110,9 +142,11 @@ class Detector:
         return PreparedBatch(images, samples, labelled_objects(samples, shape, loaded, background))
 
     def _preprocess(self, batch: RawBatch, training: bool) -> RawBatch:
-        preprocessor, device = self.model.data_preprocessor, next(self.model.parameters()).device
+        preprocessor = cast(DetDataPreprocessor, self.model.data_preprocessor)
+        device = next(self.model.parameters()).device
         if preprocessor.device != device:  # moving a module that holds the detector leaves it as is
             preprocessor.to(device)
+            copy_without_waiting(preprocessor)
         data = preprocessor(batch, training)
         if self.channels_last:  # layers preserve the memory format of their input
             data["inputs"] = data["inputs"].contiguous(memory_format=torch.channels_last)

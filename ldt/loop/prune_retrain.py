@@ -338,8 +338,10 @@ class PruneRetrain(L.Callback):
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Rebuild all that depends on the network's weights, after a phase ends or pruning.
 
-        These are the optimizer, the LR scheduler, the EMA, the DDP wrapper and LDT's memory.
+        These are the compiled network, the optimizer, the LR scheduler, the EMA, the DDP wrapper
+        and LDT's memory.
         """
+        module.fit_to_device()
         rewrap_ddp(trainer)
         rebuild_optimizers(trainer)
         for callback in _averages(trainer):

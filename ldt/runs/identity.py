@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ldt.config import as_dict
 from ldt.config.names import below
 from ldt.config.paths import expand_home
 from ldt.config.values import typed
@@ -33,6 +34,7 @@ FREE = (  # keys, and groups of keys, that are not part of the identity: results
     # hardware and speed
     *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
+    "trainer.compile",
     # additional measurements, figures, logging, objectives of a sweeper
     *("report", "logger", "objectives", "trainer.logger", "trainer.log_every_n_steps"),
     *("trainer.validate_every", "trainer.check_val_every_n_epoch", "trainer.val_check_interval"),
@@ -277,7 +279,7 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
     budget = IN_NAMES.get(root.prune.budget, root.prune.budget)
     stem = f"{stem}-{budget}{rate}-s{seed}"
     groups = ("method", "prune", "ldt", "trainer")  # the complete configuration contains the name
-    config: Any = {g: OmegaConf.to_container(root[g], resolve=True) for g in groups}
+    config = {g: as_dict(root[g]) for g in groups}
     names = [stem + suffix for suffix in (suffix_of(given, config), _suffix_before(given))]
     study = RUNS / root.study
     for name in names:
@@ -292,7 +294,7 @@ def _without_names(root: DictConfig) -> dict[str, Any]:
     names: Any = [key for key in root if key not in ("hydra", "logger", "run_name")]
     config = OmegaConf.masked_copy(root, names)
     expand_home(config)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = as_dict(config)
     return plain
 
 
@@ -321,7 +323,7 @@ def _trainer_keys(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the trainer keys that differ from their defaults and affect the results."""
     from ldt.config import TrainerConfig
 
-    usual = flatten({"trainer": OmegaConf.to_container(OmegaConf.structured(TrainerConfig))})  # type: ignore[dict-item]
+    usual = flatten({"trainer": as_dict(OmegaConf.structured(TrainerConfig))})
     own = flatten({"trainer": config["trainer"]})
     changed = (key for key in own if own[key] != usual.get(key) and not below(key, FREE))
     return {key: f"{key}={own[key]}" for key in changed}

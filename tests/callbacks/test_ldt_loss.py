@@ -35,6 +35,7 @@ class Watched(LDTLoss):
         return logs
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_terms_are_there_while_training_only():
     names = []
@@ -52,6 +53,7 @@ def test_the_terms_are_there_while_training_only():
     assert len(scales) == 4 == len([key for key in logged if "discriminants_" in key])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("epochs", "shares"), [(1.5, [1 / 3, 2 / 3, 1, 1]), (0, [1, 1, 1, 1])])
 def test_alpha_and_beta_rise_linearly_over_the_warm_up(epochs, shares):
@@ -64,6 +66,7 @@ def test_alpha_and_beta_rise_linearly_over_the_warm_up(epochs, shares):
         assert logs["discriminants_0"] == int(bare.counts[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_warm_up_counts_optimizer_steps():
     terms = Watched(alpha=0.3, beta=7.5, warmup_epochs=1.5)
@@ -74,6 +77,7 @@ def test_the_warm_up_counts_optimizer_steps():
         assert logs["loss_ld"] == pytest.approx(0.3 * share * float(bare.loss_ld), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_memory_is_the_last_batches_without_gradient():
     batches = [many(), collated(MANY[:2], [1, 0]), collated(MANY[1:], [2, 2, 1]), many()]
@@ -95,6 +99,7 @@ def test_memory_is_the_last_batches_without_gradient():
     assert not any(v.requires_grad for vectors, _ in terms._memory for v in vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_memory_is_forgotten_when_the_neck_gets_another_width():
     module, terms = module_of(), Watched(alpha=1.0, beta=7.5, warmup_epochs=0, memory=3)
@@ -117,6 +122,7 @@ def test_memory_is_forgotten_when_the_neck_gets_another_width():
     assert len(terms._memory) == 2  # the two batches of the narrow neck
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("covariance", ["mean", "correlation"])
 def test_a_step_never_waits_for_the_device(monkeypatch, covariance):

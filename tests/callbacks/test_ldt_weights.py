@@ -83,6 +83,7 @@ def test_ldt_is_off_until_the_rate_is_warm_and_the_memory_full(monkeypatch):
     assert terms.steps[-1][2]["loss_ld"] < 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_share_is_that_of_the_gradients_in_the_step():
     """In a single step, the weighted gradients are exactly the asked shares of the detection's."""
@@ -116,6 +117,7 @@ def test_measuring_leaves_the_training_as_it_is(monkeypatch):
     assert torch.equal(weights[0], weights[3])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_an_estimation_works_in_mixed_precision(precision):
@@ -124,6 +126,7 @@ def test_an_estimation_works_in_mixed_precision(precision):
     assert all(0 < weight < 1e4 for weight in terms.weights.known.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_without_a_second_class_ldt_stays_off_and_says_so(caplog):
     terms = LDTLoss(**AUTO, warmup_epochs=0)

@@ -239,6 +239,7 @@ def test_offline_runs_arrive_after_a_sync(server, tmp_path):
     assert sorted(server.exit_codes(identity)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_offline_needs_no_account_and_stays_in_the_folder(sealed):
     folder = finished(sealed / "run")
     before = {file for file in sealed.rglob("*") if file.is_file()}
@@ -271,6 +272,7 @@ def test_an_id_stands_for_study_and_name():
     assert len({one, run_id("compare", "two"), run_id("other", "one")}) == 3
 
 
+@pytest.mark.slow
 def test_a_repeated_run_is_a_run_of_its_own(tmp_path):
     plain = OmegaConf.to_container(tiny(tmp_path, "logger=wandb", "study=first"), resolve=True)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(plain))

@@ -59,11 +59,13 @@ def test_a_key_that_nobody_reads_is_refused_with_a_plus_too(plus, key, wanted):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_several_unknown_keys_are_told_at_once():
     with pytest.raises(ValueError, match=r"prune.rat=1: .*; report.foo=2: "):
         check_keys(composed("+prune.rat=1", "+report.foo=2"))
 
 
+@pytest.mark.slow
 def test_what_somebody_reads_is_not_refused():
     check_keys(composed(*FREELY))
     check_keys(composed("dataset=coco", "logger=wandb", "logger.tags=[a]"))
@@ -71,6 +73,7 @@ def test_what_somebody_reads_is_not_refused():
     check_keys(OmegaConf.create(plain))  # a saved configuration has lost its types
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_is_checked_like_a_composed_one():
     plain = OmegaConf.to_container(composed())
     for group, key in (("prune", "rat"), ("dataset", "trian")):
@@ -78,6 +81,7 @@ def test_a_saved_configuration_is_checked_like_a_composed_one():
             check_keys(OmegaConf.create(plain | {group: plain[group] | {key: 1}}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -94,6 +98,7 @@ def test_a_mistake_in_an_experiments_yaml_is_one_line(tmp_path, content, told):
         raise ValueError(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -131,6 +136,7 @@ def test_checking_keys_imports_nothing_heavy():
 # Keys that go to a class ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -215,6 +221,7 @@ def given_to_trainer(monkeypatch, folder, *overrides):
     return seen
 
 
+@pytest.mark.slow
 def test_what_is_set_below_trainer_reaches_it_and_nothing_else_does(tmp_path, monkeypatch):
     chosen = {
         "accumulate_grad_batches": 4, "gradient_clip_algorithm": "value", "benchmark": True,

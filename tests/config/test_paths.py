@@ -85,6 +85,7 @@ def test_home_is_expanded_wherever_a_path_comes_from(monkeypatch):
     assert config.dataset.train_ann == "annotations/instances_train2017.json"
 
 
+@pytest.mark.slow
 def test_home_and_signs_in_yaml(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "experiment").mkdir()
@@ -111,6 +112,7 @@ def test_a_whole_run_in_an_odd_folder(tmp_path, monkeypatch):
     assert (folder / "again/round-1.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_them(tmp_path):
     odd = tmp_path / "größe (1)=3, x"
     root = Path(__file__).parents[2]

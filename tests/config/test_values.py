@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from small import composed
 from torch import Tensor
 
-from ldt import config, discriminant, location, measures
+from ldt import config, discriminant, location
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.config.values import (
     Count,
@@ -24,6 +24,7 @@ from ldt.config.values import (
     check_value,
     checked,
 )
+from ldt.criteria import measures
 from ldt.criteria.ldt import LDTCriterion
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits

@@ -67,6 +67,7 @@ def test_a_criterion_that_scores_nothing_is_told():
         score_groups(Widths(1), subject.target, subject.graph(), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_rounds", [1, 3])
 def test_the_other_groups_are_pruned_to_the_rate(inner_rounds: int):
     subject = case("gfl_tiny")

@@ -12,6 +12,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from small import CONF, Case, case, composed
+from stand_in import DEVICE, StandIn, moved
 from torch import Tensor, nn
 
 from ldt.criteria.base import score_groups
@@ -65,6 +66,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_one_finite_score_per_channel(name: str, network: str) -> None:
@@ -78,6 +80,7 @@ def test_one_finite_score_per_channel(name: str, network: str) -> None:
     assert any(len(values.unique()) > 1 for values in scores.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_scoring_leaves_the_network_alone(name: str, network: str) -> None:
@@ -93,6 +96,7 @@ def test_scoring_leaves_the_network_alone(name: str, network: str) -> None:
     assert all(torch.equal(after[key], value) for key, value in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_equal_seeds_give_equal_scores(name: str, network: str) -> None:
@@ -144,6 +148,7 @@ def test_permuting_channels_permutes_scores(name: str, network: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_detector_is_cut_to_the_asked_rate_and_goes_on(name: str) -> None:
     subject, rate = case("gfl_tiny"), 0.5
@@ -177,3 +182,18 @@ def test_a_detector_is_cut_to_the_asked_rate_and_goes_on(name: str) -> None:
     for one, other in zip(subject.outputs(images), fresh.outputs(images), strict=True):
         assert torch.equal(one, other)
     assert all(values.isfinite().all() for values in scores_of(fresh, name).values())  # round two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["residual", "gfl_tiny"])
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_on_a_gpu_are_those_on_the_cpu(name: str, network: str) -> None:
+    with StandIn():
+        subject = moved(case(network))
+        graph = subject.graph()
+        found = scores_of(subject, name, graph)
+        graph.remove({group: [0] for group, own in graph.groups.items() if own.parts == 1})
+        assert all(p.device == DEVICE for p in subject.model.parameters())
+        subject.forward(subject.model, subject.example)
+    for group, values in known_scores(network, name).items():
+        torch.testing.assert_close(found[group], values)

@@ -48,6 +48,7 @@ def test_a_method_meets_the_rate(name: str, ranking: str, data) -> None:
     assert removed == pytest.approx(RATE, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("name", GRADUAL)
 def test_a_gradual_method_meets_the_rate(name: str, ranking: str) -> None:

@@ -74,6 +74,7 @@ def test_fast_equals_slow_on_every_kind_of_network(name: str, source: Any) -> No
     assert_close(layer_scores(subject, subject.batches, **options), expected)
 
 
+@pytest.mark.slow
 def test_the_detection_loss_is_traced_alike() -> None:
     subject = double("shared")
     images = tracing_reference.single_images(subject.batches)  # its loss is a mean over a batch
@@ -82,6 +83,7 @@ def test_the_detection_loss_is_traced_alike() -> None:
     assert_close(layer_scores(subject, images, (*SCOPE, "head"), **options), expected)
 
 
+@pytest.mark.slow
 def test_attention_follows_a_and_b() -> None:
     subject = double("chain")
     options: dict[str, Any] = {"source": "neck_all", "reduce": "absolute"}
@@ -95,6 +97,7 @@ def test_attention_follows_a_and_b() -> None:
     assert any(not np.allclose(found[name], usual[name], rtol=0.05) for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", PER_IMAGE)
 def test_order_and_size_of_batches_do_not_matter(source: Any) -> None:
     subject = double("residual")
@@ -104,6 +107,7 @@ def test_order_and_size_of_batches_do_not_matter(source: Any) -> None:
         assert_close(layer_scores(subject, batches, source=source), expected)
 
 
+@pytest.mark.slow
 def test_images_without_objects_are_skipped() -> None:
     subject = double("residual")
     images = tracing_reference.single_images(subject.batches)
@@ -170,6 +174,7 @@ def test_a_coupled_group_gets_the_sum_of_its_layers(name: str, producers: list[s
     torch.testing.assert_close(grouped[group.name], sum(parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared", "gfl_tiny"])
 def test_layers_of_the_head_are_scored_with_the_detection_loss(name: str) -> None:
     subject = case(name)
@@ -186,6 +191,7 @@ def test_layers_of_the_head_are_scored_with_the_detection_loss(name: str) -> Non
     assert any(not np.allclose(neck[layer], detection[layer], rtol=0.1) for layer in neck)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", REDUCES)
 def test_the_power_of_a_batch_is_traced_to_each_of_its_images(reduce: Any) -> None:
     """It is no sum over images, so the reference takes the batch as a whole."""
@@ -221,6 +227,7 @@ def test_the_rank_correlation_is_that_of_the_batches() -> None:
     assert whole.notes["rank_correlation"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [*PER_IMAGE, "power", "detection"])
 def test_every_source_and_reduction_ranks_channels(source: Any) -> None:
     subject = case("pyramid")

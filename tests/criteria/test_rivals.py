@@ -182,6 +182,7 @@ def mask_gradient(subject: Case, graph: PruningGraph, name: str, channel: int, b
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "shared", "depthwise"])
 def test_group_fisher_sums_squared_mask_gradients(name: str):
     subject, criterion = double(name), GroupFisherCriterion(cost="none")
@@ -397,6 +398,7 @@ def parameters_that_go(graph: PruningGraph, channels: dict[str, list[int]]) -> d
     return gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["chain", "residual", "concat", "shared", "depthwise", "pyramid", "upsampling"]
 )
@@ -450,6 +452,7 @@ def test_obd_counts_the_parameters_of_tied_parts_together(name: str):
 # All ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", [*REAL, "retinanet"])
 @pytest.mark.parametrize("rival", RIVALS)
 def test_rivals_score_every_group_of_the_detectors(rival: str, detector: str):
@@ -478,6 +481,7 @@ def test_batches_are_only_a_matter_of_memory(rival: str):
         torch.testing.assert_close(values, alone[name], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_rankings_are_those_of_the_papers():
     rankings = {name: composed(f"method={name}").method.ranking for name in RIVALS}
     assert rankings == {

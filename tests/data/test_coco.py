@@ -55,6 +55,7 @@ def samples(loader):
     return [sample for batch in loader for sample in batch["data_samples"]]
 
 
+@pytest.mark.slow
 def test_crowds_are_ignored_and_empty_images_are_kept(tmp_path):
     data = module(write_coco(tmp_path, content()), augment="none")
     for loader in (data.val_dataloader(), data.probe_dataloader("train", 2)):
@@ -69,6 +70,7 @@ def test_crowds_are_ignored_and_empty_images_are_kept(tmp_path):
     assert data.split_ids() == {"train": [11, 12, 13], "val": [11, 12, 13]}
 
 
+@pytest.mark.slow
 def test_validation_knows_the_annotated_area_of_every_object(tmp_path):
     annotated = content()
     for area, annotation in enumerate(annotated["annotations"], start=1):
@@ -168,6 +170,7 @@ def test_absolute_paths_need_no_root(tmp_path):
     assert len(samples(data.val_dataloader())) == 3
 
 
+@pytest.mark.slow
 @needs(COCO)
 def test_real_coco_reads_as_mmdet_reads_it():
     ours = CocoDataModule(root=str(COCO)).dataset("val")

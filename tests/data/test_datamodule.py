@@ -1,6 +1,7 @@
 """Laws of the loaders: reproducible batches, and boxes where the network sees them."""
 
 import random
+from types import SimpleNamespace
 
 import cv2
 import lightning.pytorch as lightning
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from real_data import KITTI, needs
+from small import composed
 from torch import nn
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from ldt.data.kitti import CLASSES, KittiDataModule
 from ldt.data.sampling import Draw, EpochSampler, TrainingImages
 
 REST = "1.5 1.6 3.7 1.0 1.5 20.0 -1.5"
 SCALE = (64, 32)
+DATASETS = ("coco", "kitti", "roadscenes")
 AUGMENT = ("none", "flip", "mosaic")
 
 
@@ -76,6 +80,7 @@ def epoch(loader, number):
 # Order and chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", AUGMENT)
 def test_two_modules_of_one_seed_give_equal_batches_with_any_number_of_workers(root, augment):
     loader = module(root, augment=augment).train_dataloader()
@@ -86,6 +91,7 @@ def test_two_modules_of_one_seed_give_equal_batches_with_any_number_of_workers(r
         assert epoch(loader, number) == epoch(other, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", AUGMENT)
 def test_batches_are_a_function_of_seed_and_epoch(root, augment):
     loader = module(root, augment=augment).train_dataloader()
@@ -98,6 +104,7 @@ def test_batches_are_a_function_of_seed_and_epoch(root, augment):
     assert epoch(module(root, augment=augment, seed=1).train_dataloader(), 0) not in (first, second)
 
 
+@pytest.mark.slow
 def test_loading_leaves_the_global_generators_alone(root):
     def state():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
@@ -145,6 +152,7 @@ def test_however_a_step_is_shared_it_sees_the_same_images(
         assert len(alone) < batch_size or len(together) == batch_size
 
 
+@pytest.mark.slow
 def test_a_plain_index_is_epoch_0(root):
     images = module(root, augment="mosaic").train_dataloader().dataset
     assert torch.equal(images[3]["inputs"], images[Draw(3, 0, True)]["inputs"])
@@ -282,6 +290,7 @@ def test_too_few_or_too_many_calibration_images(root):
 # Mosaic
 
 
+@pytest.mark.slow
 def test_mosaic_fills_the_scale(root):
     for image, sample in images(module(root, augment="mosaic").train_dataloader()):
         assert tuple(image.shape[1:]) == sample.img_shape == SCALE[::-1]
@@ -394,6 +403,7 @@ class Brightness(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (4, 4), (6, 2)])
 def test_accumulated_parts_of_a_step_train_as_the_whole_step(root, batch_size, accumulate):
@@ -435,12 +445,54 @@ def test_overfitting_repeats_the_first_batches(root, tmp_path):
         ({"batch_size": 0}, r"recipe.batch_size=0; allowed: a whole number of at least 1"),
         ({"val_batch_size": 0}, r"val_batch_size=0"),
         ({"workers": -1}, r"dataset.workers=-1; allowed: a whole number of at least 0"),
+        ({"workers": "all"}, r"dataset.workers='all'; allowed: .* auto"),
         ({"seed": -1}, r"seed=-1"),
     ],
 )
 def test_bad_options_are_refused(root, options, said):
     with pytest.raises(ValueError, match=said):
         module(root, **options)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "expected"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (8, 4, 1), (128, 1, 16)]
+)
+def test_workers_follow_from_the_cpus_at_hand(root, monkeypatch, cpus, processes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    data = module(root, workers="auto")
+    data.trainer = SimpleNamespace(
+        num_devices=processes,
+        world_size=processes,
+        global_rank=0,
+        accumulate_grad_batches=1,
+        overfit_batches=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    assert data.calibration_dataloader(4, 2).num_workers == expected
+    assert module(root, workers=3).calibration_dataloader(4, 2).num_workers == 3
+
+
+def test_workers_are_counted_in_full_sized_data_sets_and_not_in_small_ones():
+    workers = {name: composed(f"dataset={name}").dataset.workers for name in DATASETS}
+    assert workers == {"coco": "auto", "kitti": "auto", "roadscenes": 0}
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_images_are_pinned_for_a_gpu_only(root, device, pinned):
+    data = module(root)
+    assert not data.calibration_dataloader(4, 2).pin_memory
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    assert data.calibration_dataloader(4, 2).pin_memory == pinned
+
+
+def test_what_is_pinned_are_the_images(root, monkeypatch):
+    """The boxes of a sample are too small to matter; torch leaves the samples as they are."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *_: pinned.append(t) or t)
+    batch = next(iter(module(root).calibration_dataloader(4, 2)))
+    found = pin_memory(batch)
+    assert [t.dtype for t in pinned] == [torch.uint8] * 2
+    assert found["data_samples"][0].gt_instances is batch["data_samples"][0].gt_instances
 
 
 def test_an_unknown_split_is_refused(root):

@@ -79,6 +79,7 @@ def test_a_kitti_label_is_read_or_its_line_is_named(text: str):
     check_label(lambda: parse_label(text, WIDTH, HEIGHT))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.binary(max_size=200))
 def test_a_kitti_label_of_any_bytes(tmp_path: Path, content: bytes):
@@ -87,6 +88,7 @@ def test_a_kitti_label_of_any_bytes(tmp_path: Path, content: bytes):
     check_label(lambda: parse_label(file, WIDTH, HEIGHT))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.binary(max_size=60), st.binary(max_size=60))
 def test_image_sets_of_any_bytes(tmp_path: Path, train: bytes, val: bytes):
@@ -180,6 +182,7 @@ def test_a_damaged_annotation_file_is_named(tmp_path: Path, images: Path, conten
     check_coco(file, images)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.one_of(st.binary(max_size=80), anything.map(lambda x: json.dumps(x).encode())))
 def test_an_annotation_file_of_any_bytes(tmp_path: Path, images: Path, content: bytes):

@@ -218,6 +218,7 @@ def test_an_image_without_a_header_is_named(root):
         KittiDataset(root, image_ids(root))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"not an image", b""])
 def test_an_image_that_cannot_be_decoded_is_named_when_it_is_read(root, content):
     data = KittiDataModule(root=str(root), split_seed=1, scale=(64, 64))
@@ -240,6 +241,7 @@ def test_unknown_groupings_and_classes_are_refused():
     assert KittiDataModule(classes=("Van",), grouping="strict").classes == ("Van",)
 
 
+@pytest.mark.slow
 @needs(KITTI)
 def test_real_kitti_keeps_every_object():
     ids = image_ids(KITTI)
@@ -261,6 +263,7 @@ def test_real_kitti_keeps_every_object():
 # Road scenes
 
 
+@pytest.mark.slow
 def test_road_scenes_are_written_once_and_read_like_kitti(tmp_path, monkeypatch):
     monkeypatch.setenv("LDT_CACHE", str(tmp_path))
     data = RoadScenesDataModule(train=3, val=2, height=64, width=128, scale=(128, 64))

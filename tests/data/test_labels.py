@@ -31,10 +31,12 @@ def coco(folder, *overrides, **annotations):
 CATS = [box(image, 5, corner) for image in (11, 12, 13) for corner in ((4, 5), (30, 20))]
 
 
+@pytest.mark.slow
 def test_objects_are_counted_without_crowds(tmp_path):
     assert build_data(coco(tmp_path)).object_counts("train") == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("annotations", "options", "expected"),
     [
@@ -53,6 +55,7 @@ def test_the_background_is_a_class_where_a_second_one_is_missing(
     assert check_labels(config, build_data(config)) is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("annotations", "options", "told"),
     [

@@ -62,6 +62,7 @@ def test_a_scene_depends_on_options_and_index_only():
         assert not np.array_equal(image, other[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(128, 256), (96, 320), (200, 200)])
 def test_image_has_the_size_asked_for_and_boxes_lie_inside(height, width):
     scenes = RoadScenes(height=height, width=width)
@@ -75,6 +76,7 @@ def test_image_has_the_size_asked_for_and_boxes_lie_inside(height, width):
             assert 0 <= y1 < y2 <= height
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES)
 def test_boxes_are_tight_around_what_was_painted(kind):
     rng = np.random.default_rng(0)
@@ -126,6 +128,7 @@ def test_occlusion_is_what_nearer_things_hide(cover, x, occluded):
         assert named[0].box == alone[0].box  # the whole object, not what is left of it
 
 
+@pytest.mark.slow
 def test_a_scene_costs_a_bounded_number_of_calls():
     """Interpreter calls are what a scene costs, about 7000 of them: counts, not clocks."""
     calls = 0
@@ -165,6 +168,7 @@ def test_classes_are_balanced_and_scenes_filled(sample, objects):
     assert 0.05 < np.mean([label.truncated > 0 for label in objects]) < 0.5
 
 
+@pytest.mark.slow
 def test_difficulty_hides_more():
     def hidden(difficulty: float) -> float:
         scenes = [render(RoadScenes(difficulty=difficulty), index)[1] for index in range(40)]
@@ -189,6 +193,7 @@ def test_difficulty_adds_noise():
 # ---- files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_processes_draw_what_one_draws(tmp_path):
     scenes = RoadScenes(train=100, val=30, height=64, width=64)
     root = write(scenes, tmp_path)
@@ -197,6 +202,7 @@ def test_several_processes_draw_what_one_draws(tmp_path):
         np.testing.assert_array_equal(written, render(scenes, index)[0])
 
 
+@pytest.mark.slow
 def test_layout_is_kittis_and_holds_what_render_gives(tmp_path):
     root = write(SMALL, tmp_path)
     ids = {part: (root / f"ImageSets/{part}.txt").read_text().split() for part in ("train", "val")}
@@ -267,6 +273,7 @@ def test_the_slower_of_two_uses_the_winners_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [root]
 
 
+@pytest.mark.slow
 def test_processes_at_once_write_the_same_bytes_as_this_one(tmp_path):
     code = (
         "import sys; from pathlib import Path;"

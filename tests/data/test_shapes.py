@@ -126,6 +126,7 @@ def detections(model, data):
     return found
 
 
+@pytest.mark.slow
 def test_detections_do_not_depend_on_the_batch_size(root):
     torch.manual_seed(0)
     part = {"in_channels": 16, "feat_channels": 16, "stacked_convs": 1}

@@ -59,6 +59,7 @@ def test_every_pipeline_is_named_or_built_by_mmdet_as_it_is(packaged, name):
         assert kinds[1:] == [step.type for step in config.train_pipeline][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["yolox_nano", "yolox_s"])
 def test_mosaics_are_those_of_mmdets_yolox(detector):
     config = composed(f"detector={detector}", "recipe=mmdet_yolox").detector
@@ -75,6 +76,7 @@ def test_mosaics_are_those_of_mmdets_yolox(detector):
             assert TRANSFORMS.build(mine).__dict__ == TRANSFORMS.build(packaged).__dict__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packaged", "ratios"), [("nano", [0.5, 1.5]), ("x", [0.1, 2.0])])
 def test_a_config_brings_its_mosaic(packaged, ratios):
     name = f"detector.config=mmdet::yolox/yolox_{packaged}_8xb8-300e_coco.py"

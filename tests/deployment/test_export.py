@@ -161,6 +161,7 @@ def test_the_config_holds_what_pruning_changed_and_no_more(scenes, tmp_path):
     assert not {name.rpartition(".")[0] for name in model.shapes} & same
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_preprocessing_is_told_what_to_add(scenes, tmp_path):
     file = pruned_checkpoint(tmp_path / "old.ckpt", data_of(scenes), "detector=gfl_tiny")
     content = torch.load(file, weights_only=True)

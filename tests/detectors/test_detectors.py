@@ -60,6 +60,7 @@ def predictors_of(detector):
 # Costs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n_classes", "millions"),
     [
@@ -76,6 +77,7 @@ def test_full_size_detectors_have_the_papers_parameters(name, n_classes, million
     assert count_parameters(on_meta(name, n_classes)) / 1e6 == pytest.approx(millions, rel=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "giga"),
     [("atss", (832, 1344), 219.7), ("gfl", (832, 1344), 223.1), ("yolox_s", (640, 640), 13.32)],
@@ -149,6 +151,7 @@ def test_a_config_without_a_plain_model_is_refused(text, message, tmp_path):
         model_config(str(file), {}, 3, pretrained=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gfl", "atss", "yolox_s", "yolof"])
 def test_the_config_survives_a_checkpoint(name, tmp_path):
     config = config_of(name)
@@ -172,6 +175,7 @@ def test_modules_that_a_config_imports_are_imported_where_it_is_built(tmp_path, 
         model_config(str(file), {}, 3, pretrained=False)
 
 
+@pytest.mark.slow
 def test_the_base_of_a_config_may_be_a_packaged_one(tmp_path):
     packaged = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
     (tmp_path / "own.py").write_text(f"_base_ = '{packaged}'\nmodel = dict(neck=dict(num_outs=4))")
@@ -222,6 +226,7 @@ def limits(node):
             yield value
 
 
+@pytest.mark.slow
 def test_without_a_network_a_pretrained_backbone_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -244,6 +249,7 @@ def test_without_a_network_a_pretrained_backbone_says_what_to_do(tmp_path, monke
 # Where to tap ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -262,6 +268,7 @@ def test_predictors_are_what_one_finds_by_hand(name, expected):
     assert found == [f"bbox_head.{layer}" for layer in expected]
 
 
+@pytest.mark.slow
 def test_finding_predictors_leaves_no_trace():
     detector = fresh("gfl_tiny")
     detector.backbone.requires_grad_(False)
@@ -371,6 +378,7 @@ def same(one, two, skip=()):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module.", "detector."])
 @pytest.mark.parametrize("bare", [True, False])
 def test_own_and_mmdets_files_load_whole(prefix, bare, tmp_path):
@@ -382,6 +390,7 @@ def test_own_and_mmdets_files_load_whole(prefix, bare, tmp_path):
     assert same(source.state_dict(), target.state_dict())
 
 
+@pytest.mark.slow
 def test_another_number_of_classes_gets_new_predictors_and_a_warning(tmp_path, caplog):
     source, target = fresh("atss_tiny", 80), fresh("atss_tiny", 3, seed=1)
     before = {key: value.clone() for key, value in target.state_dict().items()}
@@ -394,6 +403,7 @@ def test_another_number_of_classes_gets_new_predictors_and_a_warning(tmp_path, c
     assert all(key in caplog.text for key in new)
 
 
+@pytest.mark.slow
 def test_another_detectors_file_is_refused_with_counts_and_keys(tmp_path):
     source, target = fresh("atss_tiny"), fresh("gfl_tiny")
     torch.save(source.state_dict(), tmp_path / "w.pth")
@@ -429,6 +439,7 @@ def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
         load_weights(nn.Identity(), tmp_path / "w.pth", [])
 
 
+@pytest.mark.slow
 def test_averages_beside_the_model_and_prefixes_are_dropped(tmp_path):
     source, target = fresh("gfl_tiny"), fresh("gfl_tiny", seed=1)
     state = {f"module.{key}": value for key, value in source.state_dict().items()}
@@ -437,6 +448,7 @@ def test_averages_beside_the_model_and_prefixes_are_dropped(tmp_path):
     assert same(source.state_dict(), target.state_dict())
 
 
+@pytest.mark.slow
 def test_a_pruned_checkpoint_is_told_from_a_foreign_one(tmp_path):
     source, target = fresh("gfl_tiny"), fresh("gfl_tiny")
     state = {key: value[:1] for key, value in source.state_dict().items() if value.ndim}
@@ -445,11 +457,13 @@ def test_a_pruned_checkpoint_is_told_from_a_foreign_one(tmp_path):
         load_weights(target, tmp_path / "w.pth", predictors_of(target))
 
 
+@pytest.mark.slow
 def test_a_predictor_that_the_detector_lacks_is_refused():
     with pytest.raises(ValueError, match=r"head.gone, which GFL does not have.*bbox_head.gfl_cls"):
         DetectorModule(config_of("gfl_tiny"), "abc", RECIPE, (64, 128), predictors=["head.gone"])
 
 
+@pytest.mark.slow
 @needs(YOLOX_NANO)
 @pytest.mark.parametrize("n_classes", [80, 3])
 def test_a_published_file_loads(n_classes):

@@ -45,6 +45,7 @@ def many(objects, found, count=41):
     return [frame(i, objects, found) for i in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_agrees_with_the_slow_reference(seed):
     samples = kitti_samples(seed, 100)

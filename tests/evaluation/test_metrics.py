@@ -134,6 +134,7 @@ def test_agrees_with_pycocotools(seed):
     same(computed(samples), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_agrees_with_mmdet(seed):
     samples = random_samples(seed)
@@ -183,6 +184,7 @@ def test_a_box_exactly_at_a_threshold_counts():
     same(computed(samples), coco_reference(samples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_neither_order_nor_batches_of_the_images_matter(seed):
     samples = [*random_samples(seed), *kitti_samples(seed)]
@@ -281,6 +283,7 @@ def test_sizes_are_those_of_the_annotated_areas(seed):
     assert computed(samples)["AP_small"] != pytest.approx(expected["AP_small"], abs=1e-3)
 
 
+@pytest.mark.slow
 @needs(COCO)
 def test_real_annotations_agree_with_pycocotools():
     """All of the file's annotations count as they stand in it, their areas too."""
@@ -337,6 +340,7 @@ def test_as_many_detections_count_as_are_asked_for():
         assert computed([crowd(100)])["AP"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:an image has")
 @pytest.mark.parametrize("most", [1, 3, 15, 300])
 def test_any_number_of_detections_agrees_with_pycocotools(most):

@@ -10,6 +10,7 @@ from ldt.detectors.forward import neck_maps
 from ldt.evaluation.neck_statistics import neck_spaces, neck_statistics
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_share_and_correlation_are_those_of_all_object_vectors():
     detector = module_of().detector
@@ -29,6 +30,7 @@ def test_share_and_correlation_are_those_of_all_object_vectors():
         assert statistics["correlation"] == pytest.approx(off.mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_space_is_that_of_all_object_vectors_with_two_in_their_class():
     detector = module_of().detector
@@ -55,6 +57,7 @@ def test_a_space_is_that_of_all_object_vectors_with_two_in_their_class():
         assert between.item() == pytest.approx(eigs.max(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_objects_of_a_single_class_make_no_space():
     detector = module_of().detector
     with pytest.raises(ValueError, match="use more images"):

@@ -100,6 +100,7 @@ def test_latency_runs_as_often_as_it_says():
     assert measured.device
 
 
+@pytest.mark.slow
 def test_latency_tells_slow_from_fast():
     x = torch.rand(300, 300)
     slow = latency(lambda: [x @ x for _ in range(20)], device="cpu")

@@ -105,6 +105,7 @@ def test_many_classes_are_named_in_full_at_the_boxes():
     assert not figure.legends
 
 
+@pytest.mark.slow
 def test_images_without_objects_and_of_any_shape_are_drawn(tmp_path):
     nothing = boxes(0, 0)
     scenes = [scene(nothing, [nothing], size=size) for size in ((375, 1242), (640, 427))]
@@ -176,6 +177,7 @@ def test_a_single_detector_finds_nothing_alone():
     assert len(tagged(figure.axes[1])) == len(figure.axes[1].texts) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detectors", [1, 2, 3, 5, 6])
 def test_every_detector_has_a_panel_with_its_title(detectors):
     found = [boxes(2, seed) for seed in range(detectors)]
@@ -208,6 +210,7 @@ def test_the_curve_is_the_rows_and_the_base_is_dashed():
     assert [text.get_text() for text in figure.axes[0].texts] == ["base", "round 1", "round 2"]
 
 
+@pytest.mark.slow
 def test_the_percent_axis_agrees_with_the_parameters():
     figure = draw_curve(rounds(0.4, 0.3), "AP")
     FigureCanvasAgg(figure).draw()  # secondary axes take their limits while drawing
@@ -225,6 +228,7 @@ def test_rounds_without_the_metric_are_left_out(nan_row):
     assert len(lines) == (1 if nan_row == 0 else 2)  # no base, no dashed line
 
 
+@pytest.mark.slow
 def test_runs_without_pruning_or_metric_are_drawn_and_runs_without_rounds_are_not(tmp_path):
     save(draw_curve(rounds(0.4), "AP"), tmp_path / "base.png")
     save(draw_curve(rounds(0.4, 0.3), "mAP"), tmp_path / "none.png")
@@ -317,6 +321,7 @@ def test_nothing_to_compare_is_told():
         draw_comparisons([Panel("", {}, {}, "AP")])
 
 
+@pytest.mark.slow
 def test_a_method_looks_the_same_in_every_panel_and_pruned_and_left_agree():
     whole = {"unpruned": Point(2.0, [0.4])}
     panels = [
@@ -341,6 +346,7 @@ def test_a_method_looks_the_same_in_every_panel_and_pruned_and_left_agree():
         draw_comparisons([*panels, Panel("yolof", {}, {}, "AP")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longest", [3, 20, 60])
 def test_the_legend_of_a_comparison_stays_inside(longest):
     methods = {f"{'m' * longest}{i}": [Point(0.5, [0.1 * i])] for i in range(5)}

@@ -54,18 +54,21 @@ def test_a_run_is_drawn(run, data, tmp_path):
         assert matplotlib.image.imread(folder / "pictures" / name).std() > 0
 
 
+@pytest.mark.slow
 def test_no_pictures_leaves_out_the_detections_only(run, data, tmp_path):
     folder = link(run[0], tmp_path)
     from_runs.draw_run(summary(), folder, data, pictures=0)
     assert written(folder) == ["channels.png", "metric_vs_params.png", "shrinking.png"]
 
 
+@pytest.mark.slow
 def test_the_base_of_a_run_with_ldt_shows_its_discriminants(run, data, tmp_path, caplog):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
     from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
     assert written(tmp_path) == ["discriminants.png", "metric_vs_params.png"]
 
 
+@pytest.mark.slow
 def test_too_few_objects_for_discriminants_are_told(run, data, tmp_path, caplog, monkeypatch):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
     nothing = data.val_dataloader().dataset[0]
@@ -78,6 +81,7 @@ def test_too_few_objects_for_discriminants_are_told(run, data, tmp_path, caplog,
     assert "use more images" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_pruned_nothing_needs_one_checkpoint_and_shows_no_channels(run, data, tmp_path):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
     from_runs.draw_run(summary(row(0)), tmp_path, data, pictures=1)

@@ -335,6 +335,7 @@ def test_frozen_stages_train_from_the_first_cut_on(tmp_path, monkeypatch):
     assert equal(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["params", "flops"])
 def test_an_unreachable_rate_is_told_before_any_training(tmp_path, monkeypatch, budget):
     watch, asked = Watch(monkeypatch), ["prune.rate=0.99", f"prune.budget={budget}"]
@@ -346,6 +347,7 @@ def test_an_unreachable_rate_is_told_before_any_training(tmp_path, monkeypatch, 
     assert watch.lrs == []
 
 
+@pytest.mark.slow
 def test_a_misspelt_scope_is_told_before_any_training(tmp_path, monkeypatch):
     watch = Watch(monkeypatch)
     with pytest.raises(

@@ -60,6 +60,7 @@ def cut(
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SMALL, *REAL])
 def test_the_cost_model_is_exact(name: str) -> None:
     subject = case(name)
@@ -97,6 +98,7 @@ def test_the_achieved_rate_is_the_asked_one(name: str) -> None:
         assert 1 - count(subject, budget) / whole == pytest.approx(rate, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_rounds_compound_to_the_rate_of_the_unpruned_model(budget: Budget) -> None:
     subject, rate, rounds = case("gfl_tiny"), 0.6, 3
@@ -109,6 +111,7 @@ def test_rounds_compound_to_the_rate_of_the_unpruned_model(budget: Budget) -> No
         assert count(subject, budget) / whole == pytest.approx(keep, abs=0.005)
 
 
+@pytest.mark.slow
 def test_limits_count_from_the_unpruned_model_in_every_round() -> None:
     subject = case("atss_tiny")
     whole = count(subject, "params")

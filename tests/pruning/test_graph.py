@@ -275,6 +275,7 @@ def test_a_scope_without_layers_names_the_parts() -> None:
         case("chain").graph(scope=["bakbone"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_flags_survive_and_the_network_still_trains(name: str) -> None:
     subject = case(name)

@@ -30,6 +30,7 @@ def sizes(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SMALL, *REAL])
 def test_a_cut_network_is_rebuilt_bit_by_bit(name: str) -> None:
     subject, fresh = case(name), case(name, seed=2)
@@ -46,6 +47,7 @@ def test_a_cut_network_is_rebuilt_bit_by_bit(name: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SMALL, "gfl_tiny", "yolox_nano"])
 def test_what_changed_is_enough_to_rebuild_and_nothing_where_nothing_was_cut(name: str) -> None:
     subject, fresh = case(name), case(name, seed=2)

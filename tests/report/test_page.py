@@ -77,6 +77,7 @@ def named(figure, name):
     return [trace for trace in figure.data if trace.name == name]
 
 
+@pytest.mark.slow
 def test_lines_join_the_means_over_seeds_and_bands_have_their_width(study):
     figure = trade_off(cells(open_runs(study)))
     _, band, line = named(figure, "ldt")[:3]  # dots, band, line of the first panel
@@ -92,6 +93,7 @@ def test_the_unpruned_detector_is_dashed_in_every_panel(study):
     assert all(line.line.dash == "dash" and np.allclose(line.y, 0.4) for line in lines)
 
 
+@pytest.mark.slow
 def test_rounds_and_training_have_a_panel_for_each_quantity(study):
     found = cells(open_runs(study))
     assert [note.text for note in by_round(found).layout.annotations][1:] == [
@@ -136,6 +138,7 @@ def test_pictures_beyond_the_limit_are_counted(study):
 # The page -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_and_links_to_nothing(study):
     text = page(study, open_runs(study), 0)
     assert text.count("Plotly.newPlot(") >= 3
@@ -145,12 +148,14 @@ def test_the_page_holds_everything_and_links_to_nothing(study):
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(http|//)""", text)
 
 
+@pytest.mark.slow
 def test_text_of_configurations_and_errors_is_escaped(study):
     text = page(study, open_runs(study), 20)
     assert EVIL not in text
     assert "&lt;script&gt;" in text
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_into_the_study(study, capsys):
     main(["report", str(study)])
     assert capsys.readouterr().out.strip() == str(study / "report.html")

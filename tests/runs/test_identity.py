@@ -44,6 +44,8 @@ PAIRS = [
     ("dataset=kitti dataset.root=/a", "dataset=kitti dataset.root=/b", "same run"),
     ("", "dataset.cache=/tmp/x", "same run"),
     ("", "dataset.workers=7", "same run"),
+    ("dataset=kitti", "dataset=kitti dataset.workers=3", "same run"),
+    ("", "trainer.compile=true", "same run"),
     ("", "trainer.devices=2 trainer.strategy=ddp", "same run"),
     ("", "trainer=cpu", "same run"),
     ("trainer=gpu", "trainer=ddp trainer.num_nodes=2", "same run"),
@@ -124,6 +126,7 @@ def lines(pair):
     return " | ".join(part.strip() or "(default)" for part in pair[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other", "relation"), PAIRS, ids=map(lines, PAIRS))
 def test_two_commands(command, one, other, relation, tmp_path, monkeypatch):
     (first, first_name), (second, second_name) = command(one), command(other)
@@ -138,6 +141,7 @@ def test_two_commands(command, one, other, relation, tmp_path, monkeypatch):
         assert (second_name == first_name) is (relation == "same run")
 
 
+@pytest.mark.slow
 def test_a_folder_is_claimed_by_the_same_run_only(command, tmp_path):
     known = command("")[0]
     identity.claim(tmp_path, known, {})
@@ -206,6 +210,7 @@ def test_batches_of_several_processes_were_counted_by_process():
     assert identity.compare(old, one) == "same run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "before"),
     [
@@ -230,6 +235,7 @@ def test_a_run_that_an_earlier_version_named_is_found(command, line, before, tmp
 # Names ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_name_spells_out_what_runs_are_compared_by(command):
     assert command("")[1] == command("seed=0")[1] == "roadscenes-gfl_tiny-ldt-params0.7-s0"
     assert command("detector=yolox_nano method=l1 prune.rate=0.25 seed=3")[1] == (
@@ -238,6 +244,7 @@ def test_a_name_spells_out_what_runs_are_compared_by(command):
     assert command("prune.budget=macs")[1] == "roadscenes-gfl_tiny-ldt-flops0.7-s0"
 
 
+@pytest.mark.slow
 def test_order_does_not_matter_and_any_other_override_does(command):
     one, two = "recipe.epochs=3", "ldt.alpha=0.1"
     assert command(f"{one} {two}")[1] == command(f"{two} {one}")[1]
@@ -245,6 +252,7 @@ def test_order_does_not_matter_and_any_other_override_does(command):
     assert len({command(line)[1] for line in others}) == len(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "detail",
     ["dataset.root=/data", "dataset.cache=/tmp/x", "dataset.workers=7", "logger=wandb",
@@ -268,6 +276,7 @@ def test_the_suffix_is_short_and_empty_for_nothing():
     assert identity.suffix_of(quoted, {}) == identity.suffix_of(quoted, {}) != suffix
 
 
+@pytest.mark.slow
 def test_the_run_of_a_configuration_is_found_whatever_it_is_called(command, tmp_path):
     known = command("method=l1")[0]
     for name, line in (("base-x", "method=l1"), ("b", "method=px")):

@@ -372,6 +372,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_recorded_then(begun, caplog,
     assert not (folder / files.INPUTS).exists()
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_the_data_may_be_mended(kitti, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
