@@ -10,13 +10,17 @@ one image, the network alone. A measurement needs a GPU that does nothing else: 
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import lightning as L
 import torch
@@ -40,6 +44,7 @@ KINDS = [f"{precision} {how}" for precision in PRECISIONS for how in ("eager", "
 QUERY = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.mem,clocks.max.sm"
 
 Cells = dict[str, str]
+T = TypeVar("T")
 
 
 def overhead(name: str, case: Case, given: argparse.Namespace) -> Cells:
@@ -71,6 +76,7 @@ def loops(name: str, given: argparse.Namespace) -> Cells:
     """Images per second of this training loop and of mmengine's Runner, and their ratio."""
     trainer = "cpu" if given.device == "cpu" else "gpu"
     options = [f"detector={name}", f"trainer={trainer}", f"recipe.batch_size={given.batch}"]
+    options.append("detector.pretrained=false")  # nothing is downloaded; the time is the same
     if given.train:
         options += [f"dataset.train={given.train}", "dataset.val=4"]
     ours, theirs = throughput([*options, "dataset.workers=auto"], given.epochs)
@@ -78,15 +84,17 @@ def loops(name: str, given: argparse.Namespace) -> Cells:
     return dict(zip(LOOPS, values, strict=True))
 
 
-def latencies(name: str, case: Case, given: argparse.Namespace) -> Iterator[tuple[str, Cells]]:
+def latencies(name: str, case: Case, given: argparse.Namespace) -> list[tuple[str, Cells]]:
     """Milliseconds of a forward pass: of the base, of the pruned detector, and their ratio."""
     module = built(name).to(given.device)
     base = _each_kind(module.detector, case.size, given)
-    yield "base", {kind: f"{value:.2f}" for kind, value in base.items()}
     prune(module, case.rate)
     cut = _each_kind(module.detector, case.size, given)
-    yield "pruned", {kind: f"{value:.2f}" for kind, value in cut.items()}
-    yield "ratio", {kind: f"{base[kind] / cut[kind]:.2f}" for kind in base.keys() & cut.keys()}
+    return [
+        ("base", {kind: f"{value:.2f}" for kind, value in base.items()}),
+        ("pruned", {kind: f"{value:.2f}" for kind, value in cut.items()}),
+        ("ratio", {kind: f"{base[kind] / cut[kind]:.2f}" for kind in base.keys() & cut.keys()}),
+    ]
 
 
 def _each_kind(
@@ -133,6 +141,15 @@ def about_gpu() -> str:
     return ", ".join(f"{key} {value}" for key, value in pairs)
 
 
+def tried(measure: Callable[[], T], missing: T) -> T:
+    """Return a measurement, or what stands for it after an error: the others are not lost."""
+    try:
+        return measure()
+    except Exception:
+        traceback.print_exc()
+        return missing
+
+
 def report(given: argparse.Namespace) -> str:
     """Measure, and return the tables."""
     steps: list[tuple[str, Cells]] = []
@@ -143,9 +160,10 @@ def report(given: argparse.Namespace) -> str:
         case = case._replace(size=tuple(side // given.divide for side in case.size))
         wanted = name in given.detectors
         torch.manual_seed(0)
-        steps.append((name, overhead(name, case, given) if wanted else {}))
-        speeds.append((name, loops(name, given) if wanted else {}))
-        parts = latencies(name, case, given) if wanted else [(k, {}) for k in ("base", "pruned")]
+        missing: list[tuple[str, Cells]] = [(part, {}) for part in ("base", "pruned", "ratio")]
+        steps.append((name, tried(partial(overhead, name, case, given), {}) if wanted else {}))
+        speeds.append((name, tried(partial(loops, name, given), {}) if wanted else {}))
+        parts = tried(partial(latencies, name, case, given), missing) if wanted else missing
         times += [(f"{name} {part}", cells) for part, cells in parts]
     facts = environment()
     where = about_gpu() if given.device == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
@@ -175,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, help="training images of the loops")
     parser.add_argument("--write", type=Path, help="file for the tables, beside the terminal")
     given = parser.parse_args(arguments)
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # mmengine's Runner would take the GPU
     if given.device is None:
         given.device = "cuda" if torch.cuda.is_available() else None
     if given.device is None or (given.device == "cuda" and not torch.cuda.is_available()):

@@ -106,16 +106,14 @@ def lightning_epoch(module, data, config) -> float:
 def runner_epoch(detector: torch.nn.Module, data, recipe: dict) -> float:
     """Time an epoch of a Runner with the same loader, optimizer and clipping."""
     clock = RunnerClock()
-    data.trainer = None
+    clip = {"clip_grad": {"max_norm": recipe["clip_grad"]}} if recipe["clip_grad"] else {}
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(
             model=detector,
             work_dir=folder,
             train_dataloader=data.train_dataloader(),
             train_cfg={"by_epoch": True, "max_epochs": 2},
-            optim_wrapper=ConfigDict(
-                optimizer=recipe["optimizer"], clip_grad={"max_norm": recipe["clip_grad"]}
-            ),
+            optim_wrapper=ConfigDict(optimizer=recipe["optimizer"], **clip),
             default_hooks={"checkpoint": None},  # type: ignore[arg-type]
             custom_hooks=[clock],
             default_scope="mmdet",

@@ -381,6 +381,21 @@ def _accelerator(asked: str) -> str:
     )
 
 
+def _check_plain_epochs(config: DictConfig, schedule: PruningSchedule) -> None:
+    """Warn of phases that are as short as their last epochs without mosaic."""
+    plain, phases = config.recipe.plain_epochs, {"recipe.epochs": schedule.base_epochs}
+    if schedule.rounds:
+        phases["recipe.retrain_epochs"] = schedule.retrain_epochs
+    short = [f"{key}={epochs}" for key, epochs in phases.items() if 0 < epochs <= plain]
+    if short:
+        log.warning(
+            "recipe.plain_epochs=%d: with %s no epoch has the full augmentation (mosaic); type a "
+            "smaller recipe.plain_epochs",
+            plain,
+            " and ".join(short),
+        )
+
+
 def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.Callback]:
     """Build the callbacks of a run in the order in which Lightning calls them."""
     callbacks: list[L.Callback] = []
@@ -395,6 +410,7 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
     callbacks.append(loop)
     if config.recipe.plain_epochs:
+        _check_plain_epochs(config, loop.schedule)
         callbacks.append(YOLOXModeSwitch(loop.is_last_epoch, config.recipe.plain_epochs))
     callbacks.append(  # last, so that it saves the model after pruning
         ModelCheckpoint(

@@ -35,8 +35,11 @@ class ExponentialMovingAverage(WeightAveraging):
             set_average(self, Average(pl_module, self.momentum, self.gamma))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Follow the module to its device, to which Lightning moves it after :meth:`setup`."""
-        average_of(self).module.to(pl_module.device)
+        """Follow the module to its device and memory format, which it gets after :meth:`setup`."""
+        average = average_of(self).module.to(pl_module.device)
+        for own, value in zip(average.parameters(), pl_module.parameters(), strict=True):
+            if own.stride() != value.stride():
+                own.data = torch.empty_like(value).copy_(own.data)
 
     def finish(self, pl_module: L.LightningModule) -> None:
         """Copy the average into the module, at the end of a phase."""

@@ -101,10 +101,16 @@ class Detector:
         """Return a zero image [1, 3, H, W] of the input size, on the detector's device."""
         return next(self.model.parameters()).new_zeros(1, 3, *self.input_size)
 
-    def arrange(self) -> None:
-        """Order the weights as the feature maps are; a GPU would reorder them in every pass."""
-        if self.channels_last and next(self.model.parameters()).device.type != "cpu":
-            self.model.to(memory_format=torch.channels_last)
+    def arrange(self) -> bool:
+        """Order the weights as the feature maps are; a GPU would reorder them in every pass.
+
+        Returns:
+            Whether their memory format may have changed.
+        """
+        if not self.channels_last or next(self.model.parameters()).device.type == "cpu":
+            return False
+        self.model.to(memory_format=torch.channels_last)
+        return True
 
     def compile(self) -> None:
         """Compile backbone and neck as they are now, for passes within :meth:`compiled`.

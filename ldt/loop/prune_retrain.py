@@ -156,6 +156,12 @@ class PruneRetrain(L.Callback):
             thaw(pl_module.detector, self.schedule.scope)
         self._set_end(trainer)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Order the weights for their device, and DDP's gradient buckets like the weights."""
+        assert isinstance(pl_module, DetectorModule)
+        if pl_module.adapter.arrange():
+            rewrap_ddp(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if there is no base training."""
         assert isinstance(pl_module, DetectorModule)

@@ -173,6 +173,8 @@ def _canonical(flat: Flat) -> Flat:
         found["prune.budget"] = canonical_budget(flat["prune.budget"])
     if "detector.checkpoint" in flat:
         found["detector.checkpoint"] = os.path.abspath(flat["detector.checkpoint"])
+    if (config := str(flat.get("detector.config", "::"))) and "::" not in config:  # a file
+        found["detector.config"] = os.path.abspath(os.path.expanduser(config))
     if "prune.scope" in flat:
         found["prune.scope"] = sorted(flat["prune.scope"])
     return found
