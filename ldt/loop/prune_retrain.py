@@ -272,9 +272,9 @@ class PruneRetrain(L.Callback):
         if self.gradual is None:
             self._prune(trainer, module)
             return
-        self._begin_masking(module)
         module.phase_epochs, module.lr_scale, module.schedule = 1, self.gradual.lr, "constant"
-        self._rebuild(trainer, module)
+        self._rebuild(trainer, module)  # first: an average is a copy, which hooks must not be in
+        self._begin_masking(module)
 
     def _prune(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Score, select and remove channels, then prepare the retraining."""

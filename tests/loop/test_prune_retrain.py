@@ -408,8 +408,9 @@ GRADUAL = [
 
 
 @pytest.mark.slow
-def test_masking_while_training_meets_the_rate_and_survives_a_kill(tmp_path, monkeypatch):
-    config = tiny(tmp_path, *GRADUAL)
+@pytest.mark.parametrize("momentum", ["null", "0.1"])
+def test_masking_while_training_meets_the_rate_and_survives_a_kill(tmp_path, monkeypatch, momentum):
+    config = tiny(tmp_path, *GRADUAL, f"recipe.ema={momentum}")
     run_and_kill(config, tmp_path, monkeypatch)
     resume(config, tmp_path, monkeypatch)
     base, pruned = rows(tmp_path / "whole")
