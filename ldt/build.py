@@ -411,7 +411,8 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
     callbacks.append(loop)
     if config.recipe.plain_epochs:
         _check_plain_epochs(config, loop.schedule)
-        callbacks.append(YOLOXModeSwitch(loop.is_last_epoch, config.recipe.plain_epochs))
+        plain, l1 = config.recipe.plain_epochs, config.recipe.plain_l1
+        callbacks.append(YOLOXModeSwitch(loop.is_last_epoch, plain, l1))
     callbacks.append(  # last, so that it saves the model after pruning
         ModelCheckpoint(
             folder,

@@ -18,8 +18,8 @@ from ldt import experiment
 from ldt.build import check_config
 from ldt.cli.hydra_app import explained
 from ldt.config import RecipeConfig
-from ldt.detectors.models import build, model_config, read_config
-from ldt.detectors.recipes import OPTIMIZER
+from ldt.detectors.models import build, input_settings, model_config, read_config
+from ldt.detectors.recipes import OPTIMIZER, _warn_once
 from ldt.module import build_optimizer
 from ldt.recipe import PARAMWISE, check_recipe, given, learning_rate
 from ldt.runs import identity
@@ -271,9 +271,24 @@ ONE_CYCLE = "param_scheduler = dict(_delete_=True, type='OneCycleLR', eta_max=1,
 TWO_STEPS = "param_scheduler = [dict(type='MultiStepLR', milestones=[3])] * 2"
 POLY = "param_scheduler = [dict(type='PolyLR', power=0.9)]"
 DECAY = "param_scheduler = [dict(type='LinearLR', start_factor=1.0, end_factor=0.1, end=12)]"
+EMA_LIKE_RTMDET = "dict(type='EMAHook', ema_type='ExpMomentumEMA', update_buffers=True)"
 HOOK = "custom_hooks = [dict(type='MeanTeacherHook')]"
 EMA = "custom_hooks = [dict(type='EMAHook')]"
 CLIP = "optim_wrapper = dict(clip_grad=dict(clip_value=3))"
+ACCUMULATED = "optim_wrapper = dict(accumulative_counts=4)"
+APEX = "optim_wrapper = dict(type='ApexOptimWrapper')"
+COSINE = "param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-4, T_max=12, by_epoch=True)]"
+RATES = f"optim_wrapper = dict(paramwise_cfg=dict(bias_lr_mult=2.0))\n{COSINE}"
+KEY_RATES = (
+    f"optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(neck=dict(lr_mult=0.1))))\n{COSINE}"
+)
+NO_LR = f"optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD'))\n{COSINE}"
+NO_MILESTONES = "param_scheduler = [dict(type='MultiStepLR')]"
+NO_TYPE = "custom_hooks = [dict(priority=1)]"
+NO_HOOK = "custom_hooks = ['EMAHook']"
+NESTED = """
+train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),
+    dict(type='RandomApply', transforms=[dict(type='CachedMosaic')])]))"""
 KEYS = "optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.9))"
 PASTE = """
 train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),
@@ -287,7 +302,27 @@ train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),
         (POLY, r"recipe.schedule of .*own.py: the scheduler PolyLR\(power=0.9\) cannot be express"),
         (TWO_STEPS, r"the scheduler MultiStepLR\(milestones=\[3\]\) cannot be expressed"),
         (DECAY, r"the scheduler LinearLR\(.*end=12\) cannot be expressed"),
-        (HOOK, r"recipe.ema of .*: the hook MeanTeacherHook of custom_hooks is not run here"),
+        (
+            HOOK,
+            r"recipe.ema of .*: the hook MeanTeacherHook is not run here: recipe.ema=null, or a",
+        ),
+        (
+            EMA.replace("custom_hooks = [", "default_hooks = dict(ema=").replace(")]", "))"),
+            r"recipe.ema of .*ExponentialMovingAverage.* cannot be expressed",
+        ),
+        (ACCUMULATED, r"optim_wrapper.accumulative_counts=4 is not read: remove it, multiply"),
+        (APEX, r"optim_wrapper.type=ApexOptimWrapper is not known"),
+        ("optim_wrapper = dict(use=1)", r"optim_wrapper has the key use"),
+        (RATES, r"eta_min=0.0001 together with bias_lr_mult of .*: write eta_min_ratio=0.005"),
+        (KEY_RATES, r"eta_min=0.0001 together with neck.lr_mult of paramwise_cfg"),
+        (NO_LR, r"recipe.schedule of .*eta_min=0.0001 is a share of an lr that its optimizer lack"),
+        (
+            NO_MILESTONES,
+            r"recipe.schedule of .*own.py: the config cannot be read \(it lacks the ke",
+        ),
+        (NO_TYPE, r"recipe.ema of .*own.py: the config cannot be read \(it lacks the key 'type'\)"),
+        (NO_HOOK, r"recipe.ema of .*own.py: the config cannot be read \("),
+        (NESTED, r"the transform CachedMosaic mixes images, .* inside of RandomApply"),
         (EMA, r"recipe.ema of .*ExponentialMovingAverage.* cannot be expressed, only .*ExpMoment"),
         (CLIP, r"recipe.clip_grad of .*clip_value.* is not clipping by the norm"),
         (KEYS, r"recipe.paramwise.* of .*: paramwise_cfg has the key decay_rate"),
@@ -303,6 +338,64 @@ def test_what_cannot_be_read_is_told_with_its_name_and_what_to_type(tmp_path, te
         plain("detector=mmdet", f"detector.config={path}")
     assert "give it on top, or choose another recipe (e.g. recipe=mmdet_1x)" in str(raised.value)
     plain("detector=mmdet", f"detector.config={path}", "recipe=mmdet_1x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packaged", [NANO, RTMDET, FASTER])
+def test_what_is_inherited_from_a_package_is_what_the_package_says(tmp_path, packaged):
+    path = own_config(tmp_path, "model = dict()", packaged)
+    assert plain("detector=mmdet", f"detector.config={path}") == of_config(packaged)
+
+
+@pytest.mark.slow
+def test_an_unknown_hook_is_left_out_by_a_key(tmp_path):
+    path = own_config(tmp_path, HOOK)
+    assert plain("detector=mmdet", f"detector.config={path}", "recipe.ema=null")["ema"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hooks", ["custom_hooks = [{}]", "default_hooks = dict(ema={})"])
+def test_the_moving_average_is_read_wherever_the_hook_is(tmp_path, hooks):
+    path = own_config(tmp_path, hooks.format(EMA_LIKE_RTMDET.replace(")", ", momentum=0.01)")))
+    assert plain("detector=mmdet", f"detector.config={path}")["ema"] == 0.01
+
+
+@pytest.mark.slow
+def test_a_guessed_batch_is_told_once(caplog):
+    _warn_once.cache_clear()
+    for _ in range(2):
+        of_config(RTMDET)
+    told = [each.message for each in caplog.records if "base_batch_size" in each.message]
+    assert len(told) == 1
+    assert told[0].endswith("taken to be for 8 GPUs (recipe.base_batch_size=256)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", ["eta_min=0.0", "eta_min_ratio=0.05"])
+def test_a_share_may_come_with_other_rates(tmp_path, ratio):
+    path = own_config(tmp_path, RATES.replace("eta_min=1e-4", ratio))
+    found = plain("detector=mmdet", f"detector.config={path}")
+    assert found["min_lr"] == (0.05 if "ratio" in ratio else 0)
+
+
+RESIZE = """
+test_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),
+    dict(type='Resize', {}), dict(type='PackDetInputs')]))"""
+
+
+def test_an_input_size_is_a_scale(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(RESIZE.format("scale=640"))
+    assert input_settings(str(file))["scale"] == (640, 640)
+    file.write_text(RESIZE.format("scale_factor=0.5"))
+    with pytest.raises(ValueError, match="no test pipeline with a scale in its Resize"):
+        input_settings(str(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("packaged", "l1"), [(NANO, True), (RTMDET, False), (FASTER, True)])
+def test_a_switch_of_the_pipeline_alone_brings_no_l1_loss(packaged, l1):
+    assert of_config(packaged)["plain_l1"] is l1
 
 
 @pytest.mark.slow

@@ -13,13 +13,16 @@ from ldt.module import DetectorModule
 class YOLOXModeSwitch(L.Callback):
     """Train the last epochs of every phase without mosaic and with an L1 loss, as YOLOX does.
 
+    Only the images change for configs that switch their pipeline alone.
+
     Args:
         is_last_epoch: whether a phase ends with an epoch.
         epochs: number of epochs without mosaic.
+        l1: whether YOLOX's heads have the L1 loss in these epochs.
     """
 
-    def __init__(self, is_last_epoch: Callable[[int], bool], epochs: int) -> None:
-        self.is_last_epoch, self.epochs = is_last_epoch, epochs
+    def __init__(self, is_last_epoch: Callable[[int], bool], epochs: int, l1: bool = True) -> None:
+        self.is_last_epoch, self.epochs, self.l1 = is_last_epoch, epochs, l1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Switch for the first epoch, whose loader starts before `on_train_epoch_start`."""
@@ -42,5 +45,5 @@ class YOLOXModeSwitch(L.Callback):
         assert isinstance(pl_module, DetectorModule)
         (data.augment_off if plain else data.augment_on)()
         head = getattr(pl_module.detector, "bbox_head", None)
-        if hasattr(head, "use_l1"):
+        if self.l1 and hasattr(head, "use_l1"):
             setattr(head, "use_l1", plain)  # noqa: B010 - set at run time

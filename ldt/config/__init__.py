@@ -56,7 +56,8 @@ class RecipeConfig:
     channels_last: bool = False  # images and feature maps in NHWC order: a fifth faster on CPUs
     ema: float | None = None  # mmdet's ExpMomentumEMA momentum; null = no moving average
     augment: str = "flip"  # none | flip | shift | mosaic | config: what `pipeline` says
-    plain_epochs: int = 0  # last epochs of a phase without mosaic and with YOLOX's L1 loss
+    plain_epochs: int = 0  # last epochs of a phase without mosaic
+    plain_l1: bool = True  # with YOLOX's L1 loss in these epochs
     pipeline: list[Any] = field(default_factory=list)  # of augment=config: mmdet's transforms
     plain_pipeline: list[Any] = field(default_factory=list)  # that of the plain epochs
 

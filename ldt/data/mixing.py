@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset
 from torch.utils.data import Dataset
 
 from ldt.data.pipelines import build_transforms
-from ldt.detectors.train_pipelines import LOADS
+from ldt.detectors.train_pipelines import LOADS, check_transform
 
 TRIES = 1000  # images that may be dropped by a pipeline before it is given up, as in mmengine
 CACHED = {"CachedMosaic": "Mosaic", "CachedMixUp": "MixUp"}
@@ -31,11 +31,13 @@ class PipelineImages(Dataset):
         steps: configs of the transforms.
 
     Raises:
-        ValueError: a transform cannot be built.
+        ValueError: a transform cannot be built, or cannot be run here.
     """
 
     def __init__(self, dataset: BaseDataset, steps: Sequence[dict[str, Any]]) -> None:
         self.dataset = dataset
+        for step in steps:
+            check_transform(step)
         self.transforms = build_transforms([_uncached(_tuples(step)) for step in steps])
         loads = next(i for i, step in enumerate([*steps, {}]) if step.get("type") not in LOADS)
         # of each transform: the transforms that its partners went through, and how often it is done

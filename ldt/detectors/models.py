@@ -77,17 +77,19 @@ def input_settings(config: str) -> dict[str, Any]:
         config: as for :func:`model_config`.
 
     Raises:
-        ValueError: there is no such config, or its test pipeline has no ``Resize``.
+        ValueError: there is no such config, or its test pipeline has no ``Resize`` to a size.
     """
     content = read_config(config)
     loader = content.get("test_dataloader") or {}
     steps = (loader.get("dataset") or {}).get("pipeline") or content.get("test_pipeline") or []
     resize = next((step for step in steps if step["type"] == "Resize"), None)
-    if resize is None:
-        raise ValueError(f"{config!r} has no test pipeline with a Resize, so no input size")
+    if resize is None or resize.get("scale") is None:
+        lacks = "Resize" if resize is None else "scale in its Resize"
+        raise ValueError(f"{config!r} has no test pipeline with a {lacks}, so no input size")
+    scale = resize["scale"]
     square = any(step["type"] == "Pad" and "size_divisor" not in step for step in steps)
     return {
-        "scale": tuple(resize["scale"]),
+        "scale": (scale, scale) if isinstance(scale, int) else tuple(scale),
         "keep_ratio": bool(resize.get("keep_ratio")),
         "pad": "square" if square else "none",
     }

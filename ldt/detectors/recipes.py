@@ -4,24 +4,37 @@ Every key of the recipe is read by itself, so that what is given on top of it ne
 """
 
 import contextlib
+import functools
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
 
 from ldt.detectors import train_pipelines
 from ldt.detectors.models import input_settings, read_config
+from ldt.detectors.train_pipelines import hooks, kind_of
 from ldt.recipe import PARAMWISE
 
+log = logging.getLogger(__name__)
 OTHERWISE = "give it on top, or choose another recipe (e.g. recipe=mmdet_1x)"
 GPUS = 8  # of mmdet's trainings
 OPTIMIZER = (  # keys of conf/recipe/config.yaml
     *("type", "lr", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps", "amsgrad"),
 )
 EMA = {"ema_type": "ExpMomentumEMA", "update_buffers": True, "gamma": 2000, "interval": 1}
+SCOPES = ("mmdet", "mmengine", "mmcv")  # packages that are searched here in any case
+WRAPPERS = ("OptimWrapper", "AmpOptimWrapper")
+WRAPPER = (  # keys of optim_wrapper; the last two are of mixed precision, which is not read
+    *("type", "optimizer", "clip_grad", "paramwise_cfg", "loss_scale", "dtype"),
+)
+BROKEN = (KeyError, TypeError, AttributeError)  # raised for configs that mmdet could not run either
 HARMLESS = (  # hooks without effect on what is trained in one process, and those that are read
     *("CheckInvalidLossHook", "NumClassCheckHook", "SyncNormHook", "SetEpochInfoHook"),
+    *("RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "EmptyCacheHook"),
+    *("ParamSchedulerHook", "CheckpointHook", "SyncBuffersHook", "MemoryProfilerHook"),
+    *("DetVisualizationHook", "TrackVisualizationHook", "GroundingVisualizationHook"),
     *("YOLOXModeSwitchHook", "PipelineSwitchHook", "EMAHook"),
 )
 
@@ -39,10 +52,12 @@ class ConfigRecipe:
     def __init__(self, config: str) -> None:
         self.name = os.path.expanduser(config)
         self.content = read_config(self.name)
+        for key in self.content:
+            _drop_scope(self.content[key])
 
     def of_detector(self, key: str) -> Any:
         """Return ``pad``, ``size``, ``mosaic_scale`` or ``mixup``, or the usual value if silent."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, *BROKEN):
             if key in ("pad", "size"):
                 square = input_settings(self.name)["pad"] == "square"
                 return "square" if square else {"pad": "none", "size": "full"}[key]
@@ -66,7 +81,22 @@ class ConfigRecipe:
                 return _listed(_paramwise(self.content).get(name))
             return _listed(READERS[key](self.content))
         except NotExpressedError as error:
-            raise ValueError(f"recipe.{key} of {self.name}: {error}; {OTHERWISE}") from error
+            told, cause = str(error), error
+        except BROKEN as error:
+            lacks = f"it lacks the key {error}" if isinstance(error, KeyError) else str(error)
+            told, cause = f"the config cannot be read ({lacks})", error
+        raise ValueError(f"recipe.{key} of {self.name}: {told}; {OTHERWISE}") from cause
+
+
+def _drop_scope(node: Any) -> None:
+    """Drop the scopes that mmengine adds to what is inherited from a package, in place."""
+    if isinstance(node, dict):
+        if node.get("_scope_") in SCOPES:
+            del node["_scope_"]
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            _drop_scope(item)
 
 
 def _listed(node: Any) -> Any:
@@ -89,6 +119,15 @@ def _wrapper(content: Config) -> Mapping[str, Any]:
         raise NotExpressedError("the config has no optim_wrapper with an optimizer")
     if "constructor" in wrapper:
         raise NotExpressedError(f"optim_wrapper.constructor={wrapper['constructor']} is not known")
+    if (kind := kind_of({"type": "OptimWrapper"} | wrapper)) not in WRAPPERS:
+        raise NotExpressedError(f"optim_wrapper.type={kind} is not known, only {WRAPPERS}")
+    if (steps := wrapper.get("accumulative_counts", 1)) != 1:
+        raise NotExpressedError(
+            f"optim_wrapper.accumulative_counts={steps} is not read: remove it, multiply "
+            f"auto_scale_lr.base_batch_size by {steps} and type trainer.accumulate_grad_batches"
+        )
+    if strange := [key for key in wrapper if key not in (*WRAPPER, "accumulative_counts")]:
+        raise NotExpressedError(f"optim_wrapper has the key {strange[0]}")
     return wrapper
 
 
@@ -127,7 +166,19 @@ def _base_batch_size(content: Config) -> int | None:
     """
     batch = (content.get("auto_scale_lr") or {}).get("base_batch_size")
     own = (content.get("train_dataloader") or {}).get("batch_size") or 1
-    return batch if batch is None or batch >= own else GPUS * own
+    if batch is None or batch >= own:
+        return batch
+    _warn_once(
+        f"auto_scale_lr.base_batch_size={batch} is less than the {own} images of a single GPU: "
+        f"the learning rate is taken to be for {GPUS} GPUs (recipe.base_batch_size={GPUS * own})"
+    )
+    return GPUS * own
+
+
+@functools.cache
+def _warn_once(told: str) -> None:
+    """Log a warning once: keys are read whenever they are asked for."""
+    log.warning(told)
 
 
 # Length and schedule --------------------------------------------------------------------------
@@ -151,7 +202,7 @@ def _epochs(content: Config) -> int:
 def _schedulers(content: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
     found = content.get("param_scheduler") or []
     for each in [found] if isinstance(found, Mapping) else found:
-        yield str(each["type"]).rpartition(".")[2], each
+        yield kind_of(each), each
 
 
 def _schedule(content: Config) -> dict[str, Any]:
@@ -200,28 +251,49 @@ def _decay(kind: str, each: Mapping[str, Any], content: Config) -> dict[str, Any
         shares = [milestone / length for milestone in passed]
         return {"schedule": "step", "milestones": shares, "gamma": each.get("gamma", 0.1)}
     if kind == "CosineAnnealingLR":
-        lr = _optimizer(content)["lr"]
-        low = each.get("eta_min_ratio") or (each.get("eta_min") or 0) / lr
+        low = each.get("eta_min_ratio") or _lowest_share(each.get("eta_min") or 0, content)
         period = each.get("T_max") or end - begin
         shares = [begin / length, end / length, period / length]
         return {"schedule": "cosine", "min_lr": low, "cosine": shares}
     return None
 
 
+def _lowest_share(lowest: float, content: Config) -> float:
+    """Return a lowest learning rate as a share of that of the optimizer."""
+    if not lowest:
+        return 0.0
+    if not (lr := _optimizer(content).get("lr")):
+        raise NotExpressedError(f"eta_min={lowest} is a share of an lr that its optimizer lacks")
+    if own := _own_rates(_paramwise(content)):
+        raise NotExpressedError(
+            f"eta_min={lowest} together with {own[0]} of paramwise_cfg is another share of the "
+            f"learning rate of every parameter: write eta_min_ratio={lowest / lr:g}"
+        )
+    return lowest / lr
+
+
+def _own_rates(paramwise: Mapping[str, Any]) -> list[str]:
+    """Return the keys that give some parameters another learning rate."""
+    keys = ("bias_lr_mult", "dcn_offset_lr_mult")
+    found = [key for key in keys if paramwise.get(key) not in (None, 1)]
+    custom = paramwise["custom_keys"] or {}
+    return found + [
+        f"{name}.lr_mult" for name, each in custom.items() if each.get("lr_mult", 1) != 1
+    ]
+
+
 # Hooks ----------------------------------------------------------------------------------------
-
-
-def _hooks(content: Config, kinds: Iterable[str]) -> list[Mapping[str, Any]]:
-    hooks = content.get("custom_hooks") or []
-    return [hook for hook in hooks if str(hook["type"]).rpartition(".")[2] in kinds]
 
 
 def _ema(content: Config) -> float | None:
     """Return the momentum of the moving average; also refuse hooks that are not known."""
-    for hook in content.get("custom_hooks") or []:
-        if str(hook["type"]).rpartition(".")[2] not in HARMLESS:
-            raise NotExpressedError(f"the hook {hook['type']} of custom_hooks is not run here")
-    for hook in _hooks(content, ["EMAHook"]):
+    for hook in hooks(content):
+        if kind_of(hook) not in HARMLESS:
+            raise NotExpressedError(
+                f"the hook {kind_of(hook)} is not run here: recipe.ema=null, or a momentum (e.g. "
+                "recipe.ema=0.0002), trains without it"
+            )
+    for hook in hooks(content, "EMAHook"):
         usual = {"ema_type": "ExponentialMovingAverage", "update_buffers": False}
         given = EMA | usual | {k: v for k, v in hook.items() if k not in ("type", "priority")}
         momentum = given.pop("momentum", 0.0002)
@@ -232,11 +304,16 @@ def _ema(content: Config) -> float | None:
 
 
 def _plain_epochs(content: Config) -> int:
-    for hook in _hooks(content, ["YOLOXModeSwitchHook"]):
+    for hook in hooks(content, "YOLOXModeSwitchHook"):
         return hook.get("num_last_epochs", 15) * train_pipelines.repeats(content)
-    for hook in _hooks(content, ["PipelineSwitchHook"]):
+    for hook in hooks(content, "PipelineSwitchHook"):
         return _epochs(content) - hook["switch_epoch"] * train_pipelines.repeats(content)
     return 0
+
+
+def _plain_l1(content: Config) -> bool:
+    """Return whether the last epochs would have YOLOX's L1 loss: not if only the images change."""
+    return bool(hooks(content, "YOLOXModeSwitchHook") or not hooks(content, "PipelineSwitchHook"))
 
 
 def _augment(name: str) -> Callable[[Config], Any]:
@@ -256,6 +333,7 @@ READERS: dict[str, Callable[[Config], Any]] = {
     "clip_grad": _clip_grad,
     "ema": _ema,
     "plain_epochs": _plain_epochs,
+    "plain_l1": _plain_l1,
 }
 READERS |= {
     key: lambda content, key=key: _schedule(content)[key]

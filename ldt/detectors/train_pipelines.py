@@ -8,7 +8,14 @@ from mmengine.config import Config, ConfigDict
 
 Step = dict[str, Any]
 LOADS = ("ReadImage", "LoadAnnotations")
+PLAIN_LOADS = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
+STORAGE = ("backend_args", "file_client_args")  # where files lie
+LEFT_OUT = (  # arguments of LoadAnnotations: masks are not loaded
+    *("with_mask", "poly2mask", "with_seg", "reduce_zero_label", "ignore_index"),
+)
 MIX = ("Mosaic", "RandomAffine", "MixUp")  # disabled by YOLOX for the last epochs
+MIXING = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp")  # transforms of several images
+GREY = {"img": (114.0, 114.0, 114.0)}
 NEED_MORE = (  # transforms that need more than an image and its boxes
     *("LoadPanopticAnnotations", "LoadProposals", "ProposalBroadcaster", "TransformBroadcaster"),
     *("UniformRefFrameSample", "PackTrackInputs", "CopyPaste", "InstaBoost", "MultiBranch"),
@@ -17,7 +24,7 @@ YOLOX = (*MIX, "YOLOXHSVRandomAug", "RandomFlip", "Resize", "Pad", "FilterAnnota
 
 
 class UnknownTransformError(ValueError):
-    """A pipeline has a transform that cannot be run on images with boxes only."""
+    """A pipeline has a transform that cannot be run here, on images with boxes only."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def augmentation(content: Config) -> Augmentation:
     """Return the augmentation of a config.
 
     Raises:
-        UnknownTransformError: a transform needs more than an image and its boxes.
+        UnknownTransformError: a transform cannot be run here.
     """
     nodes = list(_nested(content))
     found = [node["pipeline"] for node in reversed(nodes) if node.get("pipeline")]
@@ -57,10 +64,11 @@ def augmentation(content: Config) -> Augmentation:
     if not pipeline:
         raise UnknownTransformError("its training data have no pipeline of their own")
     middle = [step for step in pipeline if step["type"] not in (*LOADS, "PackDetInputs")]
-    if name := _simple(middle):
-        return Augmentation(name)
-    if mosaic := _mosaic(middle):
-        return mosaic
+    if pipeline[:2] == PLAIN_LOADS and _ends_as_usual(content):
+        if name := _simple(middle):
+            return Augmentation(name)
+        if mosaic := _mosaic(middle):
+            return mosaic
     return Augmentation("config", pipeline, _last(content, pipeline))
 
 
@@ -72,14 +80,32 @@ def _nested(content: Config) -> Iterator[Mapping[str, Any]]:
         node = node.get("dataset")
 
 
+def hooks(content: Config, *kinds: str) -> list[Mapping[str, Any]]:
+    """Return the hooks of a config, or those of some kinds."""
+    given = [*(content.get("custom_hooks") or []), *(content.get("default_hooks") or {}).values()]
+    found = [hook for hook in given if hook]
+    return [hook for hook in found if not kinds or kind_of(hook) in kinds]
+
+
+def kind_of(node: Mapping[str, Any]) -> str:
+    """Return the type of a hook, transform or scheduler without its package."""
+    return str(node["type"]).rpartition(".")[2]
+
+
+def _ends_as_usual(content: Config) -> bool:
+    """Return whether the last epochs are without what YOLOX disables, if they differ at all."""
+    switches = hooks(content, "YOLOXModeSwitchHook")
+    usual = all(set(hook.get("skip_type_keys", MIX)) == set(MIX) for hook in switches)
+    return usual and not hooks(content, "PipelineSwitchHook")
+
+
 def _last(content: Config, pipeline: Sequence[Step]) -> list[Step]:
     """Return the pipeline of the last epochs; empty if it does not change."""
-    for hook in content.get("custom_hooks") or []:
-        if hook["type"].endswith("PipelineSwitchHook"):
-            return _plain(hook["switch_pipeline"])
-        if hook["type"].endswith("YOLOXModeSwitchHook"):
-            skipped = hook.get("skip_type_keys", MIX)
-            return [step for step in pipeline if step["type"] not in skipped]
+    for hook in hooks(content, "PipelineSwitchHook"):
+        return _plain(hook["switch_pipeline"])
+    for hook in hooks(content, "YOLOXModeSwitchHook"):
+        skipped = hook.get("skip_type_keys", MIX)
+        return [step for step in pipeline if step["type"] not in skipped]
     return []
 
 
@@ -88,18 +114,46 @@ def _plain(steps: Sequence[Any]) -> list[Step]:
     found = []
     for given in steps:
         step = cast(Step, ConfigDict(given).to_dict())
-        kind = str(step["type"]).rpartition(".")[2]
-        if kind in NEED_MORE:
-            raise UnknownTransformError(f"the transform {kind} needs more than images with boxes")
-        step.pop("backend_args", None)
+        kind = kind_of(step)
+        check_transform(step)
+        step = {key: value for key, value in step.items() if key not in STORAGE}
         if kind == "LoadImageFromFile":
             step |= {"type": "ReadImage"}
         elif kind == "LoadAnnotations":
-            step = {"type": "LoadAnnotations", "with_bbox": True}
+            kept = {key: value for key, value in step.items() if key not in LEFT_OUT}
+            step = kept | {"type": "LoadAnnotations", "with_bbox": True}
         elif kind == "PackDetInputs":
             step = {"type": "PackDetInputs"}
         found.append(step)
     return found
+
+
+def check_transform(step: Step) -> None:
+    """Check that a transform, and those that it wraps, can be run here.
+
+    Raises:
+        UnknownTransformError: it needs more than an image and its boxes, or wraps one that mixes
+            images.
+    """
+    for node in _wrapped(step):
+        kind = kind_of(node)
+        if kind in NEED_MORE:
+            raise UnknownTransformError(f"the transform {kind} needs more than images with boxes")
+        if kind in MIXING and node is not step:
+            raise UnknownTransformError(
+                f"the transform {kind} mixes images, which it cannot do inside of {kind_of(step)}"
+            )
+
+
+def _wrapped(node: Any) -> Iterator[Step]:
+    """Yield a transform and those that it wraps, at any depth."""
+    if isinstance(node, Mapping):
+        if "type" in node:
+            yield cast(Step, node)
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _wrapped(item)
 
 
 def _simple(steps: Sequence[Step]) -> str | None:
@@ -120,16 +174,21 @@ def _mosaic(steps: Sequence[Step]) -> Augmentation | None:
     mixup = "MixUp" in by_kind
     if [step["type"] for step in steps] != [kind for kind in YOLOX if mixup or kind != "MixUp"]:
         return None
-    width, height = by_kind["Mosaic"]["img_scale"]
+    by_kind["Mosaic"] = {"img_scale": (640, 640)} | by_kind["Mosaic"]  # mmdet's default
+    width, height = scale = tuple(by_kind["Mosaic"]["img_scale"])
     scales = by_kind["RandomAffine"].get("scaling_ratio_range", (0.5, 1.5))
     usual: dict[str, Step] = {
-        "Mosaic": {"img_scale": (width, height), "pad_val": 114.0},
+        "Mosaic": {"img_scale": scale, "pad_val": 114.0},
         "RandomAffine": {"scaling_ratio_range": scales, "border": (-width // 2, -height // 2)},
-        "MixUp": {"img_scale": (width, height), "ratio_range": (0.8, 1.6), "pad_val": 114.0},
+        "MixUp": {"img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0},
         "YOLOXHSVRandomAug": {},
         "RandomFlip": {"prob": 0.5},
+        "Resize": {"scale": scale, "keep_ratio": True},
         "FilterAnnotations": {"min_gt_bbox_wh": (1, 1), "keep_empty": False},
     }
     if any({"type": kind, **usual[kind]} != by_kind[kind] for kind in usual.keys() & by_kind):
+        return None
+    pads = [{"size": scale}, *([{"pad_to_square": True}] if width == height else [])]
+    if by_kind["Pad"] not in [{"type": "Pad", "pad_val": GREY, **pad} for pad in pads]:
         return None
     return Augmentation("mosaic", mosaic_scale=scales, mixup=mixup)

@@ -72,6 +72,7 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "recipe.cosine": [],
     "recipe.pipeline": [],
     "recipe.plain_pipeline": [],
+    "recipe.plain_l1": True,
     "detector.mosaic_scale": [0.1, 2],
     "detector.mixup": True,
     "trainer.precision": "32-true",

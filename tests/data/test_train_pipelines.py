@@ -14,14 +14,15 @@ from ldt.data.mixing import PipelineImages, _tuples
 from ldt.data.pipelines import build_transforms, mosaic_steps, plain_steps, resize_steps
 from ldt.data.sampling import Draw, seeded
 from ldt.detectors.models import read_config
-from ldt.detectors.train_pipelines import augmentation
+from ldt.detectors.train_pipelines import UnknownTransformError, augmentation
 
 RTMDET = "rtmdet/rtmdet_tiny_8xb32-300e_coco"
 DINO = "dino/dino-4scale_r50_8xb2-12e_coco"
 SSD = "ssd/ssd300_coco"
+GFL = "gfl/gfl_r50_fpn_1x_coco"
 YOLOX = "yolox/yolox_s_8xb8-300e_coco"
 PACKAGED = {  # every kind of training pipeline among mmdet's detectors
-    "gfl/gfl_r50_fpn_1x_coco": "flip",
+    GFL: "flip",
     "mask_rcnn/mask-rcnn_r50_fpn_1x_coco": "flip",
     "yolof/yolof_r50-c5_8xb8-1x_coco": "shift",
     YOLOX: "mosaic",
@@ -84,6 +85,80 @@ def test_a_config_brings_its_mosaic(packaged, ratios):
     assert config.recipe.augment == "mosaic"
     assert list(config.detector.mosaic_scale) == ratios
     assert config.detector.mixup is (packaged == "x")
+
+
+def end_of(steps: Any, kind: str) -> Any:
+    return next(step for step in steps if step["type"] == kind)
+
+
+def changed(packaged: str, kind: str, **arguments: Any) -> Any:
+    """A packaged config with other arguments of one of its training transforms."""
+    config = read(packaged)
+    outer = config.train_dataloader.dataset
+    steps = [*(outer.get("dataset") or {}).get("pipeline", []), *outer.pipeline]
+    end_of(steps, kind).update(arguments)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("packaged", "kind", "arguments", "name"),
+    [
+        (YOLOX, "Resize", {"keep_ratio": False}, "config"),
+        (YOLOX, "Resize", {"scale": (320, 320)}, "config"),
+        (YOLOX, "Pad", {"size_divisor": 32}, "config"),
+        (YOLOX, "Pad", {"pad_to_square": False, "size": (320, 320)}, "config"),
+        (YOLOX, "LoadImageFromFile", {"color_type": "grayscale"}, "config"),
+        (GFL, "LoadImageFromFile", {"to_float32": True}, "config"),
+        (GFL, "LoadImageFromFile", {"backend_args": {"backend": "petrel"}}, "flip"),
+        (GFL, "LoadAnnotations", {"box_type": "qbox"}, "config"),
+        (GFL, "LoadAnnotations", {"with_mask": True, "poly2mask": False}, "flip"),
+    ],
+)
+def test_other_arguments_are_not_left_out(packaged, kind, arguments, name):
+    found = augmentation(changed(packaged, kind, **arguments))
+    assert found.augment == name
+    if name == "config":
+        kind = kind.replace("LoadImageFromFile", "ReadImage")
+        assert arguments.items() <= end_of(found.pipeline, kind).items()
+
+
+def test_a_mosaic_without_a_size_has_mmdets():
+    config = read(YOLOX)
+    del end_of(config.train_dataloader.dataset.pipeline, "Mosaic")["img_scale"]
+    assert augmentation(config).augment == "mosaic"
+
+
+def test_what_the_last_epochs_skip_is_what_the_hook_says():
+    config = read(YOLOX)
+    end_of(config.custom_hooks, "YOLOXModeSwitchHook")["skip_type_keys"] = ("Mosaic",)
+    found = augmentation(config)
+    assert found.augment == "config"
+    skipped = [step for step in found.pipeline if step not in found.plain_pipeline]
+    assert [step["type"] for step in skipped] == ["Mosaic"]
+
+
+def test_a_pipeline_of_the_last_epochs_is_kept():
+    config = read(GFL)
+    last = [step for step in config.train_pipeline if step["type"] != "RandomFlip"]
+    config.custom_hooks = [
+        {"type": "PipelineSwitchHook", "switch_epoch": 9, "switch_pipeline": last}
+    ]
+    found = augmentation(config)
+    assert found.augment == "config"
+    assert len(found.plain_pipeline) == len(found.pipeline) - 1
+
+
+@pytest.mark.parametrize("kind", ["Mosaic", "MixUp", "CachedMosaic", "CachedMixUp"])
+@pytest.mark.parametrize("around", ["RandomApply", "RandomChoice"])
+def test_a_transform_of_several_images_is_not_run_inside_of_another(kind, around):
+    transforms = [{"type": kind}] if around == "RandomApply" else [[{"type": kind}], []]
+    config = read(GFL)
+    config.train_dataloader.dataset.pipeline.insert(2, {"type": around, "transforms": transforms})
+    message = f"{kind} mixes images, which it cannot do inside of {around}"
+    with pytest.raises(UnknownTransformError, match=message):
+        augmentation(config)
+    with pytest.raises(ValueError, match=message):
+        PipelineImages(Any, [{"type": around, "transforms": transforms}])  # type: ignore
 
 
 # Images -----------------------------------------------------------------------------------------
