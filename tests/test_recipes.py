@@ -2,7 +2,9 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from torch import nn
 
 from ldt import experiment
 from ldt.build import check_config
+from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.cli.hydra_app import explained
 from ldt.config import RecipeConfig
+from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import build, input_settings, model_config, read_config
 from ldt.detectors.recipes import OPTIMIZER, _warn_once
-from ldt.module import build_optimizer
+from ldt.module import DetectorModule, build_optimizer
 from ldt.recipe import PARAMWISE, check_recipe, given, learning_rate
 from ldt.runs import identity
 
@@ -396,6 +400,17 @@ def test_an_input_size_is_a_scale(tmp_path):
 @pytest.mark.parametrize(("packaged", "l1"), [(NANO, True), (RTMDET, False), (FASTER, True)])
 def test_a_switch_of_the_pipeline_alone_brings_no_l1_loss(packaged, l1):
     assert of_config(packaged)["plain_l1"] is l1
+
+
+@pytest.mark.parametrize("l1", [True, False])
+def test_the_l1_loss_of_the_last_epochs_follows_its_key(l1):
+    trainer, module = Mock(current_epoch=3), Mock(spec=DetectorModule)
+    trainer.datamodule = Mock(spec=DetectionDataModule)
+    head = SimpleNamespace(use_l1=False)
+    module.detector = SimpleNamespace(bbox_head=head)
+    YOLOXModeSwitch(lambda epoch: epoch == 4, 2, l1).on_train_epoch_start(trainer, module)
+    trainer.datamodule.augment_off.assert_called_once()
+    assert head.use_l1 is l1
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ WRAPPERS = ("OptimWrapper", "AmpOptimWrapper")
 WRAPPER = (  # keys of optim_wrapper; the last two are of mixed precision, which is not read
     *("type", "optimizer", "clip_grad", "paramwise_cfg", "loss_scale", "dtype"),
 )
-BROKEN = (KeyError, TypeError, AttributeError)  # raised for configs that mmdet could not run either
+BROKEN = (KeyError, TypeError, AttributeError)  # of keys that lack or are of another kind
 HARMLESS = (  # hooks without effect on what is trained in one process, and those that are read
     *("CheckInvalidLossHook", "NumClassCheckHook", "SyncNormHook", "SetEpochInfoHook"),
     *("RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "EmptyCacheHook"),
