@@ -37,7 +37,7 @@ METHODS = {  # of each experiment, with what shortens them
     "group_fisher_gradual": ("method.gradual.interval=1", "method.gradual.channels=2000"),
     "chip": (),
     "px": ("method.inner_rounds=2",),
-    "ldt": (),
+    "ldt": ("ldt=paper", "ldt.warmup_epochs=0"),  # `auto` takes more steps to estimate weights
 }
 EXPERIMENTS = {  # their data set, a rate of theirs and the method they have in another form
     "table1_coco": ("coco", 0.25, "group_fisher"),
