@@ -173,7 +173,7 @@ def test_an_interrupted_job_arrives_as_failed(server, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "build_data", interrupt)
+    monkeypatch.setattr(DetectorModule, "training_step", interrupt)
     with pytest.raises(SystemExit):
         experiment.run(online(tmp_path, "interrupted"), tmp_path / "run")
     assert server.exit_codes(run_id("compare", "interrupted")) == [1]
