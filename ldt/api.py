@@ -33,6 +33,7 @@ from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
+from ldt.runs.files import check_folder_of
 from ldt.runs.refusal import renaming
 
 
@@ -127,8 +128,7 @@ class PruningResult:
             FileNotFoundError: there is no such folder.
             ValueError: the config of the unpruned detector is not known.
         """
-        if not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}")
+        check_folder_of(path)
         if self._about is None:
             raise ValueError(
                 "a checkpoint holds the config that the unpruned detector is built from, which "

@@ -14,6 +14,7 @@ from ldt.data.kitti import KittiDataModule
 from ldt.detectors.models import input_settings
 from ldt.detectors.opening import class_count, open_detector
 from ldt.loop.schedule import PruningSchedule
+from ldt.runs.files import check_folder_of
 from ldt.runs.refusal import refusing
 
 OPTIONS = {  # what messages about keys of the configuration name here
@@ -79,8 +80,8 @@ def _check_options(
     """Check what needs no image, before anything is measured."""
     find_method(criterion, ranking)
     PruningSchedule.one_shot(rate, budget=budget)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None:
+        check_folder_of(out)
 
 
 def _open_data(

@@ -149,6 +149,17 @@ def _remove_empty(*folders: Path) -> None:
             place.rmdir()
 
 
+def check_folder_of(path: str | Path) -> None:
+    """Check that a file can be written, before the work that it is to keep.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+    """
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
