@@ -25,13 +25,12 @@ from torch.utils.data import DataLoader, Subset
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
 from ldt.data.mixing import PipelineImages
 from ldt.data.pipelines import (
-    mosaic_steps,
     plain_steps,
-    resize_steps,
     test_steps,
     with_pipeline,
 )
 from ldt.data.sampling import Batches, EpochSampler, SizeSampler, TrainingImages
+from ldt.detectors.train_pipelines import mosaic_steps, resize_steps
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 

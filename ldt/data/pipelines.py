@@ -10,7 +10,6 @@ from mmengine.dataset import BaseDataset, Compose
 
 from ldt.detectors.mmengine_internals import registered_types_only
 
-PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
 META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 FOR_METRICS = ("areas", "kitti")  # where a data set has them
 
@@ -36,14 +35,6 @@ class ReadImage(LoadImageFromFile):
         return loaded
 
 
-def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dict]:
-    """Return the steps that resize an image to `scale` (w, h), with padding if `pad`=square."""
-    steps: list[dict] = [{"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}]
-    if pad == "square":
-        steps.append({"type": "Pad", "size": scale, "pad_val": {"img": PAD_COLOUR}})
-    return steps
-
-
 def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:
     """Return a pipeline with boxes in network-input coordinates (loaded *before* Resize)."""
     steps = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}, *resize]
@@ -59,37 +50,6 @@ def test_steps(resize: list[dict]) -> list[dict]:
     annotations = {"type": "LoadAnnotations", "with_bbox": True}
     pack = {"type": "PackDetInputs", "meta_keys": (*META_KEYS, *FOR_METRICS)}
     return [{"type": "ReadImage"}, *resize, annotations, pack]
-
-
-def mosaic_steps(
-    scale: tuple[int, int],
-    resize: list[dict],
-    ratios: tuple[float, float] = (0.1, 2.0),
-    mixup: bool = True,
-) -> list[Any]:
-    """Return YOLOX's training steps (arXiv 2107.08430), as in mmdet's yolox_s_8xb8-300e_coco.
-
-    They follow image and annotation loading. Contrary to its name, keep_empty=False makes
-    FilterAnnotations of mmdet 3.3 keep images without boxes.
-
-    Args:
-        scale: the network's input size (width, height).
-        resize: the steps that resize an image to `scale`, for the epochs without mosaic.
-        ratios: range of the random scale of a mosaic; (0.5, 1.5) for YOLOX-Nano and Tiny.
-        mixup: whether mosaics are mixed with images; not for YOLOX-Nano and Tiny.
-    """
-    border = (-scale[0] // 2, -scale[1] // 2)
-    mix = {"type": "MixUp", "img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0}
-    return [
-        {"type": "Mosaic", "img_scale": scale, "pad_val": 114.0},
-        {"type": "RandomAffine", "scaling_ratio_range": ratios, "border": border},
-        *([mix] if mixup else []),
-        {"type": "YOLOXHSVRandomAug"},
-        {"type": "RandomFlip", "prob": 0.5},
-        *resize,
-        {"type": "FilterAnnotations", "min_gt_bbox_wh": (1, 1), "keep_empty": False},
-        {"type": "PackDetInputs"},
-    ]
 
 
 def with_pipeline(dataset: BaseDataset, steps: list[dict]) -> BaseDataset:

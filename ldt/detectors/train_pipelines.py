@@ -15,12 +15,11 @@ LEFT_OUT = (  # arguments of LoadAnnotations: masks are not loaded
 )
 MIX = ("Mosaic", "RandomAffine", "MixUp")  # disabled by YOLOX for the last epochs
 MIXING = ("Mosaic", "MixUp", "CachedMosaic", "CachedMixUp")  # transforms of several images
-GREY = {"img": (114.0, 114.0, 114.0)}
+PAD_COLOUR = (114.0, 114.0, 114.0)  # YOLOX's grey
 NEED_MORE = (  # transforms that need more than an image and its boxes
     *("LoadPanopticAnnotations", "LoadProposals", "ProposalBroadcaster", "TransformBroadcaster"),
     *("UniformRefFrameSample", "PackTrackInputs", "CopyPaste", "InstaBoost", "MultiBranch"),
 )
-YOLOX = (*MIX, "YOLOXHSVRandomAug", "RandomFlip", "Resize", "Pad", "FilterAnnotations")
 
 
 class UnknownTransformError(ValueError):
@@ -156,6 +155,45 @@ def _wrapped(node: Any) -> Iterator[Step]:
             yield from _wrapped(item)
 
 
+def resize_steps(scale: tuple[int, int], keep_ratio: bool, pad: str) -> list[dict]:
+    """Return the steps that resize an image to `scale` (w, h), with padding if `pad`=square."""
+    steps: list[dict] = [{"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}]
+    if pad == "square":
+        steps.append({"type": "Pad", "size": scale, "pad_val": {"img": PAD_COLOUR}})
+    return steps
+
+
+def mosaic_steps(
+    scale: tuple[int, int],
+    resize: list[dict],
+    ratios: tuple[float, float] = (0.1, 2.0),
+    mixup: bool = True,
+) -> list[Any]:
+    """Return YOLOX's training steps (arXiv 2107.08430), as in mmdet's yolox_s_8xb8-300e_coco.
+
+    They follow image and annotation loading. Contrary to its name, keep_empty=False makes
+    FilterAnnotations of mmdet 3.3 keep images without boxes.
+
+    Args:
+        scale: the network's input size (width, height).
+        resize: the steps that resize an image to `scale`, for the epochs without mosaic.
+        ratios: range of the random scale of a mosaic; (0.5, 1.5) for YOLOX-Nano and Tiny.
+        mixup: whether mosaics are mixed with images; not for YOLOX-Nano and Tiny.
+    """
+    border = (-scale[0] // 2, -scale[1] // 2)
+    mix = {"type": "MixUp", "img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0}
+    return [
+        {"type": "Mosaic", "img_scale": scale, "pad_val": 114.0},
+        {"type": "RandomAffine", "scaling_ratio_range": ratios, "border": border},
+        *([mix] if mixup else []),
+        {"type": "YOLOXHSVRandomAug"},
+        {"type": "RandomFlip", "prob": 0.5},
+        *resize,
+        {"type": "FilterAnnotations", "min_gt_bbox_wh": (1, 1), "keep_empty": False},
+        {"type": "PackDetInputs"},
+    ]
+
+
 def _simple(steps: Sequence[Step]) -> str | None:
     """Return the name of an augmentation that is the same for every input size."""
     flip = {"type": "RandomFlip", "prob": 0.5}
@@ -170,25 +208,17 @@ def _simple(steps: Sequence[Step]) -> str | None:
 
 def _mosaic(steps: Sequence[Step]) -> Augmentation | None:
     """Return YOLOX's augmentation, which is the same for every input size."""
-    by_kind = {step["type"]: step for step in steps}
-    mixup = "MixUp" in by_kind
-    if [step["type"] for step in steps] != [kind for kind in YOLOX if mixup or kind != "MixUp"]:
+    by_kind = {step["type"]: dict(step) for step in steps}
+    if not {"Mosaic", "RandomAffine", "Pad"} <= by_kind.keys():
         return None
-    by_kind["Mosaic"] = {"img_scale": (640, 640)} | by_kind["Mosaic"]  # mmdet's default
+    by_kind["Mosaic"].setdefault("img_scale", (640, 640))  # mmdet's default
     width, height = scale = tuple(by_kind["Mosaic"]["img_scale"])
-    scales = by_kind["RandomAffine"].get("scaling_ratio_range", (0.5, 1.5))
-    usual: dict[str, Step] = {
-        "Mosaic": {"img_scale": scale, "pad_val": 114.0},
-        "RandomAffine": {"scaling_ratio_range": scales, "border": (-width // 2, -height // 2)},
-        "MixUp": {"img_scale": scale, "ratio_range": (0.8, 1.6), "pad_val": 114.0},
-        "YOLOXHSVRandomAug": {},
-        "RandomFlip": {"prob": 0.5},
-        "Resize": {"scale": scale, "keep_ratio": True},
-        "FilterAnnotations": {"min_gt_bbox_wh": (1, 1), "keep_empty": False},
-    }
-    if any({"type": kind, **usual[kind]} != by_kind[kind] for kind in usual.keys() & by_kind):
+    pad = by_kind["Pad"]
+    if width == height and "size" not in pad and pad.pop("pad_to_square", False):
+        pad["size"] = scale
+    ratios = by_kind["RandomAffine"].get("scaling_ratio_range", (0.5, 1.5))
+    mixup = "MixUp" in by_kind
+    usual = mosaic_steps(scale, resize_steps(scale, True, "square"), ratios, mixup)
+    if len(by_kind) < len(steps) or [*by_kind.values(), {"type": "PackDetInputs"}] != usual:
         return None
-    pads = [{"size": scale}, *([{"pad_to_square": True}] if width == height else [])]
-    if by_kind["Pad"] not in [{"type": "Pad", "pad_val": GREY, **pad} for pad in pads]:
-        return None
-    return Augmentation("mosaic", mosaic_scale=scales, mixup=mixup)
+    return Augmentation("mosaic", mosaic_scale=ratios, mixup=mixup)

@@ -11,10 +11,15 @@ from small import composed
 
 from ldt.build import build_data
 from ldt.data.mixing import PipelineImages, _tuples
-from ldt.data.pipelines import build_transforms, mosaic_steps, plain_steps, resize_steps
+from ldt.data.pipelines import build_transforms, plain_steps
 from ldt.data.sampling import Draw, seeded
 from ldt.detectors.models import read_config
-from ldt.detectors.train_pipelines import UnknownTransformError, augmentation
+from ldt.detectors.train_pipelines import (
+    UnknownTransformError,
+    augmentation,
+    mosaic_steps,
+    resize_steps,
+)
 
 RTMDET = "rtmdet/rtmdet_tiny_8xb32-300e_coco"
 DINO = "dino/dino-4scale_r50_8xb2-12e_coco"
