@@ -36,9 +36,9 @@ from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
-from ldt.recipe import PARAMWISE, check_recipe, given, micro_batch
+from ldt.recipe import PARAMWISE, check_recipe, micro_batch, set_keys
 from ldt.runs import files, inputs
-from ldt.runs.identity import PRECISION_ALIASES
+from ldt.runs.identity import canonical_precision
 from ldt.runs.run import Run, load_config
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def check_config(config: DictConfig) -> None:
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
     _check_gradual(method["gradual"], plain["trainer"])
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
-    optimizer, keys = find_optimizer(recipe["optimizer"].get("type")), given(recipe["optimizer"])
+    optimizer, keys = find_optimizer(recipe["optimizer"].get("type")), set_keys(recipe["optimizer"])
     check_arguments("recipe.optimizer", optimizer, keys, ["type"], ["params"])
     _check_input(plain)
 
@@ -114,8 +114,8 @@ def _check_input(plain: dict[str, Any]) -> None:
 
 def _check_gradual(gradual: dict[str, Any] | None, trainer: dict[str, Any]) -> None:
     """Refuse what falsifies the gradients that masking collects while training."""
-    precision = str(trainer.get("precision"))
-    if gradual and PRECISION_ALIASES.get(precision, precision) == "16-mixed":
+    precision = trainer.get("precision")
+    if gradual and canonical_precision(precision) == "16-mixed":
         raise ValueError(
             f"trainer.precision={precision} scales gradients, which method.gradual collects: type "
             "trainer.precision=bf16-mixed"
@@ -321,8 +321,7 @@ def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
     with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
-            plain = as_dict(config)
-            logger.log_hyperparams(plain)
+            logger.log_hyperparams(as_dict(config))
         yield logger
 
 

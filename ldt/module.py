@@ -21,7 +21,7 @@ from ldt.detectors.weights import load_weights
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
 from ldt.objects import Objects
 from ldt.pruning import structure
-from ldt.recipe import given, learning_rate, warmup_steps
+from ldt.recipe import learning_rate, set_keys, warmup_steps
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def find_optimizer(name: str | None) -> type[Optimizer]:
 
 def build_optimizer(detector: nn.Module, recipe: Mapping[str, Any]) -> Optimizer:
     """Build a recipe's optimizer with mmengine, whose groups follow ``recipe.paramwise``."""
-    config: dict[str, Any] = {"optimizer": given(recipe["optimizer"])}
-    if paramwise := given(recipe["paramwise"]):
+    config: dict[str, Any] = {"optimizer": set_keys(recipe["optimizer"])}
+    if paramwise := set_keys(recipe["paramwise"]):
         config["paramwise_cfg"] = paramwise
     return build_optim_wrapper(detector, config).optimizer
 

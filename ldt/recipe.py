@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[Any, Any]] = {  # type and example of each recipe key
 }
 
 
+WARMUPS = 5  # the longest warm-up is this part of a phase
 NULLABLE = ("base_batch_size", "warmup_start", "clip_grad", "ema")
 
 
@@ -55,7 +56,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
     check_value("recipe.optimizer.lr", lr, Positive, 0.01)
 
 
-def given(keys: Mapping[str, Any]) -> dict[str, Any]:
+def set_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of ``optimizer`` or ``paramwise`` that are neither null nor empty."""
     return {key: value for key, value in keys.items() if value is not None and value != {}}
 
@@ -85,7 +86,7 @@ def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
 def warmup_steps(recipe: Mapping[str, Any], steps: int, epochs: int) -> int:
     """Return the steps of the learning rate's warm-up in a phase of so many steps and epochs."""
     wanted = round(recipe["warmup_epochs"] * steps / max(1, epochs)) or recipe["warmup"]
-    return min(int(wanted), steps // 5)
+    return min(int(wanted), steps // WARMUPS)
 
 
 def learning_rate(

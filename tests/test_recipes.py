@@ -25,7 +25,7 @@ from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.models import build, input_settings, model_config, read_config
 from ldt.detectors.recipes import OPTIMIZER, _warn_once
 from ldt.module import DetectorModule, build_optimizer
-from ldt.recipe import PARAMWISE, check_recipe, given, learning_rate
+from ldt.recipe import PARAMWISE, check_recipe, learning_rate, set_keys
 from ldt.runs import identity
 
 GFL = "gfl/gfl_r50_fpn_1x_coco"
@@ -46,7 +46,7 @@ def plain(*overrides: str) -> dict[str, Any]:
     """A composed recipe without its null and empty keys."""
     found: Any = OmegaConf.to_container(composed(*overrides).recipe, resolve=True)
     check_recipe(found)
-    return found | {key: given(found[key]) for key in ("optimizer", "paramwise")}
+    return found | {key: set_keys(found[key]) for key in ("optimizer", "paramwise")}
 
 
 def of_config(packaged: str, *overrides: str) -> dict[str, Any]:

@@ -176,7 +176,9 @@ def typed(value: object) -> str:
         return str(value).lower().replace("none", "null")
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(typed, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        return short
+    return str(value)
 
 
 def _is_path(adapter: TypeAdapter[Any], value: object) -> bool:

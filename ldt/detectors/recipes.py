@@ -15,7 +15,7 @@ from mmengine.config import Config
 from ldt.detectors import train_pipelines
 from ldt.detectors.models import input_settings, read_config
 from ldt.detectors.train_pipelines import hooks, kind_of
-from ldt.recipe import PARAMWISE
+from ldt.recipe import PARAMWISE, WARMUPS
 
 log = logging.getLogger(__name__)
 OTHERWISE = "give it on top, or choose another recipe (e.g. recipe=mmdet_1x)"
@@ -220,7 +220,6 @@ def _schedule(content: Config) -> dict[str, Any]:
 
 
 SHAPES = {"LinearLR": "linear", "QuadraticWarmupLR": "quadratic", "ConstantLR": "constant"}
-MOST = 1 / 5  # of a phase: the longest warm-up
 
 
 def _warmup(kind: str, each: Mapping[str, Any], content: Config) -> dict[str, Any] | None:
@@ -231,7 +230,7 @@ def _warmup(kind: str, each: Mapping[str, Any], content: Config) -> dict[str, An
     if kind == "ConstantLR" and start[kind] == 1:
         return {}
     stairs = by_epoch and not each.get("convert_to_iter_based") and kind != "ConstantLR"
-    if end is None or (by_epoch == in_epochs and end > MOST * length):
+    if end is None or (by_epoch == in_epochs and end * WARMUPS > length):
         return None
     if each.get("begin", 0) or each.get("end_factor", 1) != 1 or stairs:
         return None

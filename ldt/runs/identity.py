@@ -168,17 +168,21 @@ def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> Relation:
 
 def _canonical(flat: Flat) -> Flat:
     """Return the values that can be spelt in several ways, in one of them."""
-    precision = str(flat["trainer.precision"])
-    found: Flat = {"trainer.precision": PRECISION_ALIASES.get(precision, precision)}
+    found: Flat = {"trainer.precision": canonical_precision(flat["trainer.precision"])}
     if "prune.budget" in flat:
         found["prune.budget"] = canonical_budget(flat["prune.budget"])
     if "detector.checkpoint" in flat:
         found["detector.checkpoint"] = os.path.abspath(flat["detector.checkpoint"])
-    if (config := str(flat.get("detector.config", "::"))) and "::" not in config:  # a file
-        found["detector.config"] = os.path.abspath(os.path.expanduser(config))
+    if "::" not in (path := str(flat.get("detector.config", "::"))):  # a file, not a packaged one
+        found["detector.config"] = os.path.abspath(os.path.expanduser(path))
     if "prune.scope" in flat:
         found["prune.scope"] = sorted(flat["prune.scope"])
     return found
+
+
+def canonical_precision(name: object) -> str:
+    """Return Lightning's name of a precision."""
+    return PRECISION_ALIASES.get(str(name), str(name))
 
 
 def canonical_budget(name: str) -> str:
@@ -245,10 +249,13 @@ def claim(folder: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> 
     found = differences(essence(known), essence(config))
     if found:
         told = "; ".join(f"{key}: {there!r} there, {now!r} now" for key, there, now in found)
-        keys = " ".join(f"{key}={typed(there)}" for key, there, _ in found if there != NOT_SET)
+        keys = [f"{key}={typed(there)}" for key, there, _ in found if there != NOT_SET]
+        resume = (
+            f"To go on with that run type {' '.join(keys)}; for another one," if keys else "Type"
+        )
         raise OtherRunError(
-            f"{folder} holds a run of another configuration ({told}). To go on with that run type "
-            f"{keys}; for another one, study=<name> or run_name=<name>, or remove the folder"
+            f"{folder} holds a run of another configuration ({told}). {resume} study=<name> or "
+            "run_name=<name>, or remove the folder"
         )
 
 
@@ -297,8 +304,7 @@ def _without_names(root: DictConfig) -> dict[str, Any]:
     names: Any = [key for key in root if key not in ("hydra", "logger", "run_name")]
     config = OmegaConf.masked_copy(root, names)
     expand_home(config)
-    plain = as_dict(config)
-    return plain
+    return as_dict(config)
 
 
 def suffix_of(overrides: Iterable[str], config: Mapping[str, Any]) -> str:

@@ -149,6 +149,13 @@ def test_a_folder_is_claimed_by_the_same_run_only(command, tmp_path):
     told = "prune.rate: 0.7 there, 0.5 now; seed: 0 there, 1 now"
     with pytest.raises(identity.OtherRunError, match=rf"{told}.*study=<name>"):
         identity.claim(tmp_path, command("prune.rate=0.5 seed=1")[0], known)
+    known = {**known, "recipe": {**known["recipe"], "milestones": [2 / 3]}}
+    told = r"type recipe.milestones=\[0.6666666666666666\]; for another one, study=<name>"
+    with pytest.raises(identity.OtherRunError, match=told):
+        identity.claim(tmp_path, command("")[0], known)
+    added = {**command("")[0], "recipe": {**command("")[0]["recipe"], "new": 1}}
+    with pytest.raises(identity.OtherRunError, match=r"now\)\. Type study=<name>"):
+        identity.claim(tmp_path, added, command("")[0])
 
 
 def test_every_argument_of_the_trainer_has_its_place():
