@@ -166,13 +166,10 @@ class DetectorModule(L.LightningModule):
         logs["loss"] = total.detach()
         self._check_finite(logs)
         if self._logs_are_read():
-            self.log_dict(
-                {f"train/{key}": value for key, value in (logs | shares).items()},
-                batch_size=len(prepared.samples),
-            )
-        self.log(
-            "loss", total.detach(), prog_bar=True, logger=False, batch_size=len(prepared.samples)
-        )
+            images = len(prepared.samples)
+            values = {f"train/{key}": value for key, value in (logs | shares).items()}
+            self.log_dict(values, batch_size=images)
+            self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=images)
         return total
 
     def _logs_are_read(self) -> bool:

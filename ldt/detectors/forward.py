@@ -1,7 +1,7 @@
 """Forward passes of a detector up to its neck, its raw output maps and its predictors."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import cast
 
@@ -22,11 +22,9 @@ def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
     Raises:
         ValueError: the detector has no module ``name``, or neither neck nor backbone.
     """
-    modules = dict(detector.named_modules())
-    candidates = ["neck", "backbone"] if name == "auto" else [name]
-    for candidate in candidates:
-        if isinstance(modules.get(candidate), nn.Module):
-            return modules[candidate]
+    for candidate in ["neck", "backbone"] if name == "auto" else [name]:
+        with suppress(AttributeError):
+            return detector.get_submodule(candidate)
     children = ", ".join(child for child, _ in detector.named_children())
     raise ValueError(
         f"detector.neck={name!r}: {type(detector).__name__} has no such module. "
