@@ -85,6 +85,7 @@ def check_config(config: DictConfig) -> None:
     _check_target("logger", plain["logger"], passed=["save_dir"])
     _check_target("dataset", _of_data(plain["dataset"]), passed=_for_data(config))
     _check_gradual(method["gradual"], plain["trainer"])
+    _check_average(recipe["ema"], plain["trainer"].get("precision"))
     check_names("recipe.paramwise", recipe["paramwise"], PARAMWISE)
     optimizer, keys = find_optimizer(recipe["optimizer"].get("type")), set_keys(recipe["optimizer"])
     check_arguments("recipe.optimizer", optimizer, keys, ["type"], ["params"])
@@ -124,6 +125,15 @@ def _check_gradual(gradual: dict[str, Any] | None, trainer: dict[str, Any]) -> N
         raise ValueError(
             "trainer.compile=true hides the layers whose gradients method.gradual collects: type "
             "trainer.compile=false"
+        )
+
+
+def _check_average(momentum: float | None, precision: object) -> None:
+    """Refuse a moving average whose steps are lost to rounding."""
+    if momentum is not None and canonical_precision(precision) in ("16-true", "bf16-true"):
+        raise ValueError(
+            f"trainer.precision={precision} rounds off the steps of the moving average, "
+            f"recipe.ema={momentum:g}: type trainer.precision=bf16-mixed, or recipe.ema=null"
         )
 
 

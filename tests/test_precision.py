@@ -111,3 +111,11 @@ def test_masking_refuses_scaled_gradients():
     config = composed("run_name=x", "method=group_fisher_gradual", "trainer.precision=16-mixed")
     with pytest.raises(ValueError, match=r"trainer.precision=16-mixed .*type trainer.precision="):
         check_config(config)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_an_average_whose_steps_are_rounded_off_is_refused(precision):
+    options = ["run_name=x", f"trainer.precision={precision}"]
+    with pytest.raises(ValueError, match=r"recipe\.ema=0\.0001: type trainer\.precision="):
+        check_config(composed("detector=yolox_s", "recipe=paper_yolox", *options))
+    check_config(composed(*options))
