@@ -1,12 +1,15 @@
 """`ldt data`: what a data set holds, without training."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from ldt.build import build_data
+from ldt.data import tally
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.summary import NAMES, SplitSummary, summarise, warnings_of
 from ldt.detectors.models import quiet
@@ -28,7 +31,7 @@ def run(overrides: Sequence[str]) -> None:
         FileNotFoundError: a file of the data is missing.
     """
     quiet()
-    with refusing():
+    with _unlogged(), refusing():
         data = build_data(composed(*overrides))
         data.prepare_data()
         data.setup("fit")
@@ -39,6 +42,17 @@ def run(overrides: Sequence[str]) -> None:
         out.print(found)
     for line in warnings_of(data):
         out.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Do not log the findings that the table shows."""
+    logger = logging.getLogger(tally.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _table(title: str, names: Sequence[str]) -> Table:

@@ -56,9 +56,7 @@ def write_again(root):
 
 def test_training_without_objects_is_refused_with_what_was_left_out(tmp_path):
     outside = [{**box(11, 5), "bbox": [90, 90, 5, 5]}] * 4
-    with pytest.raises(
-        ValueError, match=r"an object of cat, dog, bird: .*left out: 4"
-    ):
+    with pytest.raises(ValueError, match=r"an object of cat, dog, bird: .*left out: 4"):
         check_data(module(write(tmp_path, train=outside)))
 
 
@@ -74,10 +72,11 @@ def test_an_image_that_resizing_leaves_nothing_of_is_refused(tmp_path):
     check_data(module(tmp_path, keep_ratio=False))
 
 
-def test_the_command_shows_counts_and_what_is_left_out(tmp_path, capsys):
+def test_the_command_shows_counts_and_what_is_left_out(tmp_path, capsys, caplog):
     write(tmp_path, train=[box(11, 5), {**box(11, 7), "bbox": [90, 90, 5, 5]}])
     given = ["dataset=coco", f"dataset.root={tmp_path}", "dataset.classes=[cat,dog,bird]"]
     ldt(["data", *given], standalone_mode=False)
+    assert caplog.text == ""  # it is in the table
     shown = " ".join(capsys.readouterr().out.split())
     assert "images 3 3" in shown
     assert "objects 1 3" in shown
