@@ -247,6 +247,11 @@ class CocoBoxes(CocoDataset):
 
     def _parse(self, image: dict, annotations: list[dict]) -> dict:
         found = [each for each in annotations if self._keeps(each, image)]
+        seen: set[tuple[float, ...]] = set()
+        for each in found:
+            if (key := (each["category_id"], *each["bbox"])) in seen:
+                self.told.add("objects annotated again with an equal box", _name(each, image))
+            seen.add(key)
         raw = {"raw_img_info": {**image, "img_id": image["id"]}, "raw_ann_info": found}
         info = self.parse_data_info(raw)
         assert isinstance(info, dict)

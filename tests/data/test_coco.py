@@ -170,6 +170,15 @@ def test_sizes_that_are_not_those_of_the_images_are_refused(tmp_path):
     assert data.told("val").lines()
 
 
+def test_an_object_that_is_annotated_twice_is_told_and_stays(tmp_path):
+    twice = content()
+    twice["annotations"] += [dict(twice["annotations"][0]), box(12, 5), box(11, 9)]
+    data = module(write_coco(tmp_path, twice))
+    assert data.object_counts("train") == [3, 1, 2]
+    (line,) = data.told("train").lines()
+    assert line.startswith("objects annotated again with an equal box: 1 (the first: annotation 0 ")
+
+
 def test_an_image_under_two_ids_is_told(tmp_path):
     twice = content()
     twice["images"].append({**twice["images"][0], "id": 14})

@@ -211,4 +211,4 @@ def test_generated_scenes_have_no_kitti_numbers(tmp_path):
 def test_objects_of_ones_own_types_are_absent():
     car, found = item(), [(BOX, "Car", 0.9)]
     with_bus = many([car, item("bus", (0, 0, 50, 60))], found)
-    assert computed(with_bus) == computed(many([car], found))
+    assert computed(with_bus) == pytest.approx(computed(many([car], found)), nan_ok=True)
