@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from test_coco import content, module, write_coco
 
-from ldt.data import image_files
+from ldt.data import image_files, pipelines
 from ldt.data.image_files import image_size, image_sizes, shared_images
 from ldt.data.pipelines import ReadImage
 
@@ -96,10 +97,32 @@ def test_images_of_two_splits_are_compared_by_file_and_by_content(tmp_path):
     contents.append(b"x" + contents[0][1:])  # of the same size, with the same end
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
-        for index, content in enumerate(contents):
-            (tmp_path / split / f"{split}{index}").write_bytes(content)
+        for index, own in enumerate(contents):
+            (tmp_path / split / f"{split}{index}").write_bytes(own)
     train = [str(tmp_path / f"train/train{index}") for index in (0, 1)]
     val = [str(tmp_path / f"val/val{index}") for index in (1, 2, 3)]
     assert shared_images(train, val) == [(train[1], val[0])]
     assert shared_images(train, val, most=1) == []
     assert shared_images(train, [*val, train[0]], most=0) == [(train[0], train[0])]
+
+
+@pytest.mark.parametrize("augment", ["flip", "mosaic", "config"])
+def test_every_loader_reads_with_the_configured_limit(tmp_path, monkeypatch, augment):
+    limits = []
+    monkeypatch.setattr(pipelines, "read_size", lambda _, most: limits.append(most))
+    steps = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
+    pack = {"type": "PackDetInputs"}
+    data = module(
+        write_coco(tmp_path, content()), augment=augment, pipeline=[*steps, pack], max_pixels=2400
+    )
+    for loader in (
+        data.train_dataloader(),
+        data.val_dataloader(),
+        data.probe_dataloader("train", 2),
+        data.calibration_dataloader(2, 2),
+    ):
+        limits.clear()
+        list(loader)
+        assert set(limits) == {2400}
+    with pytest.raises(ValueError, match=r"001\.png has 60x40 pixels.*dataset\.max_pixels=2400"):
+        module(tmp_path, max_pixels=2399).setup()
