@@ -61,7 +61,7 @@ def check_classes(classes: Sequence[str], grouping: str) -> None:
             raise ValueError(
                 f"KITTI has no class {name!r} with dataset.grouping={grouping}; allowed: "
                 f"{', '.join(allowed)}, and names of your own (type for example "
-                f"dataset.classes=[{','.join(CLASSES)}])"
+                f"dataset.classes=[{','.join(CLASSES)}], or dataset.grouping=strict)"
             )
 
 
@@ -289,11 +289,10 @@ class KittiDataModule(DetectionDataModule):
     def unread(self) -> Tally:
         """Return what lies in the folders of images, labels and lists and is in neither split."""
         root, told = self.folder(), Tally()
-        images = [file for file in _entries(root / IMAGES) if file.suffix.lower() in SUFFIXES]
         used = _image_files(root)
         listed = {name for ids in self.split_ids().values() for name in ids}
         for entry in _entries(root / IMAGES):
-            if entry not in images:
+            if entry.suffix.lower() not in SUFFIXES:
                 told.add("entries that are not images, not read", str(IMAGES / entry.name))
             elif used[entry.stem] != entry:
                 told.add("images not read, since another has their id", str(IMAGES / entry.name))
