@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from ldt.config import as_dict
 from ldt.config.keys import check_names
 from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value, typed
 from ldt.data.datamodule import DetectionDataModule
+from ldt.data.summary import check_data
 from ldt.detectors.checkpoints import read
 from ldt.detectors.models import input_settings, model_config, raise_max_per_img
 from ldt.evaluation.metrics import MAX_DETECTIONS
@@ -224,7 +225,7 @@ def build_module(
             "recipe.epochs=0 skips base training, so weights are needed: detector.checkpoint=<file>"
         )
     background = check_labels(config, data)
-    return DetectorModule(
+    module = DetectorModule(
         _model_config(plain, len(data.classes)),
         data.classes,
         plain["recipe"],
@@ -237,6 +238,30 @@ def build_module(
         max_detections=_max_detections(plain),
         compiled=bool(plain["trainer"].get("compile")),
     )
+    if module.untrained and plain["recipe"]["epochs"] == 0:
+        _check_untrained(build_schedule(config), str(detector["checkpoint"]), data.classes)
+    return module
+
+
+def _check_untrained(plan: PruningSchedule, checkpoint: str, classes: Sequence[str]) -> None:
+    """Warn about predictors that are not trained before pruning.
+
+    Raises:
+        ValueError: nor are they trained afterwards.
+    """
+    told = (
+        f"detector.checkpoint={checkpoint} has predictors for another number of classes than the "
+        f"{len(classes)} of the data, and recipe.epochs=0 leaves the new ones untrained"
+    )
+    if not plan.total_epochs:
+        raise ValueError(
+            f"{told}: type recipe.epochs=12, or dataset.classes=[...] with the classes of the file"
+        )
+    log.warning(
+        "%s: the round `base` measures nothing, and criteria that use the detection loss see "
+        "noise; type recipe.epochs=12 to train them first",
+        told,
+    )
 
 
 def check_labels(config: DictConfig, data: DetectionDataModule) -> bool:
@@ -246,15 +271,9 @@ def check_labels(config: DictConfig, data: DetectionDataModule) -> bool:
         ValueError: the training images have no object, or only one class for a method that needs
             two.
     """
-    counts = data.object_counts("train")
-    if not any(counts):
-        raise ValueError(
-            f"none of the training images has an object of {', '.join(data.classes)}: check the "
-            "labels and dataset.classes"
-        )
+    check_data(data)
     data.training_set()  # raises if the filter of the data leaves no image
-    if not any(data.object_counts("val")):
-        log.warning("none of the validation images has an object: metrics will be nan")
+    counts = data.object_counts("train")
     single, background = sum(count >= 2 for count in counts) < 2, config.ldt.background
     if single and background is False and _needs_two_classes(config):
         found = ", ".join(f"{n} {name}" for name, n in zip(data.classes, counts, strict=True) if n)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -361,14 +361,37 @@ def train(*overrides: str, folder: str | Path | None = None) -> Run:
         >>> list(run.rounds["round"])
         [0, 1, 2]
     """
+    whole = _compose(overrides)
+    HydraConfig.instance().set_config(whole)  # run names are derived from the overrides
+    place = Path(whole.hydra.run.dir if folder is None else folder)
+    run(_without_hydra(whole), place)
+    return open_run(place)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Return the checked configuration of overrides, as `train` would run it.
+
+    Raises:
+        ValueError: the configuration is invalid.
+    """
+    whole = _compose(overrides)
+    HydraConfig.instance().set_config(whole)
+    config = _without_hydra(whole)
+    expand_home(config)
+    _check(config)
+    return config
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     register()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             whole = compose("config", quote_paths(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explained(error)) from error
-    HydraConfig.instance().set_config(whole)  # run names are derived from the overrides
-    place = Path(whole.hydra.run.dir if folder is None else folder)
+    return whole
+
+
+def _without_hydra(whole: DictConfig) -> DictConfig:
     keys: Any = [key for key in whole if key != "hydra"]
-    run(OmegaConf.masked_copy(whole, keys), place)
-    return open_run(place)
+    return OmegaConf.masked_copy(whole, keys)

@@ -84,6 +84,7 @@ class DetectorModule(L.LightningModule):
         phase_steps: optimizer steps of the current phase.
         term_constants: what a term has estimated, by its name, as plain data; stored in checkpoints
             and taken from the initial weights if there is no base training.
+        untrained: whether predictors lack weights in the checkpoint, for another number of classes.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class DetectorModule(L.LightningModule):
         self.schedule: str = recipe["schedule"]
         self.phase_steps = 1
         self.term_constants: dict[str, Any] = {}
+        self.untrained = False
         self.metrics = DetectionMetrics(self.classes, max_detections)
         self.adapter = Detector(
             self.detector,
@@ -126,7 +128,8 @@ class DetectorModule(L.LightningModule):
                 "%s has no neck: LDT uses the output of its backbone", type(self.detector).__name__
             )
         if checkpoint is not None:
-            record = load_weights(self.detector, checkpoint, self.adapter.predictors)
+            record, new = load_weights(self.detector, checkpoint, self.adapter.predictors)
+            self.untrained = bool(new)
             if not recipe["epochs"]:
                 self.term_constants = dict(record.get("term_constants", {}))
 

@@ -28,6 +28,7 @@ def ldt(context: click.Context) -> None:
     \b
     Examples:
       ldt run                                   train, prune and retrain on the built-in data set
+      ldt data dataset=coco dataset.root=/data  show what a data set holds and what is left out
       ldt report runs/default                   compare the runs of a study on one HTML page
       ldt prune CONFIG WEIGHTS DATA --rate 0.3  show what is pruned and the cost in AP
       ldt export runs/default/<run>/round-2.ckpt exported     write a pruned detector for mmdet
@@ -48,6 +49,23 @@ def run(overrides: tuple[str, ...]) -> None:
     from ldt.cli.hydra_app import main
 
     main(overrides)
+
+
+@ldt.command()
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE...]")
+def data(overrides: tuple[str, ...]) -> None:
+    """Show what a data set holds, and what of it is left out and why; nothing is trained.
+
+    OVERRIDEs are those of `ldt run`: the same keys read the same data.
+
+    \b
+    Examples:
+      ldt data dataset=coco dataset.root=/data/coco
+      ldt data dataset=kitti dataset.root=/data/mine dataset.classes=[car,bus]
+    """
+    from ldt.cli import data_table
+
+    data_table.run(overrides)
 
 
 @ldt.command()
@@ -256,8 +274,19 @@ def export(checkpoint: Path, folder: Path) -> None:
     show_default=True,
     help="Minimum score of drawn boxes; predictions.json has all.",
 )
-def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float) -> None:
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=64_000_000,
+    show_default=True,
+    help="Larger images are not decoded.",
+)
+def predict(
+    checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float, max_pixels: int
+) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
+
+    Images that cannot be read are named at the end, after the results of the others are written.
 
     \b
     Example:
@@ -269,7 +298,9 @@ def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: fl
     from ldt.detectors.models import quiet
 
     quiet()
-    prediction.predict(checkpoint, images, out, threshold, "cuda" if is_available() else "cpu")
+    device = "cuda" if is_available() else "cpu"
+    with renaming({"dataset.max_pixels=": "--max-pixels "}):
+        prediction.predict(checkpoint, images, out, threshold, device, max_pixels)
     click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
 
 

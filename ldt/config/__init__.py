@@ -127,6 +127,7 @@ class DatasetConfig:
     group_shapes: bool = False  # batches of like shapes: little padding
     filter_empty_gt: bool = False  # train on images with objects only
     min_size: int = 0  # smallest side of a training image, in pixels
+    max_pixels: int = 64_000_000  # of an image; larger ones are refused before they are decoded
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """COCO (Lin et al., ECCV 2014), and any data set in its annotation format."""
 
 import json
-import logging
 import math
 import os
 import re
@@ -15,9 +14,9 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
+from ldt.data.image_files import MAX_PIXELS, Size, image_sizes
+from ldt.data.tally import Tally
 from ldt.runs.inputs import file_digest, remembered, split_record
-
-log = logging.getLogger(__name__)
 
 CLASSES: tuple[str, ...] = CocoDataset.METAINFO["classes"]
 LAYOUT = "COCO's folders annotations, train2017 and val2017"
@@ -37,7 +36,8 @@ def read_annotations(path: Path) -> dict:
             "dataset.train_ann=... and dataset.val_ann=... for other names"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_hook=_without_mask)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     for key in ("images", "annotations", "categories"):
@@ -47,24 +47,33 @@ def read_annotations(path: Path) -> dict:
         raise ValueError(f"{path} lists no image; expected at least one under 'images'")
     for key, fields in FIELDS.items():
         for number, entry in enumerate(content[key]):
-            _check_entry(entry, fields, f"{path}, {key}[{number}]")
+            if fault := _fault_of(entry, fields):
+                raise ValueError(f"{path}, {key}[{number}]{fault}")
     ids = [image["id"] for image in content["images"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: {len(ids) - len(set(ids))} image ids occur more than once")
     return content
 
 
-def _check_entry(entry: Any, fields: dict[str, str], where: str) -> None:
-    """Raise ValueError unless all fields are present and of the expected kind."""
+def _without_mask(node: dict) -> dict:
+    """Drop the polygons of an annotation as it is parsed: most of the memory of a large file."""
+    node.pop("segmentation", None)
+    return node
+
+
+def _fault_of(entry: Any, fields: dict[str, str]) -> str:
+    """Describe the first field that is missing or of another kind; empty if all are good."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {str(entry)[:60]!r}; expected an object with {_list(fields)}")
+        return f" is {str(entry)[:60]!r}; expected an object with {_list(fields)}"
     for name, kind in fields.items():
         if name not in entry:
-            raise ValueError(f"{where} has no {name!r}; expected: {_list(fields)}")
+            return f" has no {name!r}; expected: {_list(fields)}"
         if not _KINDS[kind](entry[name]):
-            raise ValueError(f"{where}: {name!r} is {str(entry[name])[:60]!r}; expected {kind}")
-    if not isinstance(entry.get("iscrowd", 0), int):
-        raise ValueError(f"{where}: 'iscrowd' is {str(entry['iscrowd'])[:60]!r}; expected 0 or 1")
+            return f": {name!r} is {str(entry[name])[:60]!r}; expected {kind}"
+    for name, kind in OPTIONAL.items():
+        if name in entry and not _KINDS[kind](entry[name]):
+            return f": {name!r} is {str(entry[name])[:60]!r}; expected {kind}"
+    return ""
 
 
 def _list(fields: dict[str, str]) -> str:
@@ -88,7 +97,8 @@ def _inside(value: object) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "a whole number": _whole,
     "a positive whole number": lambda value: _whole(value) and value > 0,
-    "a number": _number,
+    "a number": lambda value: value is None or _number(value),
+    "0 or 1": lambda value: isinstance(value, int),
     "a text": lambda value: isinstance(value, str),
     "a file below the image folder": _inside,
     "four numbers": lambda v: isinstance(v, list) and len(v) == 4 and all(map(_number, v)),
@@ -104,10 +114,12 @@ FIELDS = {
         "image_id": "a whole number",
         "category_id": "a whole number",
         "bbox": "four numbers",
-        "area": "a number",
     },
     "categories": {"id": "a whole number", "name": "a text"},
 }
+OTHER_CLASS = "annotations of classes that are not in dataset.classes, left out"
+FEW = 10  # boxes
+OPTIONAL = {"area": "a number", "iscrowd": "0 or 1"}
 
 
 def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) -> None:
@@ -131,44 +143,197 @@ def check_images(folder: Path, names: Sequence[str]) -> None:
         )
 
 
+def label_ids(categories: Sequence[dict], classes: Sequence[str], told: Tally) -> dict[int, int]:
+    """Return the label of each category id; categories of one name are one class.
+
+    Raises:
+        ValueError: an id has two names.
+    """
+    names: dict[int, str] = {}
+    for category in categories:
+        number, name = category["id"], category["name"]
+        if names.setdefault(number, name) != name:
+            raise ValueError(f"the category id {number} has two names: {names[number]!r}, {name!r}")
+    ids: dict[str, list[int]] = defaultdict(list)
+    for number, name in names.items():
+        ids[name].append(number)
+    for name, found in ids.items():
+        if len(found) > 1 and name in classes:
+            told.add("names of several categories, merged to one class each", f"{name!r}: {found}")
+    return {number: label for label, name in enumerate(classes) for number in ids[name]}
+
+
+def check_sizes(path: Path, images: Sequence[dict], sizes: Sequence[Size], told: Tally) -> None:
+    """Check the sizes of images in an annotation file, which boxes refer to.
+
+    A difference of one pixel is corrected in `images`.
+
+    Raises:
+        ValueError: an image has another size.
+    """
+    other = []
+    for image, (width, height) in zip(images, sizes, strict=True):
+        stated = image["width"], image["height"]
+        if stated == (width, height):
+            continue
+        if max(abs(stated[0] - width), abs(stated[1] - height)) > 1:
+            other.append((image["file_name"], stated, (width, height)))
+        else:
+            told.add("images a pixel larger or smaller than stated", image["file_name"])
+            image["width"], image["height"] = width, height
+    if other:
+        name, stated, found = other[0]
+        turned = " (turned by its EXIF data)" if stated == found[::-1] else ""
+        raise ValueError(
+            f"{path}: {len(other)} of {len(images)} images have another size than it states, so "
+            f"its boxes do not fit them; the first: {name} has {found[0]}x{found[1]} pixels"
+            f"{turned}, stated are {stated[0]}x{stated[1]}. Restore the images, or scale `bbox`, "
+            "`width` and `height` to them"
+        )
+
+
 @DATASETS.register_module()
 class CocoBoxes(CocoDataset):
     """CocoDataset that loads boxes only, validates its files and keeps the order of `classes`.
 
     mmdet labels a subset of the classes in the order of the annotation *file*, whatever order
     the names are given in, and loads all masks. Crowds become ignore regions; images without
-    boxes are kept; boxes of other classes are dropped. Images carry the annotated areas of their
-    objects, without crowds, under `areas`.
+    boxes are kept; boxes of other classes are left out, and those that mmdet drops, but counted.
+    Objects without a positive `area`, which mmdet drops too, have that of their box. Images carry
+    the areas of their objects, without crowds, under `areas`.
+
+    Args:
+        max_pixels: of an image.
+        options: of CocoDataset.
+
+    Attributes:
+        told: what was left out or changed.
 
     Raises:
         FileNotFoundError: the annotation file or an image is missing.
-        ValueError: the file is not in COCO format, or lacks one of the classes.
+        ValueError: the file is not in COCO format, lacks one of the classes, has relative boxes
+            or the sizes of other images; or an image is damaged or too large.
     """
+
+    def __init__(self, *, max_pixels: int = MAX_PIXELS, **options: Any) -> None:
+        self.max_pixels, self.told = max_pixels, Tally()
+        super().__init__(**options)
 
     def load_data_list(self) -> list[dict]:
         """Read and check the annotation file; called by mmengine."""
-        path = Path(str(self.ann_file))
+        path, folder = Path(str(self.ann_file)), Path(self.data_prefix["img"])
         content = read_annotations(path)
-        by_name = {category["name"]: category["id"] for category in content["categories"]}
+        images, categories = content["images"], content["categories"]
         classes = self.metainfo["classes"]
-        check_classes(classes, list(by_name), path)
-        check_images(Path(self.data_prefix["img"]), [i["file_name"] for i in content["images"]])
-        self.cat_ids = [by_name[name] for name in classes]
-        self.cat2label = {category: label for label, category in enumerate(self.cat_ids)}
+        check_classes(classes, list({category["name"]: 0 for category in categories}), path)
+        try:
+            self.cat2label = label_ids(categories, classes, self.told)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self.cat_ids = list(self.cat2label)
+        self.listed = {category["id"] for category in categories}
+        check_images(folder, [image["file_name"] for image in images])
+        files = [os.path.join(folder, image["file_name"]) for image in images]
+        check_sizes(path, images, image_sizes(files, self.max_pixels), self.told)
+        check_boxes(path, [annotation["bbox"] for annotation in content["annotations"]])
         annotations: dict[int, list[dict]] = defaultdict(list)
         for annotation in content["annotations"]:
-            annotation["segmentation"] = annotation["area"]  # mmdet hands it on as `mask`
             annotations[annotation["image_id"]].append(annotation)
-        _tell_unused(path, content["images"], annotations)
-        return [self._parse(image, annotations[image["id"]]) for image in content["images"]]
+        infos = [self._parse(image, annotations.pop(image["id"], [])) for image in images]
+        self._tell_rest(images, annotations)
+        self._tell_corners(content["annotations"], images)
+        self.told.log(path)
+        return infos
 
     def _parse(self, image: dict, annotations: list[dict]) -> dict:
-        raw = {"raw_img_info": {**image, "img_id": image["id"]}, "raw_ann_info": annotations}
+        found = [each for each in annotations if self._keeps(each, image)]
+        seen: set[tuple[float, ...]] = set()
+        for each in found:
+            if (key := (each["category_id"], *each["bbox"])) in seen:
+                self.told.add("objects annotated again with an equal box", _name(each, image))
+            seen.add(key)
+        raw = {"raw_img_info": {**image, "img_id": image["id"]}, "raw_ann_info": found}
         info = self.parse_data_info(raw)
         assert isinstance(info, dict)
+        assert len(info["instances"]) == len(found), "mmdet leaves out more than is counted"
         areas = [(instance.pop("mask"), instance["ignore_flag"]) for instance in info["instances"]]
         info["areas"] = [area for area, ignored in areas if not ignored]
         return info
+
+    def _keeps(self, annotation: dict, image: dict) -> bool:
+        """Whether an annotation is an object or a crowd; what is left out is counted."""
+        _, _, width, height = annotation["bbox"]
+        category, reason = annotation["category_id"], ""
+        if annotation.get("ignore"):
+            reason = "annotations marked `ignore`, left out"
+        elif category not in self.listed:
+            reason = "annotations of categories that are not in the file, left out"
+        elif category not in self.cat2label:
+            reason = OTHER_CLASS
+        elif width < 1 or height < 1:
+            reason = "boxes narrower or lower than a pixel, left out"
+        elif min(inside := _inside_of(image, annotation)) <= 0:
+            reason = "boxes outside of their image, left out"
+        elif min(inside) < 1:
+            reason = "boxes with less than a pixel inside of their image, left out"
+        if reason:
+            self.told.add(reason, _name(annotation, image), expected=reason == OTHER_CLASS)
+            return False
+        if (annotation.get("area") or 0) <= 0:
+            self.told.add(
+                "objects without an area, which is that of their box", _name(annotation, image)
+            )
+            annotation["area"] = width * height
+        annotation["segmentation"] = annotation["area"]  # mmdet hands it on as `mask`
+        return True
+
+    def _tell_rest(self, images: Sequence[dict], strangers: Mapping[int, list[dict]]) -> None:
+        """Count annotations of unknown images, and images that are listed twice."""
+        for image, annotations in strangers.items():
+            for annotation in annotations:
+                about = {"file_name": f"the image id {image}"}
+                reason = "annotations of images that are not in the file, left out"
+                self.told.add(reason, _name(annotation, about))
+        seen: set[str] = set()
+        for image in images:
+            if (name := image["file_name"]) in seen:
+                self.told.add("images listed again under another id", name)
+            seen.add(name)
+
+    def _tell_corners(self, annotations: Sequence[dict], images: Sequence[dict]) -> None:
+        """Tell if boxes look like x1, y1, x2, y2: all would fit so, and some do not as stated."""
+        boxes = (annotation["bbox"] for annotation in annotations)
+        if len(annotations) < FEW or not all(w > x and h > y for x, y, w, h in boxes):
+            return
+        by_id = {image["id"]: image for image in images}
+        for annotation in annotations:
+            image, (x, y, width, height) = by_id.get(annotation["image_id"]), annotation["bbox"]
+            if image and (x + width > image["width"] + 1 or y + height > image["height"] + 1):
+                what = "boxes that reach beyond their image, as if written as x1, y1, x2, y2"
+                self.told.add(what, _name(annotation, image))
+
+
+def _name(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> str:
+    number, box = annotation.get("id", "without id"), annotation["bbox"]
+    return f"annotation {number} of {image['file_name']}, bbox {box}"
+
+
+def _inside_of(image: Mapping[str, Any], annotation: Mapping[str, Any]) -> tuple[float, float]:
+    """Return width and height of the part of a box that is inside of the image."""
+    x, y, width, height = annotation["bbox"]
+    return (
+        min(x + width, image["width"]) - max(x, 0),
+        min(y + height, image["height"]) - max(y, 0),
+    )
+
+
+def check_boxes(path: Path, boxes: Sequence[Sequence[float]]) -> None:
+    """Raise ValueError if boxes are relative to the size of their image."""
+    if boxes and all(0 <= value <= 1 for box in boxes for value in box):
+        raise ValueError(
+            f"{path}: all boxes are within 0 and 1, as if relative to the size of the image, and "
+            f"would be left out; the first is {boxes[0]}. Expected: x, y, width, height in pixels"
+        )
 
 
 def _listed_images(path: Path) -> dict[str, list]:
@@ -186,28 +351,6 @@ def _listed_images(path: Path) -> dict[str, list]:
     except (ValueError, TypeError, KeyError, RecursionError):
         images = read_annotations(path)["images"]  # raises a specific error
         return {"ids": [i["id"] for i in images], "files": [i["file_name"] for i in images]}
-
-
-def _tell_unused(path: Path, images: list[dict], annotations: Mapping[int, list[dict]]) -> None:
-    """Warn about annotations that mmdet drops: of unknown images, or outside their image."""
-    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
-    strangers = [a for image, found in annotations.items() if image not in sizes for a in found]
-    outside = [
-        a for image, size in sizes.items() for a in annotations.get(image, ()) if _beyond(a, size)
-    ]
-    for found, what in (
-        (strangers, "belong to no image of the file"),
-        (outside, "lie outside their image"),
-    ):
-        if found:
-            first = found[0].get("id", found[0]["bbox"])
-            text = "%s: %d annotations %s and are dropped; the first has the id %s"
-            log.warning(text, path, len(found), what, first)
-
-
-def _beyond(annotation: dict, size: tuple[int, int]) -> bool:
-    x, y, width, height = annotation["bbox"]
-    return x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -242,6 +385,7 @@ class CocoDataModule(DetectionDataModule):
             data_prefix={"img": str(images)},
             metainfo={"classes": self.classes},
             test_mode=True,
+            max_pixels=self.max_pixels,
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -23,13 +23,16 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from torch.utils.data import DataLoader, Subset
 
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
+from ldt.data.image_files import MAX_PIXELS
 from ldt.data.mixing import PipelineImages
 from ldt.data.pipelines import (
+    limited,
     plain_steps,
     test_steps,
     with_pipeline,
 )
 from ldt.data.sampling import Batches, EpochSampler, SizeSampler, TrainingImages
+from ldt.data.tally import Tally
 from ldt.detectors.train_pipelines import mosaic_steps, resize_steps
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
@@ -42,6 +45,7 @@ OPTIONS = {  # config key of each argument of the data module
     "batch_size": "recipe.batch_size",
     "val_batch_size": "dataset.val_batch_size",
     "workers": "dataset.workers",
+    "max_pixels": "dataset.max_pixels",
     "seed": "seed",
     "augment": "recipe.augment",
     "pad": "detector.pad",
@@ -68,21 +72,36 @@ class ImageFacts(NamedTuple):
     """What the annotations of an image say.
 
     Attributes:
+        path: its file.
         size: (width, height); None if they do not say.
         labels: of its objects, without ignored regions.
-        empty: whether it has neither objects nor ignored regions.
+        areas: of the boxes of its objects.
+        ignored: number of its ignored regions.
     """
 
+    path: str
     size: tuple[int, int] | None
     labels: list[int]
-    empty: bool
+    areas: list[float]
+    ignored: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has neither objects nor ignored regions."""
+        return not self.labels and not self.ignored
 
 
 def _facts_in(info: dict[str, Any]) -> ImageFacts:
-    instances = info["instances"]
-    labels = [each["bbox_label"] for each in instances if not each.get("ignore_flag")]
+    objects = [each for each in info["instances"] if not each.get("ignore_flag")]
     size = (info["width"], info["height"]) if {"width", "height"} <= info.keys() else None
-    return ImageFacts(size, labels, not instances)
+    boxes = (each["bbox"] for each in objects)
+    return ImageFacts(
+        info["img_path"],
+        size,
+        [each["bbox_label"] for each in objects],
+        [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes],
+        len(info["instances"]) - len(objects),
+    )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -121,6 +140,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         filter_empty_gt: leave out training images without objects, as mmdet's data sets do; not
             where images are mixed (mosaic), as in mmdet's YOLOX.
         min_size: leave out training images whose smaller side has fewer pixels.
+        max_pixels: of an image; larger ones are refused before they are decoded.
 
     Attributes:
         resize: the transforms between loading and packing an image, as in mmdet's configs.
@@ -148,6 +168,7 @@ class DetectionDataModule(LightningDataModule, ABC):
     group_shapes: bool = False
     filter_empty_gt: bool = False
     min_size: NaturalNumber = 0
+    max_pixels: Count = MAX_PIXELS
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -159,6 +180,8 @@ class DetectionDataModule(LightningDataModule, ABC):
             )
         self.scale = (scale[0], scale[1])
         self.classes = tuple(self.classes or ())
+        if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
+            raise ValueError(f"dataset.classes has {twice[0]!r} twice; allowed: each name once")
         check_fields(self, OPTIONS)
         if len(self.mosaic_scale) != 2 or not 0 < self.mosaic_scale[0] <= self.mosaic_scale[1]:
             raise ValueError(
@@ -208,8 +231,16 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def object_counts(self, split: Split) -> list[int]:
         """Return the number of objects of each class in a split, without ignored regions."""
-        counts = Counter(label for image in self._facts(split) for label in image.labels)
+        counts = Counter(label for image in self.facts(split) for label in image.labels)
         return [counts[label] for label in range(len(self.classes))]
+
+    def told(self, split: Split) -> Tally:
+        """Return what the data set of a split has left out or changed."""
+        return getattr(self.dataset(split), "told", Tally())
+
+    def unread(self) -> Tally:
+        """Return what lies in the folder of the data and is in neither split."""
+        return Tally()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of `stage` ("fit" or None: both); each split is loaded only once."""
@@ -225,7 +256,7 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled, augmented training images; Lightning sets the sampler's epoch."""
-        plain = PipelineImages(self.training_set(), self.plain_pipeline) if self._switches else None
+        plain = self._piped(self.plain_pipeline) if self._switches else None
         images = TrainingImages(self._training_images(), self.seed, plain)
         trainer: Any = self.trainer
         world, parts = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
@@ -245,7 +276,7 @@ class DetectionDataModule(LightningDataModule, ABC):
 
         They are in order, unless images of equal size are grouped.
         """
-        images = with_pipeline(self.dataset("val"), test_steps(self.resize))
+        images = self._view(self.dataset("val"), test_steps(self.resize))
         if not self.group_shapes:
             return self._loader(images, self.val_batch_size)
         trainer: Any = self.trainer
@@ -265,7 +296,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         """
         if images < 1:
             raise ValueError(f"{images} calibration images requested; allowed: 1 or more")
-        training = with_pipeline(self.training_set(), plain_steps(self.resize))
+        training = self._view(self.training_set(), plain_steps(self.resize))
         if images > len(training):
             available = f"all {len(training)} images of the training set are used"
             warnings.warn(f"{available}, {images} calibration images requested", stacklevel=2)
@@ -296,7 +327,13 @@ class DetectionDataModule(LightningDataModule, ABC):
             self._sampler.mix = mix
 
     def _plain(self, split: Split) -> BaseDataset:
-        return with_pipeline(self.dataset(split), plain_steps(self.resize))
+        return self._view(self.dataset(split), plain_steps(self.resize))
+
+    def _view(self, dataset: BaseDataset, steps: list[dict]) -> BaseDataset:
+        return with_pipeline(dataset, limited(steps, self.max_pixels))
+
+    def _piped(self, steps: Sequence[dict[str, Any]]) -> PipelineImages:
+        return PipelineImages(self.training_set(), limited(steps, self.max_pixels))
 
     def training_set(self) -> BaseDataset:
         """Return the annotations of the training images that pass the filter.
@@ -322,7 +359,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         empty_go = self.filter_empty_gt and self.augment != "mosaic"
         if not empty_go and not self.min_size:
             return every
-        facts = self._facts("train")
+        facts = self.facts("train")
         sizes = self._sizes("train", every) if self.min_size else []
         return [
             index
@@ -337,7 +374,7 @@ class DetectionDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: the annotations of an image do not say.
         """
-        facts = self._facts(split)
+        facts = self.facts(split)
         sizes = [facts[index].size for index in indices]
         if None in sizes:
             raise ValueError(
@@ -347,7 +384,7 @@ class DetectionDataModule(LightningDataModule, ABC):
             )
         return cast(list[tuple[int, int]], sizes)
 
-    def _facts(self, split: Split) -> list[ImageFacts]:
+    def facts(self, split: Split) -> list[ImageFacts]:
         """Return the facts of every image of a split; its annotations are read once."""
         if split not in self._facts_of:
             dataset = self.dataset(split)
@@ -361,12 +398,11 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def _training_images(self) -> BaseDataset | MultiImageMixDataset | PipelineImages:
         if self.augment == "config":
-            return PipelineImages(self.training_set(), self.pipeline)
+            return self._piped(self.pipeline)
         if self.augment != "mosaic":
-            steps = plain_steps(self.resize, self.augment)
-            return with_pipeline(self.training_set(), steps)
+            return self._view(self.training_set(), plain_steps(self.resize, self.augment))
         load = [{"type": "ReadImage"}, {"type": "LoadAnnotations", "with_bbox": True}]
-        single = with_pipeline(self.training_set(), load)
+        single = self._view(self.training_set(), load)
         low, high = self.mosaic_scale
         steps = mosaic_steps(self.scale, self.resize, (low, high), self.mixup)
         return MultiImageMixDataset(single, steps)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,11 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
-from PIL import Image, UnidentifiedImageError
 
 from ldt.config.values import check_value
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
+from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
 from ldt.data.kitti_labels import TYPES, KittiObject, parse_label
+from ldt.data.tally import Tally
 from ldt.runs.inputs import digest, split_record
 
 log = logging.getLogger(__name__)
@@ -47,14 +49,19 @@ def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str])
 
 
 def check_classes(classes: Sequence[str], grouping: str) -> None:
-    """Raise ValueError for an unknown `grouping`, or a class that does not exist in it."""
+    """Raise ValueError for an unknown `grouping`, or a class that does not exist in it.
+
+    Names that are not KITTI's are one's own.
+    """
     check_value("dataset.grouping", grouping, Literal[tuple(GROUPINGS)])
-    allowed = [name for name in TYPES if name != "DontCare" and name not in GROUPINGS[grouping]]
+    merged = GROUPINGS[grouping]
+    allowed = [name for name in TYPES if name != "DontCare" and name not in merged]
     for name in classes:
-        if name not in allowed:
+        if name in merged or name == "DontCare":
             raise ValueError(
                 f"KITTI has no class {name!r} with dataset.grouping={grouping}; allowed: "
-                f"{', '.join(allowed)} (type for example dataset.classes=[{','.join(CLASSES)}])"
+                f"{', '.join(allowed)}, and names of your own (type for example "
+                f"dataset.classes=[{','.join(CLASSES)}], or dataset.grouping=strict)"
             )
 
 
@@ -71,9 +78,15 @@ def image_ids(root: Path) -> list[str]:
 
 
 def _image_files(root: Path) -> dict[str, Path]:
-    folder = root / IMAGES
-    files = sorted(folder.iterdir()) if folder.is_dir() else ()
-    return {file.stem: file for file in files if file.suffix in (".png", ".jpg")}
+    """Return the image of every id; of several with one id the last by name."""
+    files = (file for file in _entries(root / IMAGES) if file.suffix.lower() in SUFFIXES)
+    return {file.stem: file for file in files}
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted, without hidden files such as macOS's ``._000001.png``."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else ()
+    return [entry for entry in found if not entry.name.startswith(".")]
 
 
 def split(ids: Sequence[str], fraction: float = 0.8, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -98,22 +111,28 @@ def split(ids: Sequence[str], fraction: float = 0.8, seed: int = 0) -> tuple[lis
     return sorted(order[:count]), sorted(order[count:])
 
 
+def _split_files(root: Path) -> list[Path]:
+    return [root / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
+
+
 def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:
     """Read (train, val) from ImageSets/train.txt and val.txt; None unless both exist.
 
     Raises:
-        ValueError: an image is in both, or one of them is empty.
+        ValueError: an image is in both, or twice in one, or one of them is empty.
     """
-    files = [root / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
+    files = _split_files(root)
     if not all(file.is_file() for file in files):
         return None
-    train, val = (file.read_text(encoding="utf-8", errors="replace").split() for file in files)
+    train, val = (file.read_text("utf-8-sig", errors="replace").split() for file in files)
     both = sorted(set(train) & set(val))
     if both:
         raise ValueError(f"{len(both)} images are in {files[0]} and in {files[1]}: {both[0]}, ...")
     for file, ids in zip(files, (train, val), strict=True):
         if not ids:
             raise ValueError(f"{file} is empty; expected one image id in a line, like 000042")
+        if twice := [name for name, count in Counter(ids).items() if count > 1]:
+            raise ValueError(f"{file} lists {len(twice)} images more than once: {twice[0]}, ...")
     return train, val
 
 
@@ -122,19 +141,10 @@ def _pair(root: Path, name: str, images: dict[str, Path]) -> tuple[Path, Path]:
     label = root / LABELS / f"{name}.txt"
     if name not in images:
         image = root / IMAGES / name
-        raise FileNotFoundError(f"no image {image}.png or .jpg, although {name} is in the list")
+        raise FileNotFoundError(f"no image {image}.png or .jpg, although {name!r} is in the list")
     if not label.is_file():
         raise FileNotFoundError(f"no label {label} for the image {images[name]}")
     return images[name], label
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Read (width, height) from the file's header, without decoding the image."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: it is damaged or not an image") from error
 
 
 @DATASETS.register_module()
@@ -142,10 +152,12 @@ class KittiDataset(BaseDetDataset):
     """Data set of the images `ids` in KITTI's layout below `root`; `img_id` = index in `ids`.
 
     With `official`, images carry all their `KittiObject`s under `kitti` for KITTI's own metric.
+    Objects of less than a pixel are left out, and counted in `told`.
 
     Raises:
         FileNotFoundError: the root, or an image or its label is missing.
-        ValueError: a damaged image or label (see `parse_label`), an unknown grouping or class.
+        ValueError: an image that is damaged or has more than `max_pixels`, a damaged label (see
+            `parse_label`), relative boxes, an unknown grouping or class.
     """
 
     METAINFO = {"dataset_type": "kitti", "classes": CLASSES}
@@ -159,8 +171,10 @@ class KittiDataset(BaseDetDataset):
         pipeline: Sequence[dict] = (),
         test_mode: bool = True,
         official: bool = True,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.official = official
+        self.official, self.max_pixels = official, max_pixels
+        self.told, self.largest = Tally(), 0.0  # the largest coordinate of a box
         self.root = need_folder(root, "dataset.root", LAYOUT)
         self.ids = list(ids)
         self.grouping = grouping
@@ -175,20 +189,45 @@ class KittiDataset(BaseDetDataset):
     def load_data_list(self) -> list[dict]:
         """Load and validate all labels; called by mmengine."""
         files = _image_files(self.root)
-        return [self._load(index, name, files) for index, name in enumerate(self.ids)]
+        pairs = [_pair(self.root, name, files) for name in self.ids]
+        sizes = image_sizes([str(image) for image, _ in pairs], self.max_pixels)
+        infos = [
+            self._load(index, image, label, size)
+            for index, ((image, label), size) in enumerate(zip(pairs, sizes, strict=True))
+        ]
+        self.told.log(self.root / LABELS)
+        if 0 < self.largest <= 1:
+            raise ValueError(
+                f"all boxes in {self.root / LABELS} are within 0 and 1, as if relative to the size "
+                "of the image; expected: x1, y1, x2, y2 in pixels"
+            )
+        return infos
 
-    def _load(self, index: int, name: str, files: dict[str, Path]) -> dict:
-        image, label = _pair(self.root, name, files)
-        width, height = _image_size(image)
+    def _load(self, index: int, image: Path, label: Path, size: Size) -> dict:
+        width, height = size
         objects = parse_label(label, width, height)
+        instances = group(objects, self.grouping, self.metainfo["classes"])
+        pairs = zip(objects, instances, strict=True)
         return {
             "img_id": index,
             "img_path": str(image),
             "width": width,
             "height": height,
-            "instances": group(objects, self.grouping, self.metainfo["classes"]),
+            "instances": [kept for item, kept in pairs if self._keeps(item, kept, label)],
             **({"kitti": objects} if self.official else {}),
         }
+
+    def _keeps(self, item: KittiObject, instance: dict, label: Path) -> bool:
+        x1, y1, x2, y2 = item.box
+        self.largest = max(self.largest, *item.labelled)
+        if instance["ignore_flag"]:
+            what = f"objects of the type {item.name}, which become ignored regions"
+            self.told.add(what, label.name, expected=item.name in TYPES)
+        elif min(x2 - x1, y2 - y1) < 1:
+            example = f"{item.name} {item.labelled} in {label.name}"
+            self.told.add("boxes narrower or lower than a pixel, left out", example)
+            return False
+        return True
 
 
 @dataclass(kw_only=True, eq=False)
@@ -244,7 +283,28 @@ class KittiDataModule(DetectionDataModule):
             self.grouping,
             self.classes,
             official=self.official,
+            max_pixels=self.max_pixels,
         )
+
+    def unread(self) -> Tally:
+        """Return what lies in the folders of images, labels and lists and is in neither split."""
+        root, told = self.folder(), Tally()
+        used = _image_files(root)
+        listed = {name for ids in self.split_ids().values() for name in ids}
+        for entry in _entries(root / IMAGES):
+            if entry.suffix.lower() not in SUFFIXES:
+                told.add("entries that are not images, not read", str(IMAGES / entry.name))
+            elif used[entry.stem] != entry:
+                told.add("images not read, since another has their id", str(IMAGES / entry.name))
+            elif entry.stem not in listed:
+                told.add("images in neither list of ImageSets", str(IMAGES / entry.name))
+        for entry in _entries(root / LABELS):
+            if entry.suffix == ".txt" and entry.stem not in used:
+                told.add("labels without an image, not read", str(LABELS / entry.name))
+        lists = [file for file in _split_files(root) if file.is_file()]
+        if len(lists) == 1:
+            told.add("lists of a split, not used without the other one", str(lists[0]))
+        return told
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprints of both splits, with a hash of the label files."""

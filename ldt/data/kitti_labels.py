@@ -15,7 +15,7 @@ class KittiObject(NamedTuple):
     """One labelled object; boxes are (x1, y1, x2, y2) in pixels.
 
     Attributes:
-        name: its KITTI type.
+        name: its type, one of `TYPES` or one's own.
         box: its box, clipped to the image.
         labelled: its box as it stands in the label.
         truncation: share of the object outside the image.
@@ -32,14 +32,15 @@ class KittiObject(NamedTuple):
 def parse_label(label: Path | str, width: int, height: int) -> list[KittiObject]:
     """Parse a KITTI label, given as a file or as text, of an image of `width` x `height` pixels.
 
-    Boxes are clipped to the image: KITTI's boxes may extend beyond it by about a pixel.
+    Boxes are clipped to the image: KITTI's boxes may extend beyond it by about a pixel. Types need
+    not be KITTI's. The score of a detector's result is not used.
 
     Raises:
-        ValueError: wrong number of columns, a value that is not a number, an unknown type, or a
-            box that is empty or entirely outside the image; the message names file and line.
+        ValueError: wrong number of columns, a value that is not a number, or a box that is empty
+            or entirely outside the image; the message names file and line.
     """
     if isinstance(label, Path):
-        source, text = str(label), label.read_text(encoding="utf-8", errors="replace")
+        source, text = str(label), label.read_text(encoding="utf-8-sig", errors="replace")
     else:
         source, text = "label", label
     return [
@@ -51,13 +52,12 @@ def parse_label(label: Path | str, width: int, height: int) -> list[KittiObject]
 
 def _parse_line(line: str, where: str, width: int, height: int) -> KittiObject:
     name, *rest = line.split()
-    if len(rest) + 1 != COLUMNS:
+    if len(rest) + 1 not in (COLUMNS, COLUMNS + 1):
         raise ValueError(
             f"{where}: found {len(rest) + 1} columns, expected KITTI's {COLUMNS}: type, "
-            f"truncation, occlusion, angle, box (4), size (3), position (3), rotation; in {line!r}"
+            "truncation, occlusion, angle, box (4), size (3), position (3), rotation (and perhaps "
+            f"a score); in {line!r}"
         )
-    if name not in TYPES:
-        raise ValueError(f"{where}: unknown type {name!r}; allowed: {', '.join(TYPES)}")
     try:
         numbers = [float(value) for value in rest]
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Pipelines of mmdet's transforms for training, calibration and validation."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -8,6 +9,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from mmengine.dataset import BaseDataset, Compose
 
+from ldt.data.image_files import MAX_PIXELS, read_size, unreadable
 from ldt.detectors.mmengine_internals import registered_types_only
 
 META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
@@ -16,23 +18,38 @@ FOR_METRICS = ("areas", "kitti")  # where a data set has them
 
 @TRANSFORMS.register_module()
 class ReadImage(LoadImageFromFile):
-    """LoadImageFromFile whose error names the file that could not be decoded.
+    """LoadImageFromFile whose errors name the file, and that decodes no image of too many pixels.
+
+    Args:
+        max_pixels: of an image, told from its header; a file of a few kB may hold gigabytes.
+        options: of LoadImageFromFile.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not an image or is damaged.
+        ValueError: the file is not an image, is damaged or has too many pixels.
     """
+
+    def __init__(self, max_pixels: int = MAX_PIXELS, **options: Any) -> None:
+        super().__init__(**options)
+        self.max_pixels = max_pixels
 
     def transform(self, results: dict) -> dict:
         """Add `img` (H, W, 3 uint8, BGR), `img_shape` and `ori_shape` (h, w) to `results`."""
+        path = results["img_path"]
+        if self.backend_args is None and self.file_client_args is None:  # a file on a disk
+            read_size(path, self.max_pixels)
         try:
             loaded = super().transform(results)
         except (AssertionError, cv2.error) as error:
-            raise ValueError(
-                f"cannot read the image {results['img_path']}: damaged or not an image; restore it"
-            ) from error
+            raise unreadable(path) from error
         assert loaded is not None, "only ignore_empty=True returns None"
         return loaded
+
+
+def limited(steps: Sequence[dict[str, Any]], max_pixels: int) -> list[dict[str, Any]]:
+    """Return the steps of a pipeline with a limit on the pixels of the images that it reads."""
+    limit = {"max_pixels": max_pixels}
+    return [step | limit if step["type"] == "ReadImage" else step for step in steps]
 
 
 def plain_steps(resize: list[dict], augment: str = "none") -> list[dict]:

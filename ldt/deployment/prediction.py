@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import Compose, pseudo_collate
 
-from ldt.data.pipelines import build_transforms, test_steps
+from ldt.data.image_files import MAX_PIXELS, SUFFIXES
+from ldt.data.pipelines import build_transforms, limited, test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
 from ldt.runs.files import write_json
 from ldt.runs.refusal import refusing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+MOST_TOLD = 5  # images that cannot be read
 
 
 def find_images(sources: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -50,6 +52,7 @@ class Predictor:
     Args:
         checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
         device: device of the detector.
+        max_pixels: of an image; larger ones are not decoded.
 
     Attributes:
         classes: class names in label order.
@@ -59,10 +62,15 @@ class Predictor:
         ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
     """
 
-    def __init__(self, checkpoint: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        device: str | torch.device = "cpu",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         content = read(checkpoint)
         steps = test_steps(resize_steps(content, checkpoint))
-        load, *rest = build_transforms(steps)
+        load, *rest = build_transforms(limited(steps, max_pixels))
         self._read, self._prepare = load, Compose(rest)
         self.detector: Any = detector_of(content, device)
         self.classes: tuple[str, ...] = self.detector.dataset_meta["classes"]
@@ -72,11 +80,18 @@ class Predictor:
         """Return an image's pixels [h, w, 3] (uint8, RGB) and detections in pixel coordinates.
 
         Raises:
-            ValueError: the file is not an image, or damaged.
+            ValueError: the file is not an image, is damaged, too large, or too thin to be resized.
         """
         loaded = self._read({"img_path": str(path), "img_id": number})
         pixels = loaded["img"][..., ::-1].copy()
-        batch = pseudo_collate([self._prepare(loaded)])
+        try:
+            batch = pseudo_collate([self._prepare(loaded)])
+        except cv2.error as error:
+            height, width = pixels.shape[:2]
+            raise ValueError(
+                f"cannot prepare the image {path} of {width}x{height} pixels for the detector: "
+                f"{error.err}"
+            ) from error
         return pixels, self.detector.test_step(batch)[0].cpu()
 
 
@@ -86,6 +101,7 @@ def predict(
     out: str | Path,
     threshold: float = 0.3,
     device: str | torch.device = "cpu",
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Detect objects in images, draw them and save the results.
 
@@ -99,26 +115,44 @@ def predict(
         out: output folder; existing files of the same names are overwritten.
         threshold: minimum score of drawn boxes.
         device: device of the detector.
+        max_pixels: of an image; larger ones are not decoded.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see :class:`Predictor` and :func:`find_images`.
-        ValueError: ``threshold`` is not in [0, 1], or a file is not an image or damaged.
+        ValueError: ``threshold`` is not in [0, 1]; or, once the results of the other images are
+            written, files that are not images, damaged, too large or too thin.
     """
     with refusing():
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, e.g. 0.3")
         paths, out = find_images(sources), Path(out)
-        predictor = Predictor(checkpoint, device)
+        predictor = Predictor(checkpoint, device, max_pixels)
     out.mkdir(parents=True, exist_ok=True)
-    draw = _painter(predictor.classes, threshold)
-    images, boxes = [], []
+    draw, images, boxes, bad = _painter(predictor.classes, threshold), [], [], []
     for number, path in enumerate(paths, 1):
-        pixels, sample = predictor(path, number)
+        try:
+            pixels, sample = predictor(path, number)
+        except (ValueError, OSError) as error:
+            bad.append(str(error))
+            continue
         draw(pixels, sample, out / "pictures" / f"{number:04d}-{path.stem}.jpg")
         height, width = pixels.shape[:2]
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
         boxes += _results(number, sample)
-    categories = [{"id": i, "name": name} for i, name in enumerate(predictor.classes, 1)]
+    if images:
+        _write(out, predictor.classes, images, boxes)
+    if bad:
+        rest = f"; the results of the other {len(images)} are in {out}" if images else ""
+        more = "; ..." if bad[MOST_TOLD:] else ""
+        raise ValueError(
+            f"{len(bad)} of {len(paths)} images are left out{rest}: "
+            f"{'; '.join(bad[:MOST_TOLD])}{more}"
+        )
+
+
+def _write(out: Path, classes: Sequence[str], images: list[dict], boxes: list[dict]) -> None:
+    """Write the results of all images, and which image each id is."""
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     write_json(out / "predictions.json", boxes)
     about = {"images": images, "annotations": [], "categories": categories}
     write_json(out / "images.json", about)

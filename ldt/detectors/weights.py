@@ -1,7 +1,8 @@
 """Load published or own weights into a detector without executing code from the file."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ log = logging.getLogger(__name__)
 
 def load_weights(
     detector: nn.Module, path: str | Path, predictors: Sequence[str]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Load a published or own state dict, except for predictors whose shapes differ.
 
     Args:
         detector: an mmdet detector.
-        path: ``{"state_dict": ...}`` or a bare state dict; ``module.`` prefixes are removed.
+        path: ``{"state_dict": ...}`` or a bare state dict. A prefix of all names (``module.`` of
+            DDP, ``model.``) and ``_orig_mod.`` of ``torch.compile`` are removed.
         predictors: names of modules whose shapes may differ (another number of classes).
 
     Returns:
-        The metadata of a file that ldt wrote; empty for others.
+        The metadata of a file that ldt wrote, empty for others; and the names of the predictors'
+        tensors that keep their initial values.
 
     Raises:
         ValueError: the file belongs to another detector (the message counts and lists the keys),
@@ -39,10 +42,10 @@ def load_weights(
     state = content.get("state_dict", content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"detector.checkpoint={str(path)!r} contains no state dict of tensors")
-    state = {key.removeprefix("module.").removeprefix("detector."): v for key, v in state.items()}
+    own = detector.state_dict()
+    state = _without_prefixes(state, own)
     # mmdet 2 stored both the model's and the averaged weights; later files have only the latter
     state = {key: value for key, value in state.items() if not key.startswith("ema_")}
-    own = detector.state_dict()
     new_head = {
         key
         for key, value in own.items()
@@ -62,7 +65,23 @@ def load_weights(
     if new_head:
         log.warning("new predictors (another number of classes): %s", sorted(new_head))
     detector.load_state_dict({k: v for k, v in state.items() if k not in new_head}, strict=False)
-    return content.get("ldt", {})
+    return content.get("ldt", {}), sorted(new_head)
+
+
+def _without_prefixes(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Remove the prefixes of wrappers: the one below which most of the detector's names are."""
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    prefixes = Counter(
+        key[: len(key) - len(name)] for key in state for name in _ends(key) if name in own
+    )
+    prefix = max(prefixes, key=lambda found: prefixes[found], default="")
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _ends(key: str) -> list[str]:
+    """Return a dotted name and what is left of it without its first parts."""
+    parts = key.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 class _DiscardedBuffer:

@@ -146,10 +146,11 @@ def _rows(kind: int, instances: Detections) -> Tensor:
 
 
 def _kitti_rows(objects: Sequence[KittiObject]) -> Tensor:
-    """Return the rows of KITTI's objects, with image id 0."""
+    """Return the rows of KITTI's objects, with image id 0; those of one's own types are absent."""
     rows = [
         (KITTI, 0, TYPES.index(each.name), 0, *each.labelled, 0, each.truncation, each.occlusion)
         for each in objects
+        if each.name in TYPES
     ]
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, COLUMNS)
 

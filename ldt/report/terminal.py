@@ -33,22 +33,23 @@ def print_run(summary: Mapping[str, Any], folder: Path) -> None:
         folder: the run's directory.
     """
     rows, metric = summary["rounds"], summary["metric"]
-    console = _console()
-    console.print(_rounds_table(summary))
-    console.print(Text(f"* the metric of this data set: {metric}", style="dim"))
+    out = console()
+    out.print(_rounds_table(summary))
+    out.print(Text(f"* the metric of this data set: {metric}", style="dim"))
     for picture in files.pictures(folder):
-        _print_path(console, "picture", picture)
+        _print_path(out, "picture", picture)
     name = "detector" if len(rows) == 1 else "pruned detector"
-    _print_path(console, name, folder / summary["checkpoint"])
+    _print_path(out, name, folder / summary["checkpoint"])
 
 
-def _print_path(console: Console, name: str, path: Path) -> None:
-    console.print(Text(f"{name}: {path}"), soft_wrap=True)
+def _print_path(out: Console, name: str, path: Path) -> None:
+    out.print(Text(f"{name}: {path}"), soft_wrap=True)
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+def console() -> Console:
+    """Return a console that truncates nothing if the output is not a terminal."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def _rounds_table(summary: Mapping[str, Any]) -> Table:
@@ -105,7 +106,7 @@ def print_study(study: Path) -> int:
     """
     rows = load_study(study)
     failed = [row for row in rows if row["status"] == "failed"]
-    console = _console()
+    out = console()
     table = Table(box=box.SIMPLE_HEAD, title=Text(str(study)), title_justify="left")
     for name in ("run", "status", "metric"):
         table.add_column(name, overflow="fold")
@@ -115,14 +116,14 @@ def print_study(study: Path) -> int:
         if row["status"] != "failed":
             table.add_row(*_study_cells(row))
     if table.row_count:
-        console.print(table)
+        out.print(table)
     for row in failed:
         first_line = (row["error"].splitlines() or ["no message"])[0]
         line = Text(f"{row['run']}  failed  {first_line}", style="red")
-        console.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     states = [row["status"] for row in rows]
     counts = (f"{states.count(state)} {state}" for state in ("finished", "failed", "unfinished"))
-    console.print(", ".join(counts))
+    out.print(", ".join(counts))
     return len(failed)
 
 

@@ -31,6 +31,8 @@ FREE = (  # keys, and groups of keys, that are not part of the identity: results
     *LABELS,
     # locations
     *("dataset.root", "dataset.cache", "trainer.default_root_dir"),
+    # limits of what is accepted
+    "dataset.max_pixels",
     # hardware and speed
     *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),

@@ -67,10 +67,20 @@ def remembered(path: Path, what: str, find: Callable[[Path], Any]) -> Any:
     if state.st_size < LARGE:
         return find(path)
     key = [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, what]
+    return cached(key, lambda: find(path))
+
+
+def cached(key: Iterable[Any], find: Callable[[], Any]) -> Any:
+    """Return ``find()``, or what it returned earlier for an equal key, from the cache folder.
+
+    Args:
+        key: what the result depends on.
+        find: computes the result, which must be JSON-serialisable.
+    """
     cache = cache_folder() / "fingerprints" / f"{digest(key)}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(cache.read_text(encoding="utf-8"))
-    found = find(path)
+    found = find()
     with contextlib.suppress(OSError):  # an unwritable cache only costs time
         cache.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(cache, json.dumps(found))

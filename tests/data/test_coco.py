@@ -75,26 +75,127 @@ def test_validation_knows_the_annotated_area_of_every_object(tmp_path):
     annotated = content()
     for area, annotation in enumerate(annotated["annotations"], start=1):
         annotation["area"] = area  # the last one is the crowd
-    annotated["annotations"].insert(1, {"id": 99, **box(11, 5, (5, 5)), "area": 0})  # left out
+    unmeasured = {"id": 99, **box(11, 5, (5, 5))}
+    annotated["annotations"][1:1] = [unmeasured | {"area": area} for area in (0, -1, None)]
+    annotated["annotations"].insert(1, {k: v for k, v in unmeasured.items() if k != "area"})
     data = module(write_coco(tmp_path, annotated), augment="mosaic")
-    assert [sample.areas for sample in samples(data.val_dataloader())] == [[1, 2], [], [3]]
+    of_boxes = [10 * 8] * 4
+    assert [s.areas for s in samples(data.val_dataloader())] == [[1, *of_boxes, 2], [], [3]]
     assert all("areas" not in sample for sample in samples(data.train_dataloader()))
 
 
-def test_annotations_that_are_left_out_are_counted(tmp_path, caplog):
+LEFT_OUT = {  # an annotation, and what is told of it
+    "boxes outside of their image": {"bbox": [60, 5, 10, 8]},
+    "boxes narrower or lower than a pixel": {"bbox": [4, 5, 10, -8]},
+    "boxes with less than a pixel inside": {"bbox": [59.5, 5, 10, 8]},
+    "annotations marked `ignore`": {"ignore": 1},
+    "annotations of categories that are not in the file": {"category_id": 0},
+    "annotations of classes that are not in dataset.classes": {"category_id": 9},
+    "annotations of images that are not in the file": {"image_id": 99},
+}
+
+
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_annotations_that_are_left_out_are_counted_with_an_example(tmp_path, caplog, reason):
     broken = content()
-    broken["annotations"] += [
-        {"id": 70, **box(11, 5, (60, 5))},
-        {"id": 71, **box(11, 5, (4, -8))},
-        {"id": 72, **box(99, 5)},
+    broken["annotations"] = [box(11, 5), *({"id": 70, **box(11, 5), **LEFT_OUT[reason]},) * 2]
+    data = module(write_coco(tmp_path, broken), classes=("cat", "dog"))
+    assert data.object_counts("val") == [1, 0]
+    ((told, entry),) = data.told("val").entries.items()
+    assert told.startswith(reason)
+    assert told.endswith("left out")
+    assert (entry.count, "annotation 70 of" in entry.example) == (2, True)
+    assert (f"{told}: 2 (the first: annotation 70 of" in caplog.text) != entry.expected
+
+
+def test_all_that_is_left_is_what_mmdet_keeps_and_every_box_has_a_pixel_in_its_image(tmp_path):
+    annotated, rng = content(), np.random.default_rng(0)
+    boxes = np.round(rng.uniform([-20, -20, -2, -2], [70, 50, 30, 30], (300, 4)), 1).tolist()
+    annotated["annotations"] = [
+        {"id": i, **box(11, rng.choice([4, 5, 7]).item()), "bbox": b} for i, b in enumerate(boxes)
     ]
-    data = module(write_coco(tmp_path, broken))
-    pair, *_ = samples(data.val_dataloader())
-    assert pair.gt_instances.labels.tolist() == [0, 1]
-    assert "1 annotations belong to no image of the file" in caplog.text
-    assert "2 annotations lie outside their image and are dropped; the first has the id 70" in (
-        caplog.text
-    )
+    data = module(write_coco(tmp_path, annotated))
+    found = data.dataset("train").get_data_info(0)["instances"]
+    assert len(found) + sum(e.count for e in data.told("train").entries.values()) == 300
+    assert 50 < len(found) < 200
+    for instance in found:
+        x1, y1, x2, y2 = instance["bbox"]
+        assert min(x2, 60) - max(x1, 0) >= 1
+        assert min(y2, 40) - max(y1, 0) >= 1
+
+
+def test_relative_boxes_are_refused(tmp_path):
+    relative = content()
+    for annotation in relative["annotations"]:
+        annotation["bbox"] = [0.1, 0.2, 0.5, 0.25]
+    with pytest.raises(ValueError, match=r"train2017\.json: all boxes are within 0 and 1"):
+        module(write_coco(tmp_path, relative)).setup()
+
+
+def test_boxes_that_look_like_corners_are_told(tmp_path):
+    for name, widest in (("corners", 55), ("sizes", 30)):
+        annotated = content()
+        annotated["annotations"] = [
+            {**box(11, 5), "bbox": [10 + i, 5, widest - i, 30]} for i in range(10)
+        ]
+        data = module(write_coco(tmp_path / name, annotated))
+        told = "\n".join(data.told("train").lines())
+        assert ("as if written as x1, y1, x2, y2" in told) == (name == "corners")
+
+
+def test_categories_of_one_name_are_one_class(tmp_path, caplog):
+    twice = content()
+    twice["categories"].append({"id": 8, "name": "dog"})
+    twice["annotations"].append({"id": 80, **box(12, 8)})
+    data = module(write_coco(tmp_path, twice))
+    assert data.object_counts("train") == [1, 2, 1]
+    assert "merged to one class each: 1 (the first: 'dog': [7, 8])" in caplog.text
+    twice["categories"][-1] = {"id": 7, "name": "hound"}
+    with pytest.raises(ValueError, match="category id 7 has two names: 'dog', 'hound'"):
+        module(write_coco(tmp_path / "other", twice)).setup()
+    with pytest.raises(ValueError, match=r"dataset\.classes has 'cat' twice"):
+        module(tmp_path, classes=("cat", "dog", "cat"))
+
+
+def test_sizes_that_are_not_those_of_the_images_are_refused(tmp_path):
+    stale = content()
+    for image in stale["images"][1:]:
+        image |= {"width": 120, "height": 80}
+    with pytest.raises(ValueError, match=r"2 of 3 images.*002\.png has 60x40 .* are 120x80"):
+        module(write_coco(tmp_path / "stale", stale)).setup()
+    rounded = content()
+    rounded["images"][1]["width"] = 61
+    data = module(write_coco(tmp_path / "rounded", rounded))
+    assert {data.dataset("val").get_data_info(i)["width"] for i in range(3)} == {60}
+    assert data.told("val").lines()
+
+
+def test_an_object_that_is_annotated_twice_is_told_and_stays(tmp_path):
+    twice = content()
+    twice["annotations"] += [dict(twice["annotations"][0]), box(12, 5), box(11, 9)]
+    data = module(write_coco(tmp_path, twice))
+    assert data.object_counts("train") == [3, 1, 2]
+    (line,) = data.told("train").lines()
+    assert line.startswith("objects annotated again with an equal box: 1 (the first: annotation 0 ")
+
+
+def test_an_image_under_two_ids_is_told(tmp_path):
+    twice = content()
+    twice["images"].append({**twice["images"][0], "id": 14})
+    data = module(write_coco(tmp_path, twice))
+    assert data.told("train").lines() == [
+        "images listed again under another id: 1 (the first: 001.png)"
+    ]
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    write_coco(tmp_path, content())
+    file = tmp_path / "annotations/instances_train2017.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    data = module(tmp_path)
+    assert data.split_ids()["train"] == data.split_ids()["val"]
+    found = data.fingerprint()
+    assert found["train"]["ids"] == found["val"]["ids"]
 
 
 @pytest.mark.parametrize("classes", [("dog", "cat"), ("cat", "dog"), ("bird",)])
@@ -140,7 +241,10 @@ def without(group, key):
         ({**content(), "categories": {}}, "expected a list under 'categories'"),
         ({**content(), "images": []}, "lists no image"),
         (without("images", "width"), "no 'width'"),
-        (without("annotations", "area"), "no 'area'"),
+        (without("annotations", "bbox"), "no 'bbox'"),
+        (json.dumps(content()).replace("80.0", "NaN", 1), "'area' is 'nan'; expected a number"),
+        (json.dumps(content()).replace("[4, 5,", "[4, Infinity,"), "expected four numbers"),
+        (json.dumps(content()).replace('"id": 11', '"id": "11"'), "expected a whole number"),
         (without("annotations", "image_id"), "no 'image_id'"),
     ],
 )

@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 from short_runs import rows
 from small import composed
 from test_coco import box, content, write_coco
 
 from ldt import experiment
-from ldt.build import build_data, check_labels
+from ldt.build import build_data, build_module, check_labels
+from ldt.config import as_dict
 from ldt.detectors.checkpoints import read
+from ldt.detectors.models import build, model_config
 from ldt.runs.files import round_checkpoint
 
 
@@ -75,6 +78,23 @@ def test_labels_that_do_not_suffice_are_refused_before_training(
     with pytest.raises(ValueError, match=told):
         experiment.run(coco(tmp_path, *options, train=annotations), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_new_predictors_that_nothing_trains_are_refused(tmp_path, caplog):
+    untrained = ["recipe.epochs=0", "recipe.retrain_epochs=0", "method=l1"]
+    config = coco(tmp_path, *untrained, train=[*CATS, box(11, 7)])
+    plain, data = as_dict(config), build_data(config)
+    own = plain["detector"]
+    source = build(model_config(own["config"], own["options"], n_classes=80, pretrained=False))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    config.detector.checkpoint = own["checkpoint"] = str(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"another number of classes than the 3 .*recipe\.epochs="):
+        build_module(config, plain, data)
+    config.recipe.retrain_epochs = plain["recipe"]["retrain_epochs"] = 1
+    caplog.clear()
+    build_module(config, plain, data)
+    assert "recipe.epochs=0 leaves the new ones untrained: the round `base`" in caplog.text
 
 
 @pytest.mark.slow

@@ -145,6 +145,26 @@ def ended(capsys, *arguments):
     return ended.value.code, line
 
 
+def test_images_that_cannot_be_read_are_named_and_the_others_written(
+    checkpoint, folder, tmp_path, capsys
+):
+    mixed, out = tmp_path / "mixed", tmp_path / "out"
+    mixed.mkdir()
+    (mixed / "._a.png").write_text("Mac OS X AppleDouble")
+    (mixed / "cut.png").write_bytes((folder / "wide.png").read_bytes()[:60])
+    assert cv2.imwrite(str(mixed / "thin.png"), np.zeros((1, 2000, 3), np.uint8))
+    (mixed / "wide.png").write_bytes((folder / "wide.png").read_bytes())
+    code, line = ended(capsys, checkpoint, mixed, "--out", out)
+    assert code == 1
+    assert "3 of 4 images are left out; the results of the other 1 are in" in line
+    assert all(name in line for name in ("._a.png", "cut.png", "thin.png of 2000x1 pixels"))
+    images = json.loads((out / "images.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == [str(mixed / "wide.png")]
+    assert {row["image_id"] for row in json.loads((out / "predictions.json").read_text())} == {4}
+    code, line = ended(capsys, checkpoint, mixed / "wide.png", "--out", out, "--max-pixels", "9")
+    assert (code, "type --max-pixels " in line) == (1, True)
+
+
 def test_a_threshold_is_a_score(checkpoint, folder, tmp_path):
     with pytest.raises(ValueError, match=r"threshold=30.0; allowed: a score from 0 to 1"):
         predict(checkpoint, [folder], tmp_path / "out", threshold=30.0)

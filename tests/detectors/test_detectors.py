@@ -378,6 +378,28 @@ def same(one, two, skip=()):
     )
 
 
+PREFIXES = ("", "module.", "detector.", "model.", "architecture.", "_orig_mod.", "module.a.b.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_of_all_names_is_removed(prefix, tmp_path):
+    parts = {"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 3)}
+    source, target = nn.ModuleDict(parts), nn.ModuleDict({k: nn.Linear(2, 2) for k in parts})
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    _, new = load_weights(target, tmp_path / "w.pth", ["head"])
+    assert new == ["head.bias", "head.weight"]
+    assert same(source.state_dict(), target.state_dict(), ["head"])
+
+
+def test_names_within_a_compiled_part_are_those_of_the_part(tmp_path):
+    source, target = (nn.ModuleDict({"backbone": nn.Linear(2, 2)}) for _ in range(2))
+    keys = ("model.backbone._orig_mod.weight", "model.backbone._orig_mod.bias")
+    torch.save(dict(zip(keys, source.parameters(), strict=True)), tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth", [])
+    assert same(source.state_dict(), target.state_dict())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module.", "detector."])
 @pytest.mark.parametrize("bare", [True, False])

@@ -206,3 +206,9 @@ def test_generated_scenes_have_no_kitti_numbers(tmp_path):
     data = RoadScenesDataModule(cache=str(tmp_path), train=1, val=1, scale=(64, 32))
     [batch] = data.val_dataloader()
     assert "kitti" not in batch["data_samples"][0]
+
+
+def test_objects_of_ones_own_types_are_absent():
+    car, found = item(), [(BOX, "Car", 0.9)]
+    with_bus = many([car, item("bus", (0, 0, 50, 60))], found)
+    assert computed(with_bus) == pytest.approx(computed(many([car], found)), nan_ok=True)
