@@ -109,7 +109,7 @@ def _recording(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter of the run of a shared base
         record_end(folder, {"status": "interrupted"})
         raise
     except Exception as error:

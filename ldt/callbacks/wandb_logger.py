@@ -35,8 +35,9 @@ class WandbRun(WandbLogger):
 
     The run finishes with the rounds as a table, the pictures and the checkpoint, or is marked as
     failed if the block raises. Its id is random and kept in the job's directory, so that a resumed
-    job continues the same W&B run, and runs of the same name in other directories are others. The x axis is ``trainer/global_step`` for training, and
-    ``round/round`` for ``round/*``. Only rank 0 logs.
+    job continues the same W&B run, and jobs of the same name in other directories do not. The x
+    axis is ``trainer/global_step`` for training, and ``round/round`` for ``round/*``. Only rank 0
+    logs.
 
     Args:
         save_dir: the job's directory; W&B writes to ``wandb`` in it.

@@ -42,7 +42,7 @@ METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
 DONE = "finished"  # `status` in SUMMARY of a run with a result
 DRAFT = ".draft-"  # begins the names of files that are being written
-LEFT = (  # what killed processes leave: drafts, those of earlier versions, Lightning's mid-epoch state
+LEFT = (  # of killed processes: drafts, those of earlier versions, Lightning's state in mid-epoch
     *(f"{DRAFT}*", f"*/{DRAFT}*", ".*.*.*[0-9]", "hpc_ckpt_*.ckpt"),
 )
 

@@ -1,4 +1,4 @@
-"""Signals that stop a run as Ctrl-C does: SIGTERM, and within a SLURM job SIGUSR1, which requeues it.
+"""Signals that stop a run as Ctrl-C does: SIGTERM and, within a SLURM job, SIGUSR1, which requeues.
 
 ``sbatch --signal=USR1@120`` sends SIGUSR1 two minutes before the time is over.
 """
