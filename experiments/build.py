@@ -18,7 +18,8 @@ from typing import Any
 from cells import ROOT, SMALL, TableRow, differing, fill, load_cells, load_runs
 
 from ldt.runs import files, identity
-from ldt.runs.files import read_json, write_rows, write_text
+from ldt.runs.files import write_rows, write_text
+from ldt.runs.provenance import starts
 from ldt.runs.run import Run
 
 FIGURES = {
@@ -175,9 +176,9 @@ def _where(runs: Sequence[Run]) -> str:
     if not runs:
         return "No run is finished yet.\n"
     last = max((run.folder / files.SUMMARY).stat().st_mtime for run in runs)
-    about = [read_json(run.folder / files.ENVIRONMENT).get("environment", {}) for run in runs]
+    about = [start["environment"] for run in runs for start in starts(run.folder)]
     kinds = dict.fromkeys(
-        f"{a['cpu']}, {a['cores']} cores, GPU: {a['gpus']}, torch {a['torch']}" for a in about if a
+        f"{a['cpu']}, {a['cores']} cores, GPU: {a['gpus']}, torch {a['torch']}" for a in about
     )
     day = time.strftime("%Y-%m-%d", time.localtime(last))
     return f"{len(runs)} runs, the last of {day}. Machines: {'; '.join(kinds) or 'not recorded'}.\n"

@@ -19,6 +19,7 @@ from ldt.config.sweeps import jobs
 from ldt.runs import files, identity
 from ldt.runs.differences import differences
 from ldt.runs.files import read_json, read_rows
+from ldt.runs.provenance import starts
 from ldt.runs.run import Run, open_runs
 
 ROOT = Path(__file__).parents[1]
@@ -188,11 +189,11 @@ def numbers(run: Run) -> dict[str, Any]:
 
 def _latencies(row: dict[str, Any], folder: Path) -> dict[str, float]:
     """Latency by device type; later measurements take precedence over the run's own."""
-    gpus = read_json(folder / files.ENVIRONMENT).get("environment", {}).get("gpus", "")
+    gpus = {gpu for start in starts(folder) for gpu in start["environment"]["gpus"].split(", ")}
     found = {}
     for prefix in ("base_", ""):
         if f"{prefix}latency_ms" in row:
-            kind = "gpu_ms" if row[f"{prefix}device"] in gpus.split(", ") else "cpu_ms"
+            kind = "gpu_ms" if row[f"{prefix}device"] in gpus else "cpu_ms"
             found[prefix + kind] = row[f"{prefix}latency_ms"]
     return found | read_json(folder / files.LATENCY)
 

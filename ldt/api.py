@@ -33,7 +33,7 @@ from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
-from ldt.runs.files import check_folder_of
+from ldt.runs.files import check_folder_of, writing
 from ldt.runs.refusal import renaming
 
 
@@ -135,7 +135,8 @@ class PruningResult:
                 "is not known here; give it: ldt.prune(..., config='my_config.py')"
             )
         state = {f"detector.{key}": value for key, value in self.detector.state_dict().items()}
-        torch.save({"state_dict": state, "ldt": self._about}, path)
+        with writing(Path(path)) as draft:
+            torch.save({"state_dict": state, "ldt": self._about}, draft)
         return Path(path)
 
 

@@ -20,7 +20,12 @@ from torch_pruning.pruner.importance import Importance
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.callbacks.lightning_internals import lift_step_limit, set_max_epochs
+from ldt.callbacks.lightning_internals import (
+    ignore_signals,
+    lift_step_limit,
+    set_max_epochs,
+    starts_processes,
+)
 from ldt.callbacks.progress import LogProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
@@ -30,7 +35,7 @@ from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.summary import check_data
 from ldt.detectors.checkpoints import read
-from ldt.detectors.models import input_settings, model_config, raise_max_per_img
+from ldt.detectors.models import input_settings, model_config, quiet, raise_max_per_img
 from ldt.evaluation.metrics import MAX_DETECTIONS
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
@@ -73,6 +78,7 @@ def check_config(config: DictConfig) -> None:
     """
     plain = as_dict(config)
     method, recipe = plain["method"], plain["recipe"]
+    check_recipe(recipe)
     check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
     check_value("base", plain["base"], Literal["own", "shared"])
     check_value("seed", plain["seed"], Seed, 0)
@@ -171,7 +177,6 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """Build the prune-retrain loop and its criterion."""
     method = config.method
-    check_recipe(as_dict(config.recipe))
     criterion = build_criterion(config)
     return PruneRetrain(
         plan,
@@ -375,22 +380,45 @@ def build_trainer(
         "gradient_clip_val": config.recipe.clip_grad,
         "callbacks": _callbacks(config, loop, folder),
         "logger": CSVLogger(folder, name="", version=files.next_logs(folder)),
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [AtomicCheckpointIO(folder / files.CONFIG)],
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
         "accelerator": _accelerator(str(plain.get("accelerator", "auto"))),
     }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer: Any = L.Trainer(**given)
-    except MisconfigurationException as error:
-        raise ValueError(f"Lightning refuses a key of trainer: {error}") from error
+    trainer: Any = _lightning_trainer(given)
+    ignore_signals(trainer)
     if trainer.fast_dev_run:  # applies to each phase; Lightning would stop after the first epoch
         set_max_epochs(trainer, plan.total_epochs)
         lift_step_limit(trainer)
     micro_batch(config.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     return trainer
+
+
+def _lightning_trainer(given: dict[str, Any]) -> L.Trainer:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return L.Trainer(**given)
+    except MisconfigurationException as error:
+        raise ValueError(f"Lightning refuses a key of trainer: {error}") from error
+
+
+def check_processes(config: DictConfig) -> bool:
+    """Check that a batch divides among the processes; return whether the trainer will start some.
+
+    Raises:
+        ValueError: it does not.
+    """
+    given = {key: config.trainer[key] for key in ("devices", "strategy", "num_nodes")}
+    if given == {"devices": 1, "strategy": "auto", "num_nodes": 1}:
+        return False
+    quiet()
+    bare = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    accelerator = _accelerator(config.trainer.accelerator)
+    trainer = _lightning_trainer({**given, **bare, "accelerator": accelerator})
+    parts = config.trainer.accumulate_grad_batches
+    micro_batch(config.recipe.batch_size, trainer.world_size, parts)
+    return starts_processes(trainer)
 
 
 def _accelerator(asked: str) -> str:

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ldt.build import (
     read_inputs_without_data,
 )
 from ldt.callbacks.checkpoint_io import resumable
-from ldt.callbacks.lightning_internals import was_interrupted
+from ldt.callbacks.lightning_internals import end_processes, was_interrupted
 from ldt.config import MethodConfig, PruneConfig, as_dict, conf_dir, register
 from ldt.config.keys import check_keys
 from ldt.config.messages import explained
@@ -49,6 +50,7 @@ from ldt.runs import files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
 from ldt.runs.refusal import KINDS, Failed, Refused, is_refusal, one_line, refusing
 from ldt.runs.run import Run, open_run, stored_config
+from ldt.runs.signals import interrupting
 
 log = logging.getLogger(__name__)
 REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # user errors during setup
@@ -75,20 +77,18 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
     """
     fresh = not files.holds_run(folder)
     try:
-        expand_home(config)
-        with refusing(*REFUSALS):
-            plain = _check(config)
-        with files.alone(folder, waits=rank_zero_only.rank == 0):
-            summary = _finish(config, plain, folder)
+        with interrupting(requeues=rank_zero_only.rank == 0):
+            expand_home(config)
+            with refusing(*REFUSALS):
+                plain = check(config)
+            with files.alone(folder, waits=rank_zero_only.rank == 0), _recording(folder):
+                summary = _finish(config, plain, folder)
     except KeyboardInterrupt:
-        _record(folder, {"status": "interrupted"})
         log.warning("interrupted; the same command resumes from the last finished epoch")
         sys.exit(130)
     except Exception as error:
         refused = is_refusal(error)
-        if not refused:
-            _record(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
-        elif fresh and rank_zero_only.rank == 0:
+        if refused and fresh and rank_zero_only.rank == 0:
             files.discard(folder)
         if not in_sweep:
             raise
@@ -97,11 +97,36 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         else:
             log.error("%s failed: %s", folder.name, error, exc_info=True)
         missing = Refused("nan") if refused else Failed("nan")
-        return _result(config, {}, missing)  # the sweep continues with its other jobs
-    return _result(config, summary["rounds"][-1])
+        return result(config, {}, missing)  # the sweep continues with its other jobs
+    return result(config, summary["rounds"][-1])
 
 
-def _check(config: DictConfig) -> dict[str, Any]:
+@contextlib.contextmanager
+def _recording(folder: Path) -> Iterator[None]:
+    """Record the reason if the block ends early; of several processes, that of the first one.
+
+    The others only lose their connections to it. A finished run keeps its summary.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # the latter of the run of a shared base
+        record_end(folder, {"status": "interrupted"})
+        raise
+    except Exception as error:
+        if not is_refusal(error):
+            record_end(folder, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def record_end(folder: Path, state: dict[str, str]) -> None:
+    """Write why a run ended early, unless there is a summary of this start."""
+    try:
+        files.write_first(folder / files.SUMMARY, state)
+    except OSError as error:  # must not hide the reason
+        log.warning("the end of the run cannot be recorded: %s", error)
+
+
+def check(config: DictConfig) -> dict[str, Any]:
     """Check all that needs neither data nor model; return the configuration resolved."""
     check_keys(config)
     plain = as_dict(config, throw_on_missing=True)
@@ -118,7 +143,7 @@ def _finish(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str
             raise ValueError(f"{folder / files.CONFIG} is empty; remove the folder to run it again")
         identity.claim(folder, plain, known)
         summary = read_json(folder / files.SUMMARY)
-        finished = summary.get("status") == "finished"
+        finished = summary.get("status") == files.DONE
         if finished or files.has_checkpoint(folder):
             _check_inputs(config, plain, folder, finished)
     if summary.get("drawn"):
@@ -130,6 +155,8 @@ def _finish(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str
         if finished:
             open_log()
         else:
+            if rank_zero_only.rank == 0:  # of an earlier start
+                (folder / files.SUMMARY).unlink(missing_ok=True)
             summary = _execute(config, plain, folder, open_log)
         _show(config, summary, folder)
     return summary
@@ -146,9 +173,10 @@ def _open_log(config: DictConfig, folder: Path, opened: contextlib.ExitStack) ->
     return [] if logger is None else [logger]
 
 
-def _result(
+def result(
     config: DictConfig, row: Mapping[str, float], missing: float = float("nan")
 ) -> float | tuple[float, ...]:
+    """Return the configured objectives of a row, or its headline metric; ``missing`` for others."""
     names = config.objectives or [config.dataset.metric]
     values = [row.get(name, missing) for name in names]
     return tuple(values) if len(values) > 1 else values[0]
@@ -165,14 +193,8 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
         log.warning("%s: the data of the run cannot be checked: %s", folder, error)
         inputs.check(folder, read_inputs_without_data(plain, open_run(folder)))
     else:
-        inputs.settle(folder, now, place, finished, rank_zero_only.rank == 0)
-
-
-@rank_zero_only
-def _record(folder: Path, state: dict[str, str]) -> None:
-    """Record that a run ended early; a finished run keeps its summary."""
-    if read_json(folder / files.SUMMARY).get("status") != "finished":
-        write_json(folder / files.SUMMARY, state)
+        writes = rank_zero_only.rank == 0 and os.access(folder, os.W_OK)
+        inputs.settle(folder, now, place, finished, writes)
 
 
 def _execute(
@@ -209,12 +231,13 @@ def _train(
         trainer.loggers = [*trainer.loggers, *open_log()]
         about = _claim(claimed, data, folder)
     resume = resumable(folder)
-    if plan.base_epochs == 0 and resume is None:
-        trainer.validate(module, datamodule=data, verbose=False)
     try:
+        if plan.base_epochs == 0 and resume is None:
+            trainer.validate(module, datamodule=data, verbose=False)
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except SystemExit as error:
-        if was_interrupted(trainer):
+    except BaseException as error:
+        end_processes(trainer)
+        if isinstance(error, SystemExit) and was_interrupted(trainer):
             raise KeyboardInterrupt from error
         raise
     if len(loop.rows) <= plan.rounds:
@@ -235,7 +258,7 @@ def _summary(
     config: DictConfig, plan: PruningSchedule, loop: PruneRetrain, folder: Path
 ) -> dict[str, Any]:
     return {
-        "status": "finished",
+        "status": files.DONE,
         "run": folder.name,
         "study": config.study,
         "detector": config.detector.name,
@@ -282,7 +305,7 @@ def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> di
         if not files.has_checkpoint(folder):  # otherwise already checked and recorded
             inputs.write(folder, read_inputs(plain, data), inputs.place_of(plain))
         write_json(folder / files.SPLIT, data.split_ids())
-        write_json(folder / files.ENVIRONMENT, about)
+        provenance.add_start(folder, about)
         _write_config(plain, folder)
     return about
 
@@ -305,7 +328,7 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{facts}"
     folder = identity.find(study, own, "base-") or study / name
     base.run_name = folder.name
-    if read_json(folder / files.SUMMARY).get("status") != "finished":
+    if read_json(folder / files.SUMMARY).get("status") != files.DONE:
         run(base, folder)
         return folder
     with refusing(*REFUSALS):
@@ -320,7 +343,8 @@ def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
         names = (files.round_checkpoint(0), files.ROUNDS, files.SPLIT, files.ENVIRONMENT)
         more = [files.INPUTS] * (base / files.INPUTS).is_file()  # not written by earlier versions
         for name in (*names, *more):
-            shutil.copyfile(base / name, folder / name)
+            with files.writing(folder / name) as draft:
+                shutil.copyfile(base / name, draft)
         for logs in files.log_folders(base):
             shutil.copytree(logs, folder / logs.name, dirs_exist_ok=True)
         _write_config(plain, folder)

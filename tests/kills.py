@@ -1,10 +1,11 @@
 """Kills a real run at random moments, resumes it, and compares it with the run that was not killed.
 
-    python tests/kills.py [--kills 50] [--seed 0] [--method ldt]
+    python tests/kills.py [--kills 50] [--seed 0] [--method ldt] [--wandb] [--shared]
 
-A moment is a call of one of `MOMENTS`, over all phases: training, validating, scoring, cutting,
-writing a checkpoint, recording, drawing. Every run is a child of this process, which has imported
-everything but computed nothing, so that a child begins at once.
+A moment is a call of one of `MOMENTS`, over all phases: generating the data, training, validating,
+scoring, cutting, writing a checkpoint, recording, drawing, writing W&B's files (offline). With
+`--shared` a second job waits for the base that the killed one trains. Every run is a child of this
+process, which has imported everything but computed nothing, so that a child begins at once.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ import torch
 from short_runs import rows, tiny
 
 from ldt import experiment
-from ldt.callbacks import checkpoint_io
+from ldt.callbacks import checkpoint_io, wandb_logger
+from ldt.data import roadscenes_generator
 from ldt.detectors.adapter import Detector
 from ldt.evaluation import profiling
 from ldt.figures import from_runs
@@ -47,6 +50,11 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "moving a file": (os, "replace"),
     "summary": (experiment, "write_json"),
     "drawing": (from_runs, "draw_run"),
+    "a picture": (from_runs, "save"),
+    "generating": (roadscenes_generator, "_save"),
+    "beginning a W&B run": (wandb_logger, "_begin"),
+    "logging to W&B": (wandb_logger.WandbRun, "log_metrics"),
+    "W&B's result": (wandb_logger.WandbRun, "_log_result"),
 }
 
 
@@ -82,8 +90,16 @@ def counted(moment: str, calls: list[int], kill_at: int | None) -> None:
     setattr(owner, name, call)
 
 
-def child(work: Callable[[], None]) -> int:
+def child(work: Callable[[], object]) -> int:
     """Run in a child; its exit code, negative for a signal."""
+    return ended(begun(work))
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def begun(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -93,34 +109,52 @@ def child(work: Callable[[], None]) -> int:
             code = 0
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
-def reference(config: Any, folder: Path) -> dict[str, int]:
-    """The run that is not killed, and how often each moment occurs in it."""
+def reference(configs: dict[str, Any], study: Path) -> dict[str, int]:
+    """The jobs of a study that are not killed; how often each moment occurs in the first one."""
     counts = {moment: [0] for moment in MOMENTS}
+    file = study.with_suffix(".counts")
 
     def work() -> None:
         for moment, calls in counts.items():
             counted(moment, calls, None)
-        experiment.run(config, folder / "whole")
-        lines = [f"{moment}\t{calls[0]}" for moment, calls in counts.items()]
-        (folder / "counts").write_text("\n".join(lines))
+        run(configs["one"], study, "one")
+        file.write_text("\n".join(f"{moment}\t{calls[0]}" for moment, calls in counts.items()))
+        for name in [name for name in configs if name != "one"]:
+            run(configs[name], study, name)
 
-    assert child(work) == 0, "the run fails without being killed"
-    pairs = [line.split("\t") for line in (folder / "counts").read_text().splitlines()]
+    assert child(work) == 0, "the jobs fail without being killed"
+    pairs = [line.split("\t") for line in file.read_text().splitlines()]
     return {moment: int(count) for moment, count in pairs if int(count)}
 
 
-def killed_and_resumed(config: Any, folder: Path, moment: str, at: int) -> None:
-    """Die in one call, begin again, and compare."""
+def run(config: Any, study: Path, name: str) -> None:
+    """Run a job, with a cache of the study's own."""
+    own = config.copy()
+    own.dataset.cache = str(study.with_suffix(".cache"))
+    experiment.run(own, study / name)
+
+
+def killed_and_resumed(configs: dict[str, Any], study: Path, moment: str, at: int) -> None:
+    """Die in one call of the first job, while others wait for its base, and begin it again."""
 
     def die() -> None:
         counted(moment, [0], at)
-        experiment.run(config, folder)
+        run(configs["one"], study, "one")
 
-    assert child(die) == -signal.SIGKILL, "it did not come to the moment"
-    assert child(lambda: float(experiment.run(config, folder))) == 0, "it does not resume"  # type: ignore[arg-type, return-value]
+    first = begun(die)
+    others = [name for name in configs if name != "one"]
+    while others and not list(study.glob("base-*/.lock")):
+        time.sleep(0.01)
+    waiting = [begun(partial(run, configs[name], study, name)) for name in others]
+    assert ended(first) == -signal.SIGKILL, "it did not come to the moment"
+    assert [ended(pid) for pid in waiting] == [0] * len(waiting), "the others do not go on"
+    assert child(partial(run, configs["one"], study, "one")) == 0, "it does not resume"
+    left = [file.name for file in study.rglob(f"{files.DRAFT}*")]
+    left += [file.name for file in study.with_suffix(".cache").glob(".roadscenes*-*-*[!k]")]
+    assert left == [], f"drafts are left: {left}"
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -138,27 +172,49 @@ def differences(one: Path, two: Path) -> list[str]:
     return found
 
 
+def configurations(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The jobs of a study: the one that is killed first."""
+    options = [f"method={given.method}", "ldt.memory=2", "ldt.warmup_epochs=0", "prune.rounds=2"]
+    if given.wandb:
+        for kind in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR", "ARTIFACT_DIR"):
+            os.environ[f"WANDB_{kind}"] = name = str(folder / "wandb" / kind)
+            os.makedirs(name)
+        options += ["logger=wandb", "logger.mode=offline"]
+    if not given.shared:
+        return {"one": tiny(folder, *options)}
+    return {
+        "one": tiny(folder, *options, "base=shared"),
+        "two": tiny(folder, *options, "base=shared", "prune.rate=0.3"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="ldt")
+    parser.add_argument("--wandb", action="store_true")
+    parser.add_argument("--shared", action="store_true")
     given = parser.parse_args()
     rng = np.random.default_rng(given.seed)
     failures = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = tiny(folder, f"method={given.method}", "ldt.memory=2", "ldt.warmup_epochs=0")
+        configs = configurations(folder, given)
         start = time.perf_counter()
-        counts = reference(config, folder)
+        counts = reference(configs, folder / "whole")
         print(f"not killed: {time.perf_counter() - start:.0f} s")
         moments = [str(m) for m in rng.permutation(list(counts))]
         for number in range(given.kills):
             moment = moments[number % len(moments)]
             at = int(rng.integers(1, counts[moment], endpoint=True))
             again = folder / str(number)
-            killed_and_resumed(config, again, moment, at)
-            found = differences(folder / "whole", again)
+            killed_and_resumed(configs, again, moment, at)
+            found = [
+                f"{job}: {text}"
+                for job in configs
+                for text in differences(folder / "whole" / job, again / job)
+            ]
             failures += bool(found)
             outcome = ", ".join(found) or "equal"
             print(f"killed in {moment}, call {at} of {counts[moment]}: {outcome}", flush=True)

@@ -20,6 +20,7 @@ from ldt.cli.study_table import StudyTable
 from ldt.data.datamodule import DetectionDataModule
 from ldt.figures import from_runs
 from ldt.module import DetectorModule
+from ldt.runs import provenance
 from ldt.runs.refusal import Refused
 
 ROUNDS = 2
@@ -49,7 +50,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert found["input_size"] == [64, 128]
     assert result == found["rounds"][-1]["AP"]
     assert torch.__version__.startswith(found["environment"]["torch"])
-    assert json.loads((folder / "environment.json").read_text())["git"] == found["git"]
+    assert [start["git"] for start in provenance.starts(folder)] == [found["git"]]
     split = json.loads((folder / "split.json").read_text())
     assert (len(split["train"]), len(split["val"])) == (8, 4)
     assert not set(split["train"]) & set(split["val"])

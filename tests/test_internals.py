@@ -12,8 +12,11 @@ import torch_pruning as tp
 from hydra._internal import hydra, utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.plugins.sweeper import Sweeper
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from mmengine.config import config
 from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import registry
@@ -48,6 +51,9 @@ def parameters(function):
         (DDPStrategy, "configure_ddp", ["self"], LIGHTNING),
         (WeightAveraging, "_copy_average_to_current", ["self", "pl_module"], LIGHTNING),
         (WeightAveraging, "setup", ["self", "trainer", "pl_module", "stage"], LIGHTNING),
+        (_SignalConnector, "register_signal_handlers", ["self"], LIGHTNING),
+        (_SubprocessScriptLauncher, "kill", ["self", "signum"], LIGHTNING),
+        (Sweeper, "validate_batch_is_legal", ["self", "batch"], HYDRA),
         (registry, "get_object_from_string", ["obj_name"], MMENGINE),
         (config, "is_installed", ["package"], MMENGINE),
         (config, "get_installed_path", ["package"], MMENGINE),

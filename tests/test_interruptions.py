@@ -2,18 +2,25 @@
 
 import errno
 import os
+import shutil
 import signal
 import time
 
 import forked
 import pytest
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from short_runs import ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
+from ldt.figures import from_runs
+from ldt.figures.style import save
 from ldt.loop import pruning_round
+from ldt.module import DetectorModule
+from ldt.runs import files
+from ldt.runs.signals import interrupting
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
@@ -194,3 +201,151 @@ def test_optuna_searches_towards_two_objectives(tmp_path):
         for file in (tmp_path / "runs/search").glob("*/summary.json")
     }
     assert {int(value[1]) for value in values} <= params
+
+
+# Signals --------------------------------------------------------------------------------------
+
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "77"} | {
+    f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")
+}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A SLURM job, with the commands that its `scontrol` has got."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    program, told = tmp_path / "bin/scontrol", tmp_path / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return lambda: told.read_text().splitlines() if told.exists() else []
+
+
+def signalled(monkeypatch, owner, name, number, call=1):
+    """Let this process get a signal in one call of a function."""
+    plain, calls = getattr(owner, name), []
+
+    def wrapped(*given, **more):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return plain(*given, **more)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+MOMENTS = {
+    "training": (DetectorModule, "backward", 3),
+    "validation": (DetectorModule, "validation_step", 1),
+    "cutting": (pruning_round, "check_rate", 1),
+    "waiting": (files.FileLock, "acquire", 2),  # the run's lock first, then that of its base
+    "drawing": (experiment.layers, "write_inventory", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        forked.draw_nothing(patch)
+        experiment.run(based(folder), folder / "whole")
+    return folder
+
+
+def based(folder):
+    return tiny(folder, "method=l1", "prune=oneshot", "base=shared", "recipe.epochs=2")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_a_signalled_job_goes_on_as_if_it_had_not_been(
+    moment, number, slurm, undisturbed, tmp_path, monkeypatch
+):
+    config = based(undisturbed)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        owner, name, call = MOMENTS[moment]
+        signalled(patch, owner, name, number, call)
+        with pytest.raises(SystemExit) as stopped:
+            experiment.run(config, tmp_path / "s/run")
+    assert stopped.value.code == 130
+    assert slurm() == ["requeue 77"] * (number == signal.SIGUSR1)
+    assert signal.getsignal(number) == before
+    if moment != "drawing":  # the result is there already
+        folders = [folder for folder in (tmp_path / "s").iterdir()]
+        states = {summary(f)["status"] for f in folders if (f / "summary.json").exists()}
+        assert states <= {"interrupted", "finished"}
+        assert "interrupted" in states
+    experiment.run(config, tmp_path / "s/run")
+    assert rows(tmp_path / "s/run") == rows(undisturbed / "whole")
+
+
+def test_a_checkpoint_in_mid_epoch_of_an_earlier_version_does_no_harm(slurm, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"callbacks": {}}, folder / "hpc_ckpt_1.ckpt")
+    experiment.run(tiny(tmp_path, "trainer=cpu", "method=none"), folder)
+    assert summary(folder)["status"] == "finished"
+    assert not (folder / "hpc_ckpt_1.ckpt").exists()
+
+
+def test_a_queue_that_refuses_is_told(slurm, tmp_path, caplog):
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho disabled >&2\nexit 1\n")
+    with pytest.raises(KeyboardInterrupt), interrupting():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert "SLURM job 77 cannot be requeued (disabled); submit it again" in caplog.text
+
+
+# What happens to a run's directory -------------------------------------------------------------
+
+
+def test_a_directory_that_is_removed_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    config = tiny(tmp_path, *ONE)
+    plain = DetectorModule.on_train_epoch_start
+
+    def removed(module):
+        if module.current_epoch == 1:
+            shutil.rmtree(tmp_path / "run")
+        plain(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectorModule, "on_train_epoch_start", removed)
+        with pytest.raises(FileNotFoundError, match="run was removed during the run; the same"):
+            experiment.run(config, tmp_path / "run")
+    experiment.run(config, tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_full_disk_while_drawing_keeps_the_result(tmp_path, monkeypatch):
+    config = tiny(tmp_path, "trainer=cpu", "method=none")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            from_runs, "draw_run", lambda _, folder, *__: save(Figure(), folder / "a.png")
+        )
+        patch.setattr(Figure, "savefig", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*a\.png"):
+            experiment.run(config, tmp_path / "run")
+    found = summary(tmp_path / "run")
+    assert (found["status"], found.get("drawn")) == ("finished", None)
+    experiment.run(config, tmp_path / "run")
+    assert summary(tmp_path / "run")["drawn"]
+
+
+def test_a_summary_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, caplog):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "summary.json")
+
+    def fail(*_):
+        raise RuntimeError("the true reason")
+
+    monkeypatch.setattr(files, "write_first", denied)
+    monkeypatch.setattr(DetectorModule, "training_step", fail)
+    with pytest.raises(RuntimeError, match="the true reason"):
+        experiment.run(tiny(tmp_path, *ONE), tmp_path / "run")
+    assert "cannot be recorded: [Errno 13] Permission denied: 'summary.json'" in caplog.text

@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import forked
 import numpy as np
+import psutil
 import pytest
 from short_runs import ROOT, TINY, command, rows
 
@@ -124,3 +127,84 @@ def test_a_batch_that_does_not_divide_is_refused_before_training(tmp_path):
         "trainer.accumulate_grad_batches=1; allowed: multiples of 2 (e.g. recipe.batch_size=4)"
     ) in done.stderr
     assert not list((tmp_path / "odd").glob("*.ckpt"))
+
+
+# Sweeps ------------------------------------------------------------------------------------------
+
+
+def alive(folder):
+    """Processes whose command line names a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        named = any(str(folder) in part for part in process.info["cmdline"] or ())
+        if named and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.info["cmdline"])
+    return found
+
+
+def test_a_job_that_fails_in_one_process_leaves_the_next_ones_alone(tmp_path):
+    """The second process alone meets an image that it cannot read, in the first job."""
+    (tmp_path / "mine.py").write_text(BROKEN)
+    arguments = [*TINY, *TWO, f"dataset.cache={tmp_path / 'cache'}", "method=none"]
+    arguments += ["dataset._target_=mine.Mine", "seed=0,1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
+        cwd=tmp_path,
+        env=forked.environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=forked.PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed, whole = sorted((tmp_path / "runs/default").glob("*/summary.json"))
+    found = json.loads(failed.read_text())
+    assert found == {"status": "failed", "error": "ValueError: the true reason"}
+    assert json.loads(whole.read_text())["status"] == "finished"
+    assert alive(tmp_path) == []
+
+
+BROKEN = """
+import os
+from ldt.data.roadscenes import RoadScenesDataModule
+
+class Mine(RoadScenesDataModule):
+    def train_dataloader(self):
+        if os.environ.get("LOCAL_RANK") == "1" and self.seed == 0:
+            raise ValueError("the true reason")
+        return super().train_dataloader()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_sweep_that_is_stopped_leaves_no_process(tmp_path, number):
+    out = tmp_path / "out"
+    arguments = options(tmp_path, "x", *TWO, "method=none", "recipe.epochs=500")
+    arguments = [key for key in arguments if not key.startswith("hydra.run.dir")]
+    process = forked.Forked([str(ROOT / "run.py"), "-m", *arguments], tmp_path, out, out)
+    deadline = time.monotonic() + forked.PATIENCE
+    while not list(tmp_path.glob("runs/default/*/last.ckpt")):
+        assert process.poll() is None, out.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait() == 130, out.read_text()
+    (file,) = tmp_path.glob("runs/default/*/summary.json")
+    assert json.loads(file.read_text()) == {"status": "interrupted"}
+    assert alive(tmp_path) == []
+
+
+def test_a_mistake_in_all_jobs_is_told_once_before_any(tmp_path):
+    done = command("-m", *TINY, *TWO, "recipe.batch_size=5", "seed=0,1,2", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "recipe.batch_size=5 images per optimizer step cannot be split among 2" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_one_job_leaves_the_others_alone(tmp_path):
+    arguments = [*TINY, "trainer=cpu", f"dataset.cache={tmp_path / 'cache'}", "method=none"]
+    done = command("-m", *arguments, "recipe.batch_size=-1,4", cwd=tmp_path, drawn=False)
+    assert done.returncode == 1
+    assert "recipe.batch_size=-1; allowed" in done.stderr
+    assert "1 finished, 0 failed" in done.stdout

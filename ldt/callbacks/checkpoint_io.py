@@ -9,16 +9,23 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ldt.detectors.checkpoints import read
-from ldt.runs.files import LAST, PREVIOUS
+from ldt.runs.files import LAST, PREVIOUS, writing
 
 log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint to a temporary file, flush it to disk, and then rename it.
+    """Write a checkpoint to a draft, flush it to disk, and then rename it.
 
     The previous ``last.ckpt`` is kept as ``last.ckpt.previous``.
+
+    Args:
+        needed: a file that is there as long as the run's directory has not been removed.
     """
+
+    def __init__(self, needed: Path | None = None) -> None:
+        super().__init__()
+        self.needed = needed
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
@@ -26,21 +33,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write ``checkpoint`` to ``path``.
 
         Raises:
+            FileNotFoundError: the run's directory has been removed.
             OSError: the file cannot be written; the previous one is intact.
         """
         path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        if self.needed is not None and not self.needed.exists():
+            raise FileNotFoundError(
+                f"{path.parent} was removed during the run; the same command begins it again"
+            )
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.name == LAST and path.exists():
-                os.replace(path, path.with_name(PREVIOUS))
-            os.replace(draft, path)
+            with writing(path) as draft:
+                with draft.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())  # before the earlier file is moved away
+                if path.name == LAST and path.exists():
+                    os.replace(path, path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
-            draft.unlink(missing_ok=True)
             raise OSError(
                 f"cannot write {path} ({error}); free disk space or choose another folder; the "
                 "same command then resumes from the previous checkpoint, which is intact"

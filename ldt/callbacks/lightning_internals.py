@@ -4,11 +4,13 @@
 """
 
 import gc
+import signal
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -67,6 +69,24 @@ def copy_average(averaging: WeightAveraging, module: L.LightningModule) -> None:
 def was_interrupted(trainer: L.Trainer) -> bool:
     """Return whether a fit was ended by Ctrl-C, after which Lightning raises SystemExit."""
     return trainer.interrupted
+
+
+def ignore_signals(trainer: L.Trainer) -> None:
+    """Keep Lightning from handling signals: within SLURM it would save and requeue in mid-epoch."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def end_processes(trainer: L.Trainer) -> None:
+    """End the processes that a trainer has started, which would wait for this one."""
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGKILL)
+
+
+def starts_processes(trainer: L.Trainer) -> bool:
+    """Return whether a fit starts processes, each of which repeats the command."""
+    return trainer.world_size > 1 and isinstance(
+        trainer.strategy.launcher, _SubprocessScriptLauncher
+    )
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:

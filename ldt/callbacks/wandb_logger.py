@@ -1,12 +1,17 @@
 """Weights & Biases: log every job as a run, in addition to its CSV files."""
 
 import hashlib
+import logging
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from math import isnan
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
@@ -14,7 +19,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ldt.runs import files
 
+log = logging.getLogger(__name__)
+
 MODES = ("offline", "online")
+PATIENCE = 5  # seconds for the first answer of a server
+OFFLINE = (
+    "with logger.mode=offline the run is stored, and `wandb sync` uploads it later; "
+    "logger.offline_if_unreachable=true does so by itself"
+)
 AXES = {"train/*": "trainer/global_step", "val/*": "trainer/global_step", "round/*": "round/round"}
 
 
@@ -22,9 +34,10 @@ class WandbRun(WandbLogger):
     """Log a job as a W&B run, within a ``with`` block around the job.
 
     The run finishes with the rounds as a table, the pictures and the checkpoint, or is marked as
-    failed if the block raises. Its id is derived from study and name, so that a resumed job
-    continues the same W&B run. The x axis is ``trainer/global_step`` for training, and
-    ``round/round`` for ``round/*``. Only rank 0 logs.
+    failed if the block raises. Its id is random and kept in the job's directory, so that a resumed
+    job continues the same W&B run, and jobs of the same name in other directories do not. The x
+    axis is ``trainer/global_step`` for training, and ``round/round`` for ``round/*``. Only rank 0
+    logs.
 
     Args:
         save_dir: the job's directory; W&B writes to ``wandb`` in it.
@@ -34,10 +47,12 @@ class WandbRun(WandbLogger):
         entity: a user or team; None is the account's default.
         tags: labels to filter by.
         mode: ``offline`` stores the run for ``wandb sync``, ``online`` uploads it while it runs.
+        offline_if_unreachable: with ``online``, store the run if the server does not answer at the
+            start.
         checkpoint: log the last round's checkpoint as an artifact.
 
     Raises:
-        ValueError: unknown mode, or ``online`` without an account.
+        ValueError: unknown mode, or ``online`` without an account or a server.
     """
 
     def __init__(
@@ -49,15 +64,23 @@ class WandbRun(WandbLogger):
         entity: str | None = None,
         tags: Sequence[str] = (),
         mode: str = "offline",
+        offline_if_unreachable: bool = False,
         checkpoint: bool = True,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"logger.mode={mode!r}; choose from {', '.join(MODES)}")
         self.folder, self.checkpoint = Path(save_dir), checkpoint
-        about: dict[str, Any] = {"group": study, "name": name, "id": run_id(study, name)}
-        about |= {"project": project, "entity": entity, "tags": list(tags), "mode": mode}
-        run = None if rank_zero_only.rank else _begin(save_dir, about)
-        super().__init__(experiment=run, project=project, id=about["id"], save_dir=save_dir)
+        about: dict[str, Any] = {"group": study, "name": name, "project": project}
+        about |= {"entity": entity, "tags": list(tags), "mode": mode}
+        run = None
+        if rank_zero_only.rank == 0:
+            if mode == "online" and (reason := unreachable()):
+                if not offline_if_unreachable:
+                    raise ValueError(f"{reason}; {OFFLINE}")
+                log.warning("%s: this run is stored for `wandb sync`", reason)
+                about["mode"] = "offline"
+            run = _begin(save_dir, about | {"id": run_id(self.folder, study, name)})
+        super().__init__(experiment=run, project=project, save_dir=save_dir)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log all metrics that are not nan (as the AP of object sizes without ground truth)."""
@@ -116,9 +139,30 @@ def _begin(save_dir: str, about: dict[str, Any]) -> wandb.Run:
     return run
 
 
-def run_id(study: str, name: str) -> str:
-    """Return the W&B id of a job: 16 hex digits that depend on study and name only."""
-    return hashlib.sha256(f"{study}/{name}".encode()).hexdigest()[:16]
+def run_id(folder: Path, study: str, name: str) -> str:
+    """Return the W&B id of the job in a directory: 16 hex digits, drawn at its first start.
+
+    Earlier versions derived it from study and name, and the directories that they began keep it.
+    """
+    file = folder / files.WANDB_ID
+    if not file.is_file():
+        derived = hashlib.sha256(f"{study}/{name}".encode()).hexdigest()
+        drawn = derived if (folder / "wandb").is_dir() else uuid4().hex
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, {"id": drawn[:16]})
+    return files.read_json(file)["id"]
+
+
+def unreachable() -> str:
+    """Return why the configured W&B server cannot be used; empty if it answers in time."""
+    address = wandb.setup().settings.base_url
+    try:
+        urllib.request.urlopen(address, timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        return ""  # an answer
+    except (OSError, HTTPException) as error:  # a refused connection, no such host, no answer
+        return f"the W&B server {address} does not answer ({getattr(error, 'reason', error)})"
+    return ""
 
 
 def account() -> wandb.Api:

@@ -320,6 +320,30 @@ def repeat(earlier: Path, folder: Path) -> None:
 
 
 @ldt.command()
+@click.argument("study", type=PATH)
+@click.option("--failed", is_flag=True, required=True, help="The runs that failed.")
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+def forget(study: Path, failed: bool, yes: bool) -> None:
+    """Remove the failed runs of STUDY, a folder runs/<study>, after showing them.
+
+    Finished, unfinished and running ones stay, and so do those whose summary is damaged.
+
+    \b
+    Example:
+      ldt forget runs/compare --failed
+    """
+    from ldt.runs import study as studies
+
+    with refusing():
+        found = studies.failed_runs(study)
+    for folder, reason in found.items():
+        click.echo(f"{folder.name}  {reason}")
+    if found and (yes or click.confirm(f"remove {len(found)} failed runs of {study}?", abort=True)):
+        found = {folder: reason for folder, reason in found.items() if studies.remove(folder)}
+    click.echo(f"removed: {len(found)} runs")
+
+
+@ldt.command()
 @click.argument("study")
 @click.option("--project", default="ldt", show_default=True, help="As logger.project of the runs.")
 @click.option("--entity", help="User or team [default: the account's own].")

@@ -17,6 +17,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -96,6 +97,9 @@ hydra.ConfigLoaderImpl = StrictLoader  # type: ignore[misc]
 class Job:
     """Task function that Hydra calls for each configuration.
 
+    Args:
+        flags: Hydra's flags that the configuration of a job depends on.
+
     Attributes:
         begun: whether it has been called.
         returned: the jobs of a sweep that has ended, also those of other processes.
@@ -103,6 +107,9 @@ class Job:
 
     begun = False
     returned: Sequence[JobReturn] = ()
+
+    def __init__(self, flags: Sequence[str] = ()) -> None:
+        self.flags = flags
 
     def __call__(self, config: DictConfig) -> float | tuple[float, ...]:
         """Run one experiment.
@@ -115,9 +122,58 @@ class Job:
         with exit_codes(explained):  # before Hydra prints its own error message
             from ldt.experiment import run
 
-            folder = Path(job.runtime.output_dir)
-            return run(config, folder, in_sweep=job.mode == RunMode.MULTIRUN)
+            folder, in_sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+            if in_sweep and _starts_processes(config):
+                from ldt.cli.job_process import run_apart
+
+                return run_apart(config, folder, self.flags)
+            return run(config, folder, in_sweep)
         raise AssertionError("exit_codes ends the process after an error")
+
+
+def _starts_processes(config: DictConfig) -> bool:
+    """Return whether a job will start processes; what is wrong with it is told by its run."""
+    from ldt.build import check_processes
+
+    try:
+        return check_processes(config)
+    except ValueError:
+        return False
+
+
+COMPOSE_ALL = Sweeper.validate_batch_is_legal
+
+
+def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+    """Compose the jobs of a sweep; raise if one mistake is in all of them, before any begins."""
+    COMPOSE_ALL(sweeper, batch)
+    assert sweeper.config is not None
+    assert sweeper.hydra_context is not None
+    errors: dict[str, Exception] = {}
+    for overrides in batch:
+        loader = sweeper.hydra_context.config_loader
+        try:
+            return _check_job(loader.load_sweep_config(sweeper.config, list(overrides)))
+        except Exception as error:  # told by the job, unless it is every job's
+            errors[explained(error)] = error
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+
+
+def _check_job(config: DictConfig) -> None:
+    """Check what needs neither data nor model, nor the machine that another launcher would use."""
+    from ldt.build import check_processes
+    from ldt.experiment import check
+
+    HydraConfig.instance().set_config(config)  # run names are derived from the overrides
+    keys: Any = [key for key in config if key != "hydra"]
+    own = OmegaConf.masked_copy(config, keys)
+    check(own)
+    if str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
+        check_processes(own)
+
+
+Sweeper.validate_batch_is_legal = _validate  # type: ignore[assignment]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,11 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_codes(explained):
         version.setbase("1.3")
         register()
-        parser, job = utils.get_args_parser(), Job()
+        parser = utils.get_args_parser()
         parser.error = _wrong_flag
         given = parser.parse_intermixed_args(
             quote_paths(sys.argv[1:] if arguments is None else arguments)
         )
+        options = ("config_path", "config_name", "config_dir")
+        job = Job([f"--{o.replace('_', '-')}={v}" for o in options if (v := getattr(given, o))])
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
         if given.help:  # Hydra deep-copies all schemas per listed group, which takes a second

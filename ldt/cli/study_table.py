@@ -14,7 +14,7 @@ from ldt.runs.refusal import Failed, Refused
 
 
 class StudyTable(Callback):
-    """Print the study after a sweep; exit with an error code if a run of the study failed.
+    """Print the study after a sweep; exit with an error code if one of its jobs failed.
 
     Hydra creates it before any job, so heavy imports are deferred.
     """
@@ -30,12 +30,10 @@ class StudyTable(Callback):
         """Print the study; Hydra calls it in the launching process."""
         from ldt import report
 
-        study, failed = Path(config.hydra.sweep.dir), 0
+        study = Path(config.hydra.sweep.dir)
         exit_sweep(study, self.jobs, only_refused=True)
         with contextlib.suppress(FileNotFoundError):
-            failed = report.print_study(study)
-        if failed:
-            sys.exit(1)
+            report.print_study(study)
         exit_sweep(study, self.jobs)
 
 
@@ -54,8 +52,12 @@ def exit_sweep(study: Path, jobs: Iterable[JobReturn], only_refused: bool = Fals
     if refused and all(refused):
         discard_sweep(study)
         sys.exit(2)
-    if not only_refused and any(isinstance(value, Failed) for each in values for value in each):
+    if not only_refused and any(_has_failed(value) for each in values for value in each):
         sys.exit(1)
+
+
+def _has_failed(value: object) -> bool:
+    return value is None or isinstance(value, Failed)
 
 
 def _values(job: JobReturn) -> Sequence[Any]:

@@ -31,6 +31,7 @@ from ldt.data.roadscenes_scenery import (
     prop,
     throw_shadows,
 )
+from ldt.runs.files import locked
 
 VERSION = 5  # increment it with every change of the pictures; part of the folder name
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
@@ -291,23 +292,32 @@ def folder_name(scenes: RoadScenes) -> str:
 def write(scenes: RoadScenes, cache: Path) -> Path:
     """Write the data set below `cache` unless it exists, and return its root.
 
-    The write is atomic: everything is drawn into a sibling folder that is renamed at the end. If
-    two processes write at once, the slower one discards its copy.
+    The write is atomic: everything is drawn into a sibling folder that is renamed at the end. A
+    second process waits for the first; what killed ones have left is removed.
     """
     root = Path(cache) / folder_name(scenes)
     if root.is_dir():
         return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with locked(root.with_name(f".{root.name}.lock")):
+        for left in root.parent.glob(f".{root.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not root.is_dir():
+            _write_whole(scenes, root)
+    return root
+
+
+def _write_whole(scenes: RoadScenes, root: Path) -> None:
     draft = root.with_name(f".{root.name}-{uuid4().hex[:8]}")
     try:
         _write_all(scenes, draft)
         try:
             draft.rename(root)
-        except OSError:  # the target is not empty: another process was faster
+        except OSError:  # not empty: without locks, another process was faster
             if not root.is_dir():
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return root
 
 
 def _write_all(scenes: RoadScenes, root: Path) -> None:

@@ -20,7 +20,7 @@ from ldt.data.image_files import MAX_PIXELS, SUFFIXES
 from ldt.data.pipelines import build_transforms, limited, test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
-from ldt.runs.files import write_json
+from ldt.runs.files import write_json, writing
 from ldt.runs.refusal import refusing
 
 MOST_TOLD = 5  # images that cannot be read
@@ -178,7 +178,9 @@ def _painter(classes: tuple[str, ...], threshold: float) -> Any:
     visualizer.dataset_meta = {"classes": classes, "palette": "random"}
 
     def draw(pixels: np.ndarray, sample: DetDataSample, file: Path) -> None:
-        options = {"draw_gt": False, "pred_score_thr": threshold, "out_file": str(file)}
-        visualizer.add_datasample("image", pixels, sample, **options)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with writing(file) as draft:
+            options = {"draw_gt": False, "pred_score_thr": threshold, "out_file": str(draft)}
+            visualizer.add_datasample("image", pixels, sample, **options)
 
     return draw

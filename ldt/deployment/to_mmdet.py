@@ -13,6 +13,7 @@ from mmengine.config import Config
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.detectors.models import build, drop_pretrained
 from ldt.pruning import structure
+from ldt.runs.files import writing
 
 CONFIG, WEIGHTS = "config.py", "weights.pth"
 
@@ -47,9 +48,11 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         "visualizer": {"type": "DetLocalVisualizer", "vis_backends": [], "name": "visualizer"},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    Config(config).dump(folder / CONFIG)
+    with writing(folder / CONFIG) as draft:
+        Config(config).dump(draft)
     meta = {"dataset_meta": {"classes": tuple(about["classes"]), "palette": "random"}}
-    torch.save({"state_dict": state, "meta": meta}, folder / WEIGHTS)
+    with writing(folder / WEIGHTS) as draft:
+        torch.save({"state_dict": state, "meta": meta}, draft)
     return folder
 
 

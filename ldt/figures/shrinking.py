@@ -13,6 +13,7 @@ from matplotlib.text import Annotation
 
 from ldt.figures.channels import stages
 from ldt.figures.style import COLUMN_CM, DARK, FONT, LIGHT, SMALL, new_figure, tidy
+from ldt.runs.files import writing
 
 Network = Mapping[str, int]  # output channels by layer, in network order
 MAX_PANELS = 6  # with more rounds, some between the first and the last are omitted
@@ -72,7 +73,8 @@ def animate_shrinking(networks: Sequence[Network], names: Sequence[str], path: P
 
     animation = FuncAnimation(figure, show, frames, cache_frame_data=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    animation.save(path, PillowWriter(fps=FRAMES_PER_SECOND), dpi=SCREEN_DPI)
+    with writing(path) as draft:
+        animation.save(draft, PillowWriter(fps=FRAMES_PER_SECOND), dpi=SCREEN_DPI)
 
 
 def _frames(networks: Sequence[Network]) -> list[tuple[int, np.ndarray]]:

@@ -9,6 +9,8 @@ from matplotlib.axes._secondary_axes import SecondaryAxis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ldt.runs.files import writing
+
 COLUMN_CM, PAGE_CM = 8.4, 17.8  # widths of a printed column and of a two-column page
 FONT, SMALL = 8.0, 7.0  # points, at these widths
 DARK, LIGHT, GREY = "#0B4F79", "#C5D9E6", "#6E6E6E"
@@ -61,4 +63,5 @@ def save(figure: Figure, path: Path) -> None:
             f"{path}: no format {path.suffix!r}; choose from .{', .'.join(sorted(supported))}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    with writing(path) as draft:
+        figure.savefig(draft, dpi=DPI)

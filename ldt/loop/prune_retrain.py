@@ -226,8 +226,11 @@ class PruneRetrain(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save the detector after Ctrl-C; the run itself resumes from its last epoch."""
-        if isinstance(exception, KeyboardInterrupt):
+        """Save the detector after Ctrl-C; the run itself resumes from its last epoch.
+
+        Not with several processes: saving waits for all of them, and one alone may be interrupted.
+        """
+        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
             trainer.save_checkpoint(self.folder / files.INTERRUPTED, weights_only=True)
 
     # Recording and pruning ----------------------------------------------------------------

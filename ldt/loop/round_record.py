@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ldt.runs.files import writing
+
 
 class RoundRecord:
     """The scores of a round and the channels that it removed, for inspection.
@@ -36,4 +38,5 @@ class RoundRecord:
         for name, kept in self.kept.items():
             channels = np.arange(len(self.scores[name]))
             arrays[f"removed/{name}"] = np.setdiff1d(channels, kept, assume_unique=True)
-        np.savez_compressed(file, **arrays)
+        with writing(file) as draft:
+            np.savez_compressed(draft, **arrays)

@@ -1,7 +1,8 @@
 """Report of a study as a self-contained HTML page."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs.aggregate import Cell, cells, varying
 from ldt.runs.formatting import number
 from ldt.runs.identity import LABELS, flatten
+from ldt.runs.provenance import starts
 from ldt.runs.run import Run
 
 CONFIG = {
@@ -101,7 +103,13 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _code(run: Run) -> str:
-    git = run.summary.get("git") or {}
+    known: list[dict[str, Any]] = []
+    with contextlib.suppress(ValueError):  # the record of the starts is damaged
+        known = [start.get("git") or {} for start in starts(run.folder)]
+    return _listed(map(_commit, known or [run.summary.get("git") or {}]))
+
+
+def _commit(git: Mapping[str, Any]) -> str:
     return git.get("commit", "unknown")[:8] + (" with changes" if git.get("dirty") else "")
 
 

@@ -5,6 +5,7 @@ Files are written atomically: a reader sees either the old or the new content, n
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import logging
@@ -16,6 +17,8 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+
+from ldt.runs.refusal import refused
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +36,18 @@ INTERRUPTED = "interrupted.ckpt"  # the weights at Ctrl-C
 LOCK = ".lock"  # held while a command works on the run
 RUN_LOG = "run.log"  # messages; Hydra writes it
 MULTIRUN = "multirun.yaml"  # of a study: the last sweep; Hydra writes it
+WANDB_ID = "wandb-id.json"  # id of the run on W&B
 LOGS = "logs"  # logs, logs-2, logs-3 ...: one folder per start
 METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
+DONE = "finished"  # `status` in SUMMARY of a run with a result
+DRAFT = ".draft-"  # begins the names of files that are being written
+LEFT = (  # of killed processes: drafts, those of earlier versions, Lightning's state in mid-epoch
+    *(f"{DRAFT}*", f"*/{DRAFT}*", ".*.*.*[0-9]", "hpc_ckpt_*.ckpt"),
+)
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
 
 
@@ -99,24 +110,76 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
 def alone(folder: Path, waits: bool = True) -> Iterator[None]:
     """Lock a run's directory; a second command for it waits until the first has ended.
 
+    Drafts that killed processes have left are removed. A finished run that cannot be written, as on
+    a read-only disk, is not locked.
+
     Args:
         folder: the run's directory, created if missing.
         waits: whether to take the lock; False for the other processes of the same command.
+
+    Raises:
+        OSError: a run that is not finished cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not waits:
+    with contextlib.ExitStack() as held:
+        try:
+            if waits:
+                held.enter_context(locked(folder / LOCK))
+                _remove_left(folder)
+        except OSError as error:
+            if error.errno not in READ_ONLY or read_json(folder / SUMMARY).get("status") != DONE:
+                raise refused(error) from None
+            _close_log(folder)
         yield
-        return
-    lock = FileLock(folder / LOCK)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file; wait while another process holds it.
+
+    It ends with its process, on any host. Where the file system has no locks, a warning tells so.
+    """
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.warning("%s is in use by another process: waiting for it to finish", folder)
+        log.warning("%s is in use by another process: waiting for it to finish", file.parent)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning(
+            "%s is on a file system without locks: start a run in one process at a time",
+            file.parent,
+        )
     try:
         yield
     finally:
         lock.release()
+
+
+def held(folder: Path) -> bool:
+    """Return whether a process works on a run."""
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _remove_left(folder: Path) -> None:
+    for file in (file for pattern in LEFT for file in folder.glob(pattern)):
+        file.unlink(missing_ok=True)
+
+
+def _close_log(folder: Path) -> None:
+    """Stop writing to the log file of a run, which cannot be written."""
+    for handler in list(logging.root.handlers):
+        file = getattr(handler, "baseFilename", None)
+        if file is not None and Path(file).resolve().parent == folder.resolve():
+            logging.root.removeHandler(handler)
 
 
 def discard(folder: Path) -> None:
@@ -125,7 +188,7 @@ def discard(folder: Path) -> None:
     The directory is removed too if nothing else is in it, and so are its parents below the working
     directory.
     """
-    for file in (folder / LOCK, folder / RUN_LOG):
+    for file in (folder / LOCK, folder / RUN_LOG, folder / WANDB_ID):
         file.unlink(missing_ok=True)
     _remove_empty(*log_folders(folder), folder)
 
@@ -160,11 +223,35 @@ def check_folder_of(path: str | Path) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {folder}")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a draft to write in place of a file, which it replaces when it is on the disk.
+
+    The draft has the suffix of the file, from which some libraries take the format. It is removed
+    if the block raises; a killed process leaves it to :func:`alone`.
+
+    Example:
+        >>> with writing(Path("figure.png")) as draft:
+        ...     figure.savefig(draft)
+    """
+    draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name[-100:]}")
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(draft)):
+            raise type(error)(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -185,7 +272,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write plain data as indented JSON."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=True) + "\n")
+    write_text(path, _json(data))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, allow_nan=True) + "\n"
+
+
+def write_first(path: Path, data: Any) -> None:
+    """Write plain data as JSON unless there is a file; of several processes the first writes it."""
+    draft = path.with_name(f"{DRAFT}{os.getpid()}-first-{path.name}")
+    write_json(draft, data)
+    try:
+        os.link(draft, path)  # unlike a move, it fails if there is a file
+    except FileExistsError:
+        pass
+    except OSError:  # no links on this file system
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

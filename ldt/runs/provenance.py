@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ldt.runs.files import ENVIRONMENT, read_json, write_json
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -24,6 +26,19 @@ PACKAGES = (
 def about(folder: Path) -> dict[str, Any]:
     """Return the provenance of a run: ``environment``, and ``git`` of a folder."""
     return {"environment": environment(), "git": git_state(folder)}
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """Return the provenance of each start of a run; earlier versions kept that of the last one."""
+    found = read_json(folder / ENVIRONMENT)
+    return found.get("starts", [found] if found else [])
+
+
+def add_start(folder: Path, now: dict[str, Any]) -> None:
+    """Append the provenance of a start to those of a run; one that changes nothing is left out."""
+    known = starts(folder)
+    if now not in known[-1:]:
+        write_json(folder / ENVIRONMENT, {"starts": [*known, now]})
 
 
 def environment() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The runs of a study as flat rows."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,37 @@ def folders(study: Path) -> list[Path]:
     if not study.is_dir():
         raise FileNotFoundError(f"no study at {study}; expected there: one directory per run")
     return [folder for folder in sorted(study.iterdir()) if files.holds_run(folder)]
+
+
+def failed_runs(study: Path) -> dict[Path, str]:
+    """Return the directories of failed runs that no process works on, with the reasons.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    found = {folder: _failure(folder) for folder in folders(study)}
+    return {folder: text for folder, text in found.items() if text and not files.held(folder)}
+
+
+def remove(folder: Path) -> bool:
+    """Remove a failed run; return False if it has been started again meanwhile."""
+    if files.held(folder):
+        return False
+    with files.alone(folder):
+        if not _failure(folder):
+            return False
+        shutil.rmtree(folder)
+    return True
+
+
+def _failure(folder: Path) -> str:
+    """Return the first line of a failed run's error; empty for others and damaged summaries."""
+    try:
+        summary = files.read_json(folder / files.SUMMARY)
+    except (ValueError, OSError):
+        return ""
+    error = str(summary.get("error")) or "no message"
+    return error.splitlines()[0] if summary.get("status") == "failed" else ""
 
 
 def study_row(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Jobs as W&B runs: what arrives at a server that speaks W&B's protocol, and in what state."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from short_runs import rows, summary, tiny
 
 from ldt import experiment
+from ldt.callbacks import wandb_logger
 from ldt.callbacks.wandb_logger import WandbRun, rank_zero_only, run_id
 from ldt.cli import repetition
 from ldt.module import DetectorModule
@@ -54,10 +56,14 @@ def sweep(server, tmp_path_factory):
     return folder
 
 
+def wandb_id(folder):
+    return json.loads((folder / "wandb-id.json").read_text())["id"]
+
+
 def runs(folder):
     """Directories and W&B ids of the two jobs and of their base."""
     (base,) = folder.glob("base-*")
-    return {path: run_id("compare", path.name) for path in (*map(folder.joinpath, METHODS), base)}
+    return {path: wandb_id(path) for path in (*map(folder.joinpath, METHODS), base)}
 
 
 @pytest.mark.slow
@@ -165,7 +171,7 @@ def test_a_failing_job_of_a_sweep_arrives_as_failed(server, tmp_path, monkeypatc
     monkeypatch.setattr(DetectorModule, "training_step", fail)
     experiment.run(online(tmp_path, "failing"), tmp_path / "run", in_sweep=True)
     assert "detector.checkpoint" in summary(tmp_path / "run")["error"]
-    assert server.exit_codes(run_id("compare", "failing")) == [1]
+    assert server.exit_codes(wandb_id(tmp_path / "run")) == [1]
 
 
 @pytest.mark.slow
@@ -176,7 +182,7 @@ def test_an_interrupted_job_arrives_as_failed(server, tmp_path, monkeypatch):
     monkeypatch.setattr(DetectorModule, "training_step", interrupt)
     with pytest.raises(SystemExit):
         experiment.run(online(tmp_path, "interrupted"), tmp_path / "run")
-    assert server.exit_codes(run_id("compare", "interrupted")) == [1]
+    assert server.exit_codes(wandb_id(tmp_path / "run")) == [1]
 
 
 @pytest.mark.slow
@@ -189,7 +195,7 @@ def test_a_resumed_job_goes_on_in_the_same_run(server, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             experiment.run(config, tmp_path / "run")
     experiment.run(config, tmp_path / "run")
-    identity = run_id("compare", "resumed")
+    identity = wandb_id(tmp_path / "run")
     assert server.exit_codes(identity) == [1, 0]
     history = server.history(identity)
     assert (len(history["train/loss"]), history["round/round"]) == (4, [0])
@@ -232,7 +238,7 @@ def test_offline_runs_arrive_after_a_sync(server, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "wandb", "sync", *parts], capture_output=True, text=True, check=True
     )
-    identity = run_id("compare", "one")
+    identity = wandb_id(folder)
     history = server.history(identity)
     assert history["round/AP"] == [0.25, 0.5], done.stderr
     assert "round/AP_large" not in history
@@ -245,6 +251,7 @@ def test_offline_needs_no_account_and_stays_in_the_folder(sealed):
     before = {file for file in sealed.rglob("*") if file.is_file()}
     log(folder, 0.5)
     made = {file for file in sealed.rglob("*") if file.is_file()} - before
+    made.remove(folder / "wandb-id.json")
     assert any(file.suffix == ".wandb" for file in made)
     assert all((folder / "wandb") in file.parents for file in made if "WANDB_" not in str(file))
     assert not (sealed / "netrc").exists()
@@ -256,7 +263,8 @@ def test_only_the_first_process_speaks(sealed, monkeypatch):
     assert not (sealed / "run").exists()
 
 
-def test_online_without_an_account_says_what_to_type(sealed):
+def test_online_without_an_account_says_what_to_type(sealed, monkeypatch):
+    monkeypatch.setattr(wandb_logger, "unreachable", lambda: "")
     with pytest.raises(ValueError, match=r"wandb login`, or set WANDB_API_KEY.*mode=offline"):
         WandbRun(str(sealed), **ABOUT, mode="online")
 
@@ -266,10 +274,36 @@ def test_an_unknown_mode_names_the_choices(sealed):
         WandbRun(str(sealed), **ABOUT, mode="of")
 
 
-def test_an_id_stands_for_study_and_name():
-    one = run_id("compare", "one")
-    assert one == run_id("compare", "one")
-    assert len({one, run_id("compare", "two"), run_id("other", "one")}) == 3
+def test_an_id_stands_for_a_directory(tmp_path):
+    one, two = (run_id(tmp_path / name, "compare", "one") for name in ("one", "two"))
+    assert one != two
+    assert run_id(tmp_path / "one", "compare", "one") == one
+
+
+def test_a_directory_of_an_earlier_version_keeps_its_id(tmp_path):
+    """It was derived from study and name: the W&B runs of today go on."""
+    (tmp_path / "wandb").mkdir()
+    assert run_id(tmp_path, "compare", "one") == "1e0dfe5c2178d3f1"
+
+
+@pytest.fixture(params=["refused", "silent"])
+def away(request):
+    """Address of a server that refuses connections, or takes them and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param == "silent":
+            server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_is_away_is_told_and_the_run_can_go_on(away, tmp_path, monkeypatch):
+    wandb_here.seal(monkeypatch, tmp_path, WANDB_BASE_URL=away, WANDB_API_KEY=wandb_here.KEY)
+    monkeypatch.setattr(wandb_logger, "PATIENCE", 0.2)
+    with pytest.raises(ValueError, match=rf"{away} does not answer.*logger\.mode=offline"):
+        WandbRun(str(tmp_path / "run"), **ABOUT, mode="online")
+    folder = finished(tmp_path / "run")
+    log(folder, 0.5, mode="online", offline_if_unreachable=True)
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.slow
