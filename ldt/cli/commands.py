@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+TRUST = click.option(
+    "--trust",
+    is_flag=True,
+    help="Import the code that the author of these files has written. It can do anything.",
+)
 LISTED = 5  # maximum number of runs listed in a message
 
 
@@ -124,8 +129,14 @@ def _finished_study(study: Path) -> "list[Run]":
 @click.option(
     "--scale", type=int, help="discriminants: scale of the neck [default: the strongest]."
 )
+@TRUST
 def figures(
-    name: str, runs: tuple[Path, ...], out: Path | None, images: int | None, scale: int | None
+    name: str,
+    runs: tuple[Path, ...],
+    out: Path | None,
+    images: int | None,
+    scale: int | None,
+    trust: bool,
 ) -> None:
     """Draw the figure NAME of runs.
 
@@ -152,7 +163,7 @@ def figures(
 
     quiet()
     with refusing(FileNotFoundError, ImportError):
-        files = draw(name, runs, Options(out, images, scale))
+        files = draw(name, runs, Options(out, images, scale, trust))
     for file in files:
         click.echo(file)
 
@@ -229,7 +240,8 @@ def prune(
 @ldt.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("folder", type=PATH)
-def export(checkpoint: Path, folder: Path) -> None:
+@TRUST
+def export(checkpoint: Path, folder: Path, trust: bool) -> None:
     """Write the pruned detector of CHECKPOINT into FOLDER: config.py and weights.pth for mmdet.
 
     \b
@@ -241,7 +253,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
     quiet()
     with refusing():
-        written = to_mmdet.export(checkpoint, folder)
+        written = to_mmdet.export(checkpoint, folder, trust)
     click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
 
 
@@ -256,7 +268,10 @@ def export(checkpoint: Path, folder: Path) -> None:
     show_default=True,
     help="Minimum score of drawn boxes; predictions.json has all.",
 )
-def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float) -> None:
+@TRUST
+def predict(
+    checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float, trust: bool
+) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
 
     \b
@@ -269,14 +284,16 @@ def predict(checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: fl
     from ldt.detectors.models import quiet
 
     quiet()
-    prediction.predict(checkpoint, images, out, threshold, "cuda" if is_available() else "cpu")
+    device = "cuda" if is_available() else "cpu"
+    prediction.predict(checkpoint, images, out, threshold, device, trust)
     click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
 
 
 @ldt.command()
 @click.argument("earlier", type=PATH, metavar="RUN")
 @click.argument("folder", type=PATH)
-def repeat(earlier: Path, folder: Path) -> None:
+@TRUST
+def repeat(earlier: Path, folder: Path, trust: bool) -> None:
     """Repeat the run RUN with the same configuration in a new FOLDER.
 
     \b
@@ -285,7 +302,7 @@ def repeat(earlier: Path, folder: Path) -> None:
     """
     from ldt.cli import repetition
 
-    repetition.repeat(earlier, folder)
+    repetition.repeat(earlier, folder, trust)
 
 
 @ldt.command()
@@ -309,7 +326,8 @@ def dashboard(study: str, project: str, entity: str | None) -> None:
 
 @ldt.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
-def layers(runs: tuple[Path, ...]) -> None:
+@TRUST
+def layers(runs: tuple[Path, ...], trust: bool) -> None:
     """Write structure.json (the layers of every round) for runs without it.
 
     \b
@@ -323,5 +341,5 @@ def layers(runs: tuple[Path, ...]) -> None:
     quiet()
     for folder in runs:
         with refusing():
-            write_inventory(folder)
+            write_inventory(folder, trust)
         click.echo(folder / STRUCTURE)

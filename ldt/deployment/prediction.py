@@ -50,6 +50,7 @@ class Predictor:
     Args:
         checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
         device: device of the detector.
+        trust: see :func:`ldt.load_pruned`.
 
     Attributes:
         classes: class names in label order.
@@ -59,8 +60,10 @@ class Predictor:
         ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
     """
 
-    def __init__(self, checkpoint: str | Path, device: str | torch.device = "cpu") -> None:
-        content = read(checkpoint)
+    def __init__(
+        self, checkpoint: str | Path, device: str | torch.device = "cpu", trust: bool = False
+    ) -> None:
+        content = read(checkpoint, trust)
         steps = test_steps(resize_steps(content, checkpoint))
         load, *rest = build_transforms(steps)
         self._read, self._prepare = load, Compose(rest)
@@ -86,6 +89,7 @@ def predict(
     out: str | Path,
     threshold: float = 0.3,
     device: str | torch.device = "cpu",
+    trust: bool = False,
 ) -> None:
     """Detect objects in images, draw them and save the results.
 
@@ -99,6 +103,7 @@ def predict(
         out: output folder; existing files of the same names are overwritten.
         threshold: minimum score of drawn boxes.
         device: device of the detector.
+        trust: see :func:`ldt.load_pruned`.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see :class:`Predictor` and :func:`find_images`.
@@ -108,7 +113,7 @@ def predict(
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, e.g. 0.3")
         paths, out = find_images(sources), Path(out)
-        predictor = Predictor(checkpoint, device)
+        predictor = Predictor(checkpoint, device, trust)
     out.mkdir(parents=True, exist_ok=True)
     draw = _painter(predictor.classes, threshold)
     images, boxes = [], []
