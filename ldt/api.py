@@ -164,6 +164,7 @@ def prune(
     reestimate_bn: bool = True,
     inplace: bool = False,
     seed: int = 0,
+    trust: bool = False,
 ) -> PruningResult:
     """Remove the least useful channels of a detector, structurally, without training.
 
@@ -195,6 +196,7 @@ def prune(
         reestimate_bn: re-estimate the statistics of batch norms on the same images.
         inplace: prune the given detector itself, not a copy.
         seed: of what criteria draw at random.
+        trust: of a checkpoint, see :func:`ldt.load_pruned`.
 
     Returns:
         The pruned detector, with a table and :meth:`~PruningResult.save`.
@@ -236,7 +238,8 @@ def prune(
         batch_size=batch_size,
         repair="bn" if reestimate_bn else "none",
     )
-    opened = open_detector(detector, weights, classes or getattr(images, "classes", None), config)
+    names = classes or getattr(images, "classes", None)
+    opened = open_detector(detector, weights, names, config, trust)
     if opened.untrained:
         warnings.warn(f"{detector}: the detector has random weights; give weights=", stacklevel=2)
     if isinstance(detector, nn.Module) and not inplace:

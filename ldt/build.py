@@ -330,9 +330,9 @@ def read_inputs_without_data(plain: dict[str, Any], run: Run) -> inputs.Inputs:
     return inputs.record(data, model, plain["detector"]["checkpoint"])
 
 
-def data_of(run: Run) -> DetectionDataModule:
+def data_of(run: Run, trust: bool = False) -> DetectionDataModule:
     """Load the data of a run from the most recent recorded location that still exists."""
-    config = load_config(run.folder)
+    config = load_config(run.folder, trust)
     known = files.read_json(run.folder / files.INPUTS).get("places", [])
     places = [place for place in reversed(known) if Path(place).is_dir()]
     if places and not Path(config.dataset.root or places[0]).is_dir():
@@ -343,10 +343,10 @@ def data_of(run: Run) -> DetectionDataModule:
     return data
 
 
-def module_of(run: Run) -> DetectorModule:
+def module_of(run: Run, trust: bool = False) -> DetectorModule:
     """Load the detector of a run's selected round as a module in eval mode."""
-    recipe = as_dict(load_config(run.folder).recipe)
-    return restored(read(run.checkpoint()), recipe)
+    recipe = as_dict(load_config(run.folder, trust).recipe)
+    return restored(read(run.checkpoint(), trust), recipe)
 
 
 @contextlib.contextmanager

@@ -402,7 +402,7 @@ def composed(*overrides: str) -> DictConfig:
     HydraConfig.instance().set_config(whole)
     config = _without_hydra(whole)
     expand_home(config)
-    _check(config)
+    check(config)
     return config
 
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldt.detectors.adapter import Detector, RawBatch
 from ldt.detectors.checkpoints import detector_state, pruning_record
 from ldt.detectors.models import build
+from ldt.detectors.untrusted import limited_allocation
 from ldt.detectors.weights import load_weights
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
 from ldt.objects import Objects
@@ -295,16 +296,17 @@ def restored(checkpoint: dict[str, Any], recipe: dict[str, Any]) -> DetectorModu
         ValueError: as in :meth:`DetectorModule.on_load_checkpoint`.
     """
     record = checkpoint["ldt"]
-    module = DetectorModule(
-        record["model"],
-        record["classes"],
-        recipe,
-        record["input_size"],
-        neck=record["neck"],
-        predictors=record["predictors"],
-        initialise=False,
-        background=record.get("background", False),
-    )
+    with limited_allocation(checkpoint["state_dict"]):
+        module = DetectorModule(
+            record["model"],
+            record["classes"],
+            recipe,
+            record["input_size"],
+            neck=record["neck"],
+            predictors=record["predictors"],
+            initialise=False,
+            background=record.get("background", False),
+        )
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ldt.detectors.checkpoints import read
+from ldt.detectors.checkpoints import read_unchecked
 from ldt.runs.files import LAST, PREVIOUS, writing
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def resumable(folder: Path) -> Path | None:
     for file in (folder / LAST, folder / PREVIOUS):
         if file.is_file():
             try:
-                read(file)
+                read_unchecked(file)
                 return file
             except ValueError as error:
                 log.warning("%s; trying the previous one", error)

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+TRUST = click.option(
+    "--trust",
+    is_flag=True,
+    help="Import the code that the author of these files has written. It can do anything.",
+)
 LISTED = 5  # maximum number of runs listed in a message
 
 
@@ -142,8 +147,14 @@ def _finished_study(study: Path) -> "list[Run]":
 @click.option(
     "--scale", type=int, help="discriminants: scale of the neck [default: the strongest]."
 )
+@TRUST
 def figures(
-    name: str, runs: tuple[Path, ...], out: Path | None, images: int | None, scale: int | None
+    name: str,
+    runs: tuple[Path, ...],
+    out: Path | None,
+    images: int | None,
+    scale: int | None,
+    trust: bool,
 ) -> None:
     """Draw the figure NAME of runs.
 
@@ -170,7 +181,7 @@ def figures(
 
     quiet()
     with refusing(FileNotFoundError, ImportError):
-        files = draw(name, runs, Options(out, images, scale))
+        files = draw(name, runs, Options(out, images, scale, trust))
     for file in files:
         click.echo(file)
 
@@ -247,7 +258,8 @@ def prune(
 @ldt.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("folder", type=PATH)
-def export(checkpoint: Path, folder: Path) -> None:
+@TRUST
+def export(checkpoint: Path, folder: Path, trust: bool) -> None:
     """Write the pruned detector of CHECKPOINT into FOLDER: config.py and weights.pth for mmdet.
 
     \b
@@ -259,7 +271,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
     quiet()
     with refusing():
-        written = to_mmdet.export(checkpoint, folder)
+        written = to_mmdet.export(checkpoint, folder, trust)
     click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
 
 
@@ -281,8 +293,14 @@ def export(checkpoint: Path, folder: Path) -> None:
     show_default=True,
     help="Larger images are not decoded.",
 )
+@TRUST
 def predict(
-    checkpoint: Path, images: tuple[Path, ...], out: Path, threshold: float, max_pixels: int
+    checkpoint: Path,
+    images: tuple[Path, ...],
+    out: Path,
+    threshold: float,
+    max_pixels: int,
+    trust: bool,
 ) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
 
@@ -300,14 +318,15 @@ def predict(
     quiet()
     device = "cuda" if is_available() else "cpu"
     with renaming({"dataset.max_pixels=": "--max-pixels "}):
-        prediction.predict(checkpoint, images, out, threshold, device, max_pixels)
+        prediction.predict(checkpoint, images, out, threshold, device, max_pixels, trust)
     click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
 
 
 @ldt.command()
 @click.argument("earlier", type=PATH, metavar="RUN")
 @click.argument("folder", type=PATH)
-def repeat(earlier: Path, folder: Path) -> None:
+@TRUST
+def repeat(earlier: Path, folder: Path, trust: bool) -> None:
     """Repeat the run RUN with the same configuration in a new FOLDER.
 
     \b
@@ -316,7 +335,7 @@ def repeat(earlier: Path, folder: Path) -> None:
     """
     from ldt.cli import repetition
 
-    repetition.repeat(earlier, folder)
+    repetition.repeat(earlier, folder, trust)
 
 
 @ldt.command()
@@ -364,7 +383,8 @@ def dashboard(study: str, project: str, entity: str | None) -> None:
 
 @ldt.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
-def layers(runs: tuple[Path, ...]) -> None:
+@TRUST
+def layers(runs: tuple[Path, ...], trust: bool) -> None:
     """Write structure.json (the layers of every round) for runs without it.
 
     \b
@@ -378,5 +398,5 @@ def layers(runs: tuple[Path, ...]) -> None:
     quiet()
     for folder in runs:
         with refusing():
-            write_inventory(folder)
+            write_inventory(folder, trust)
         click.echo(folder / STRUCTURE)

@@ -5,6 +5,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldt.config import as_dict
+from ldt.detectors.models import is_packaged, use_mmdet
+from ldt.detectors.untrusted import check_parts
 from ldt.experiment import run
 from ldt.runs.refusal import refusing
 from ldt.runs.run import load_config
@@ -23,17 +26,38 @@ def renamed(config: DictConfig, folder: Path) -> DictConfig:
     return found
 
 
-def repeat(earlier: Path, folder: Path) -> None:
+def repeat(earlier: Path, folder: Path, trust: bool = False) -> None:
     """Run the configuration of an earlier run again.
 
     Args:
         earlier: the directory of the run.
         folder: the directory for the repetition.
+        trust: run the Python code that the configuration names: classes, and the mmdet config.
 
     Raises:
         FileNotFoundError: there is no run at ``earlier``.
-        ValueError: see :func:`ldt.experiment.run`.
+        ValueError: see :func:`ldt.experiment.run`; or trust is needed.
     """
     with refusing():
-        config = renamed(load_config(earlier), folder)
+        config = renamed(load_config(earlier, trust), folder)
+        if not trust:
+            _check_detector(config.detector)
     run(config, folder)
+
+
+def _check_detector(detector: DictConfig) -> None:
+    """Check that a detector is one of mmdet's own with options that load nothing.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not is_packaged(detector.config):
+        raise ValueError(
+            f"the run reads detector.config={detector.config}, which is Python code: where you "
+            "trust it type --trust"
+        )
+    use_mmdet()
+    try:
+        check_parts(as_dict(detector.options), "detector.options")
+    except ValueError as error:
+        raise ValueError(f"{error}; where you trust it type --trust") from error

@@ -5,7 +5,9 @@ the wrong type raises before any model is built, naming the key. Unknown keys ad
 rejected by :func:`ldt.config.keys.check_keys`.
 """
 
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -239,6 +241,13 @@ def conf_dir() -> Path:
     package = Path(str(files("ldt")))
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
+
+
+@cache
+def packaged_targets() -> frozenset[str]:
+    """Return the classes that the files of the config folder name."""
+    texts = (file.read_text(encoding="utf-8") for file in conf_dir().rglob("*.yaml"))
+    return frozenset(re.findall(r"_target_: *([\w.]+)", "\n".join(texts)))
 
 
 def register() -> None:

@@ -53,6 +53,7 @@ class Predictor:
         checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
         device: device of the detector.
         max_pixels: of an image; larger ones are not decoded.
+        trust: see :func:`ldt.load_pruned`.
 
     Attributes:
         classes: class names in label order.
@@ -67,8 +68,9 @@ class Predictor:
         checkpoint: str | Path,
         device: str | torch.device = "cpu",
         max_pixels: int = MAX_PIXELS,
+        trust: bool = False,
     ) -> None:
-        content = read(checkpoint)
+        content = read(checkpoint, trust)
         steps = test_steps(resize_steps(content, checkpoint))
         load, *rest = build_transforms(limited(steps, max_pixels))
         self._read, self._prepare = load, Compose(rest)
@@ -102,6 +104,7 @@ def predict(
     threshold: float = 0.3,
     device: str | torch.device = "cpu",
     max_pixels: int = MAX_PIXELS,
+    trust: bool = False,
 ) -> None:
     """Detect objects in images, draw them and save the results.
 
@@ -116,6 +119,7 @@ def predict(
         threshold: minimum score of drawn boxes.
         device: device of the detector.
         max_pixels: of an image; larger ones are not decoded.
+        trust: see :func:`ldt.load_pruned`.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see :class:`Predictor` and :func:`find_images`.
@@ -126,7 +130,7 @@ def predict(
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, e.g. 0.3")
         paths, out = find_images(sources), Path(out)
-        predictor = Predictor(checkpoint, device, max_pixels)
+        predictor = Predictor(checkpoint, device, max_pixels, trust)
     out.mkdir(parents=True, exist_ok=True)
     draw, images, boxes, bad = _painter(predictor.classes, threshold), [], [], []
     for number, path in enumerate(paths, 1):

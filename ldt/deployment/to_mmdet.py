@@ -4,21 +4,22 @@ The folder contains ``config.py``, a plain mmdet config, and ``weights.pth``. Af
 it can be loaded with ``mmdet.apis.init_detector`` and ``mmdet.apis.DetInferencer``.
 """
 
+import ast
+import pprint
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
 
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.detectors.models import build, drop_pretrained
 from ldt.pruning import structure
-from ldt.runs.files import writing
+from ldt.runs.files import write_text, writing
 
 CONFIG, WEIGHTS = "config.py", "weights.pth"
 
 
-def export(checkpoint: str | Path, folder: str | Path) -> Path:
+def export(checkpoint: str | Path, folder: str | Path, trust: bool = False) -> Path:
     """Write the detector of a checkpoint as ``config.py`` and ``weights.pth``.
 
     The config is complete for inference: the model with its pruned structure, classes, test
@@ -28,6 +29,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     Args:
         checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
         folder: output folder, created if necessary; existing files are overwritten.
+        trust: see :func:`ldt.load_pruned`.
 
     Returns:
         The folder.
@@ -37,7 +39,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
         OSError: the folder cannot be written.
     """
-    content, folder = read(checkpoint), Path(folder)
+    content, folder = read(checkpoint, trust), Path(folder)
     about, resize = content["ldt"], resize_steps(content, checkpoint)
     state = detector_of(content).state_dict()
     config = {
@@ -48,12 +50,29 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         "visualizer": {"type": "DetLocalVisualizer", "vis_backends": [], "name": "visualizer"},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / CONFIG) as draft:
-        Config(config).dump(draft)
+    write_text(folder / CONFIG, _python(config))
     meta = {"dataset_meta": {"classes": tuple(about["classes"]), "palette": "random"}}
     with writing(folder / WEIGHTS) as draft:
         torch.save({"state_dict": state, "meta": meta}, draft)
     return folder
+
+
+def _python(config: dict[str, Any]) -> str:
+    """Return a config as Python source: an assignment of a literal for each key.
+
+    mmengine's own ``dump`` pastes keys unquoted. When it reads a config, it replaces ``{{...}}``
+    in the source, even inside strings.
+
+    Raises:
+        ValueError: a value is not plain data.
+    """
+    lines = []
+    for key, value in config.items():
+        literal = pprint.pformat(value, width=100, sort_dicts=False).replace("{{", r"{\x7b")
+        if not key.isidentifier() or ast.literal_eval(literal) != value:
+            raise ValueError(f"the config cannot be written: {key} is not plain data")
+        lines.append(f"{key} = {literal}\n")
+    return "".join(lines)
 
 
 def _imports(model: dict[str, Any]) -> dict[str, Any]:

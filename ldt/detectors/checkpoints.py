@@ -1,6 +1,7 @@
 """Load checkpoints as ordinary mmdet detectors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from ldt.detectors.adapter import Detector
 from ldt.detectors.models import build
+from ldt.detectors.untrusted import checked, limited_allocation
 from ldt.pruning import structure
+from ldt.runs.files import check_archive
 
 RECORD = "pruning_record"  # attribute of a loaded detector: its checkpoint's metadata
 
@@ -42,22 +45,25 @@ def pruning_record(
     }
 
 
-def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> BaseDetector:
+def load_pruned(
+    path: str | Path, device: str | torch.device = "cpu", trust: bool = False
+) -> BaseDetector:
     """Load a detector from a checkpoint, with its pruned structure and weights, in eval mode.
 
-    The modules in ``custom_imports`` of the detector's mmdet config are imported; they must be on
-    the Python path.
+    Loading runs no code of the file's author and fetches nothing, unless the file is trusted.
 
     Args:
         path: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
         device: where to load the detector.
+        trust: import the modules in ``custom_imports`` of the detector's mmdet config, which must
+            be on the Python path. Those that are imported already need no trust.
 
     Returns:
         An ordinary mmdet detector; ``dataset_meta`` contains the class names.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or was not written by ldt.
+        ValueError: the file is damaged, was not written by ldt, or needs trust.
         ImportError: a module in ``custom_imports`` cannot be imported.
 
     Example:
@@ -66,21 +72,34 @@ def load_pruned(path: str | Path, device: str | torch.device = "cpu") -> BaseDet
         >>> pruned.dataset_meta["classes"]
         ('Car', 'Pedestrian', 'Cyclist')
     """
-    return detector_of(read(path), device)
+    return detector_of(read(path, trust), device)
 
 
 def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") -> BaseDetector:
     """Build the detector of a checkpoint that was loaded with :func:`read`; see above."""
     record = checkpoint["ldt"]
     state = detector_state(checkpoint)
-    detector = build(record["model"], initialise=False)
-    structure.rebuild(detector, record["structure"], state)
-    detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
+    with limited_allocation(state), _one_line():
+        detector = build(record["model"], initialise=False)
+        structure.rebuild(detector, record["structure"], state)
+        detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
     setattr(detector, "dataset_meta", {"classes": tuple(record["classes"])})  # noqa: B010
     setattr(detector, RECORD, record)
     detector.to(device)
     detector.eval()  # not every mmdet detector returns self
     return detector
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Tell in one line what mmdet says of a config or of weights that do not fit."""
+    try:
+        yield
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:  # constructors of mmdet raise many types
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"the checkpoint's detector cannot be built ({reason})") from error
 
 
 def _without_aliases(state: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
@@ -89,8 +108,27 @@ def _without_aliases(state: dict[str, Tensor], known: set[str]) -> dict[str, Ten
     return {k: v for k, v in state.items() if k in known or v.data_ptr() not in places}
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint's content with ``weights_only=True``.
+def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
+    """Load a checkpoint's content, checked by :mod:`ldt.detectors.untrusted`.
+
+    Args:
+        path: of the file.
+        trust: import the modules that its record names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, was not written by ldt, or needs trust.
+        ImportError: a module of a trusted file cannot be imported.
+    """
+    content = read_unchecked(path)
+    try:
+        return checked(content, trust)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def read_unchecked(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint's content, whatever its record says; nothing may be built from it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -99,6 +137,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
     try:
+        check_archive(Path(path), Path(path).stat().st_size)  # torch does not compress
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for truncated or foreign files
         kind = type(error).__name__

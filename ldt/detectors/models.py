@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,9 +65,22 @@ def model_config(
             head["num_classes"] = n_classes
     if not pretrained:
         drop_pretrained(model)
+    _read_teacher(model)
     if "custom_imports" in content:
         model["custom_imports"] = ConfigDict(content.custom_imports).to_dict()
     return cast(PlainConfig, _plain(model))
+
+
+def _read_teacher(model: PlainConfig) -> None:
+    """Replace the file of a distilling detector's teacher by its content, in place.
+
+    A checkpoint with the name of a file could not be opened: it would be run.
+    """
+    file = model.get("teacher_config")
+    if isinstance(file, str) and ("::" in file or Path(file).is_file()):
+        teacher = cast(PlainConfig, ConfigDict(read_config(file).model).to_dict())
+        drop_pretrained(teacher)
+        model["teacher_config"] = {"model": teacher}
 
 
 def input_settings(config: str) -> dict[str, Any]:
@@ -124,6 +137,11 @@ def _config_file(config: str) -> str:
     return str(Path(package_folder(package)) / ".mim" / "configs" / file)
 
 
+def is_packaged(config: str) -> bool:
+    """Return whether a config is one of mmdet's own, which are code that is installed."""
+    return re.fullmatch(r"mmdet::\w[\w.+-]*(/\w[\w.+-]*)*\.py", config) is not None
+
+
 def raise_max_per_img(model: PlainConfig, least: int) -> None:
     """Let a detector return at least so many boxes of an image, as far as it has queries; in place.
 
@@ -156,7 +174,9 @@ def drop_pretrained(node: object) -> None:
     """Remove every ``init_cfg`` that would load a file, in place."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
-        if isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init):
+        if isinstance(init, (list, tuple)):
+            node["init_cfg"] = [each for each in init if not _loads(each)]
+        elif _loads(init):
             node["init_cfg"] = None
         if "pretrained" in node:
             node["pretrained"] = None
@@ -165,6 +185,10 @@ def drop_pretrained(node: object) -> None:
     elif isinstance(node, (list, tuple)):
         for item in node:
             drop_pretrained(item)
+
+
+def _loads(init: object) -> bool:
+    return isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init)
 
 
 def _plain(node: object) -> Plain:
@@ -197,7 +221,7 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
     """
     use_mmdet()
     parts = {key: value for key, value in model.items() if key != "custom_imports"}
-    _import(model.get("custom_imports", {"imports": []}))
+    import_custom(model.get("custom_imports", {"imports": []}))
     try:
         with registered_types_only():
             detector = MODELS.build(ConfigDict(parts))
@@ -216,7 +240,7 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
     return detector
 
 
-def _import(custom: dict[str, Any]) -> None:
+def import_custom(custom: Mapping[str, Any]) -> None:
     """Import the modules of a config's ``custom_imports``, which register its own components."""
     try:
         import_modules_from_strings(**custom)

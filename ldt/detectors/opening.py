@@ -40,6 +40,7 @@ def open_detector(
     weights: str | Path | None = None,
     classes: Sequence[str] | None = None,
     config: Config | str | Path | None = None,
+    trust: bool = False,
 ) -> OpenedDetector:
     """Open a detector for pruning.
 
@@ -50,6 +51,7 @@ def open_detector(
         weights: for a detector given by its config: a checkpoint file of mmdet or mmengine.
         classes: class names in label order; by default those of the detector or its file.
         config: the config of a detector that is built already.
+        trust: of a checkpoint, see :func:`ldt.load_pruned`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,7 +67,7 @@ def open_detector(
             record = {**record, "model": _read_config(config)}
         return _opened(detector, record, classes)
     if isinstance(detector, (str, Path)) and str(detector).endswith(".ckpt"):
-        loaded = load_pruned(detector)
+        loaded = load_pruned(detector, trust=trust)
         return _opened(loaded, getattr(loaded, RECORD), classes)
     plain = _read_config(detector)
     model = build(plain, initialise=weights is None)

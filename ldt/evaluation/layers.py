@@ -19,7 +19,7 @@ from ldt.runs import files
 GAP = 0.9  # rows between two stages in figures
 
 
-def write_inventory(folder: Path) -> None:
+def write_inventory(folder: Path, trust: bool = False) -> None:
     """Write ``structure.json`` to a run's folder, from its checkpoints.
 
     ``rounds`` has for each round a dict per layer with parameters: ``in`` and ``out`` channels (0
@@ -28,6 +28,7 @@ def write_inventory(folder: Path) -> None:
 
     Args:
         folder: a run's folder, with ``config.yaml`` and ``round-<t>.ckpt``.
+        trust: see :func:`ldt.load_pruned`.
 
     Raises:
         FileNotFoundError: there is no checkpoint of the unpruned detector.
@@ -36,7 +37,7 @@ def write_inventory(folder: Path) -> None:
     checkpoints = {0: folder / files.round_checkpoint(0)} | files.checkpoints(folder)
     rounds, groups = {}, {}
     for round_, file in checkpoints.items():
-        content = read(file)
+        content = read(file, trust)
         detector, record = detector_of(content), content["ldt"]
         rounds[str(round_)] = layers(detector, tuple(record["input_size"]))
         if round_ == 0:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ldt.build import build_criterion, data_of, module_of
 from ldt.criteria.ldt import LDTCriterion
+from ldt.detectors.checkpoints import read
 from ldt.evaluation.score_stability import batch_utilities
 from ldt.figures import from_runs
 from ldt.figures.attention import draw_attention
@@ -35,17 +36,19 @@ class Options:
         out: output file; None: ``pictures/<name>.png`` of the run or study.
         images: number of images shown or analysed.
         scale: scale of the neck for ``discriminants``; None: the strongest.
+        trust: run the code that the runs' checkpoints and configurations name.
     """
 
     out: Path | None = None
     images: int | None = None
     scale: int | None = None
+    trust: bool = False
 
 
 def discriminants(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 1: classes, eigenvalues and channels of one or two runs' bases."""
     bases = [run if run.named else run.at(0) for run in runs]
-    data = data_of(runs[0])
+    data = data_of(runs[0], given.trust)
     found = [from_runs.spaces(run.checkpoint(), data, given.images) for run in bases]
     scales = min(len(spaces) for spaces in found)
     with refusing():
@@ -60,14 +63,15 @@ def discriminants(runs: Sequence[Run], given: Options) -> Figure:
 def attention(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 4: Grad-CAM on the same images; for a single run, base and last round."""
     runs = _ends(runs)
-    views = from_runs.views([run.checkpoint() for run in runs], data_of(runs[0]), given.images or 3)
+    data, files = data_of(runs[0], given.trust), [run.checkpoint() for run in runs]
+    views = from_runs.views(files, data, given.images or 3)
     return draw_attention(views, _titles(runs))
 
 
 def detections(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 5: detections on the same images; for a single run, base and last round."""
     runs = _ends(runs)
-    data, files = data_of(runs[0]), [run.checkpoint() for run in runs]
+    data, files = data_of(runs[0], given.trust), [run.checkpoint() for run in runs]
     scenes = from_runs.scenes(files, data, given.images or 4)
     return draw_detections(scenes, data.classes, _titles(runs))
 
@@ -76,14 +80,14 @@ def stability(runs: Sequence[Run], given: Options) -> Figure:
     """Fig. 6: utilities of the base's channels per batch of calibration images."""
     (run,) = runs
     run = run if run.named else run.at(0)
-    config = load_config(run.folder)
+    config = load_config(run.folder, given.trust)
     criterion, prune = build_criterion(config), config.prune
     if not isinstance(criterion, LDTCriterion):
         criterion = LDTCriterion()
     images = given.images or prune.images
-    loader = data_of(run).calibration_dataloader(images, prune.batch_size)
+    loader = data_of(run, given.trust).calibration_dataloader(images, prune.batch_size)
     return draw_stability(
-        batch_utilities(module_of(run).adapter, criterion, loader, list(prune.scope))
+        batch_utilities(module_of(run, given.trust).adapter, criterion, loader, list(prune.scope))
     )
 
 
@@ -114,7 +118,7 @@ def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:
     return [from_runs.channels(each.checkpoint()) for each in rounds], names
 
 
-def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
+def _opened(name: str, paths: Sequence[Path], trust: bool) -> list[Run]:
     """Open the runs of a figure and check their number."""
     if name in ALONE and len(paths) != 1:
         raise ValueError(f"{len(paths)} runs given; {name} shows one: give a single RUN")
@@ -122,7 +126,9 @@ def _opened(name: str, paths: Sequence[Path]) -> list[Run]:
         raise ValueError(f"{len(paths)} runs given; discriminants shows one or two")
     runs = [open_run(path) for path in paths]
     for run in runs:
-        run.checkpoint()  # raises before anything is drawn
+        file = run.checkpoint()  # raises before anything is drawn
+        if trust:
+            read(file, trust)  # imports their code, so that further checkpoints need no trust
     return runs
 
 
@@ -173,7 +179,7 @@ def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
         save(draw_comparisons(found), file)
         return [file]
     with refusing():
-        runs = _opened(name, paths)
+        runs = _opened(name, paths, given.trust)
     folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
     files = [given.out or folder / PICTURES / f"{name}.png"]
     if name == "shrinking" and not given.out:

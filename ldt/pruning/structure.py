@@ -5,9 +5,13 @@ The record contains strings and integers only, so a checkpoint with it loads und
 """
 
 from collections.abc import Mapping
+from operator import le
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from ldt.pruning.dependency import update_split_widths
 
@@ -53,10 +57,11 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
                 f"{type(model).__name__} does not have; it belongs to another detector"
             )
         for key, value in sizes.items():
-            if value > getattr(modules[name], key, value):
+            built = getattr(modules[name], key, None)
+            if type(built) is not int or not 1 <= value <= built:
                 raise ValueError(
-                    f"the structure record has {key}={value} for {name!r}, more than the "
-                    f"{getattr(modules[name], key)} of the detector that the config builds"
+                    f"the structure record has {key}={value} for {name!r}, where the detector that "
+                    f"the config builds has {built}"
                 )
             setattr(modules[name], key, value)
     update_split_widths(model)
@@ -71,7 +76,9 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
             module.normalized_shape = tuple(module.weight.shape)
         for name, buffer in list(module.named_buffers(recurse=False)):
             if dot + name in state and state[dot + name].shape != buffer.shape:
-                setattr(module, name, buffer.new_zeros(state[dot + name].shape))
+                shape = _shape(state, dot + name, buffer.shape)
+                setattr(module, name, buffer.new_zeros(shape))
+        _check_sizes(prefix, module)
 
 
 def changes(
@@ -106,12 +113,33 @@ def _shape(state: Mapping[str, Tensor], key: str, built: torch.Size) -> torch.Si
     if key not in state:
         raise ValueError(f"the checkpoint has no tensor {key!r}; it belongs to another detector")
     shape = state[key].shape  # pruning shrinks the first two dimensions only
-    if shape[2:] != built[2:] or any(new > old for new, old in zip(shape, built, strict=False)):
+    smaller = len(shape) == len(built) and all(map(le, shape, built))
+    if not smaller or shape[2:] != built[2:]:
         raise ValueError(
             f"the checkpoint has {key!r} with shape {tuple(shape)}, which cannot be pruned from "
             f"{tuple(built)}; it belongs to another detector"
         )
     return shape
+
+
+def _check_sizes(name: str, layer: nn.Module) -> None:
+    """Check that the sizes of a layer are those of its weight."""
+    sizes: Any = layer
+    if isinstance(layer, _ConvNd):
+        ends = (layer.out_channels, layer.in_channels)
+        first, second = reversed(ends) if layer.transposed else ends
+        expected = (first, second // layer.groups)
+    elif isinstance(layer, nn.Linear):
+        expected = (layer.out_features, layer.in_features)
+    elif isinstance(layer, (_NormBase, nn.GroupNorm)) and layer.affine:
+        expected = (sizes.num_features if isinstance(layer, _NormBase) else sizes.num_channels,)
+    else:
+        return
+    if sizes.weight.shape[: len(expected)] != expected:
+        raise ValueError(
+            f"the structure record does not fit the weight of {name!r}, whose shape is "
+            f"{tuple(sizes.weight.shape)}: {expected} expected"
+        )
 
 
 def channels(structure: Structure) -> dict[str, int]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import yaml
 from filelock import FileLock, Timeout
@@ -49,6 +50,8 @@ LEFT = (  # of killed processes: drafts, those of earlier versions, Lightning's 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
+LARGEST_CONFIG, LARGEST_FILE = 2**20, 2**25  # bytes; a run has some thousand, or some million
+MOST_LEVELS = 100  # of nesting
 
 
 def round_checkpoint(round_: int) -> str:
@@ -264,10 +267,52 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        text = read_limited(file, LARGEST_CONFIG)
+        _check_nesting(text)
+        found = yaml.load(text, _LOADER)
+    except (yaml.YAMLError, OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}); remove the run to repeat it") from error
     return found if isinstance(found, dict) else {}
+
+
+def _check_nesting(text: str) -> None:
+    """Refuse YAML that is small and unfolds to a tree without end; ldt writes no aliases."""
+    depth = 0
+    for event in yaml.parse(text, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MOST_LEVELS:
+            raise ValueError("it has aliases, or is nested too deeply")
+
+
+def read_limited(path: Path, most: int = LARGEST_FILE) -> str:
+    """Read a text file of a run, whoever wrote it.
+
+    Raises:
+        ValueError: it is larger than ``most`` bytes, or no text.
+    """
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most / 2**20:.0f} MiB")
+    return content.decode("utf-8")
+
+
+def check_archive(path: Path, most: int = LARGEST_FILE) -> None:
+    """Check how large the parts of a zip archive are that is about to be read.
+
+    Args:
+        path: a file of numpy's (``.npz``) or of torch's.
+        most: bytes of all parts together.
+
+    Raises:
+        ValueError: they are larger; compressed parts can be of any size.
+        BadZipFile: it is no such archive.
+    """
+    with ZipFile(path) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    if size > most:
+        raise ValueError(f"{path} unpacks to more than {most / 2**20:.0f} MiB")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -298,8 +343,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(read_limited(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to run again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (no JSON object); remove it to run again")
@@ -321,9 +366,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    except (csv.Error, UnicodeDecodeError) as error:
+        text = io.StringIO(read_limited(path), newline="")
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(text)]
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to run again") from error
 
 

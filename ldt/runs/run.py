@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from ldt.config import Config
+from ldt.config import Config, packaged_targets
 from ldt.runs import files
 from ldt.runs.study import folders, study_row
 
@@ -138,6 +138,7 @@ class Run:
         """Pruned groups of each pruning round, by the name of their root layer."""
         found = {}
         for round_, file in files.score_files(self.folder).items():
+            files.check_archive(file)
             with np.load(file) as arrays:
                 names = [key.removeprefix("score/") for key in arrays if key.startswith("score/")]
                 found[round_] = {
@@ -270,18 +271,44 @@ def _moved(node: Any) -> Any:
     return [_moved(value) for value in node] if isinstance(node, list) else node
 
 
-def load_config(folder: Path) -> DictConfig:
-    """Return the configuration of a run, validated against the schema.
+def load_config(folder: Path, trust: bool = False) -> DictConfig:
+    """Return the configuration of a run, validated against the schema, to build from.
+
+    Args:
+        folder: the run's directory.
+        trust: allow classes that are no part of ldt, which are imported when they are built.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: the configuration is damaged.
+        ValueError: the configuration is damaged, or needs trust.
     """
     config = stored_config(folder)
     if not config:
         raise FileNotFoundError(
             f"no {folder / files.CONFIG}; give the directory of a run, runs/<study>/<run>"
         )
+    _check_code(config, folder, None if trust else packaged_targets())
     found = OmegaConf.merge(OmegaConf.structured(Config), config)
     assert isinstance(found, DictConfig)
     return found
+
+
+def _check_code(node: object, folder: Path, targets: Set[str] | None) -> None:
+    """Check that a stored configuration names no code but the classes ``targets``; None: any.
+
+    Resolvers would run code too; what ldt stores is resolved.
+    """
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for value in values:
+        _check_code(value, folder, targets)
+    if isinstance(node, str) and "${" in node:
+        raise ValueError(f"{folder / files.CONFIG}: {node[:100]!r} is not resolved")
+    if not isinstance(node, dict) or targets is None:
+        return
+    target, kind = str(node.get("_target_", "")), str(node.get("type", ""))
+    foreign = target if target and target not in targets else kind if "." in kind else ""
+    if foreign:
+        raise ValueError(
+            f"{folder / files.CONFIG} names {foreign[:200]}, which is no part of ldt: where you "
+            "trust it type --trust, or trust=True in Python"
+        )

@@ -126,10 +126,11 @@ def test_a_detector_of_ones_own_goes_the_whole_way(tmp_path, monkeypatch):
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    script = "import sys, ldt; ldt.load_pruned(sys.argv[1])"
-    done = python("-c", script, str(checkpoint), cwd=elsewhere)
-    assert "own_parts" in done.stderr
-    assert "PYTHONPATH" in done.stderr
+    for given, told in (("", "type --trust"), (", trust=True", "PYTHONPATH")):
+        script = f"import sys, ldt; ldt.load_pruned(sys.argv[1]{given})"
+        done = python("-c", script, str(checkpoint), cwd=elsewhere)
+        assert "own_parts" in done.stderr
+        assert told in done.stderr
 
 
 def write_own_data(root: Path) -> tuple[str, ...]:
