@@ -21,7 +21,7 @@ from ldt.config.paths import expand_home
 from ldt.config.values import typed
 from ldt.runs import files
 from ldt.runs.differences import NOT_SET, differences
-from ldt.runs.run import stored_config
+from ldt.runs.records import stored_config
 
 Flat = dict[str, Any]  # dotted key -> value
 Relation = Literal["same run", "same cell", "other run"]
