@@ -139,7 +139,7 @@ def essence(config: Mapping[str, Any]) -> Flat:
     flat |= _batch_of_a_step(config, flat) | _canonical(flat)
     if _prunes_nothing(config):
         flat["method.name"] = "none"
-    aside = (*FREE, *SOURCES, *idle(config))
+    aside = frozenset((*FREE, *SOURCES, *idle(config)))
     found = {key: value for key, value in flat.items() if not below(key, aside)}
     return {key: value for key, value in sorted(found.items()) if value is not None}
 

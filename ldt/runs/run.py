@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -143,7 +144,7 @@ class Run:
             file = folder / files.METRICS
             part = files.tolerated(lambda file=file: _read_log(file), None)
             if part is not None and len(part):
-                log = pd.concat([log[log.index < part.index[0]], part])
+                log = pd.concat([log[log.index < part.index[0]], part]) if len(log) else part
         return log
 
     @cached_property
@@ -224,9 +225,19 @@ def _read_log(file: Path) -> pd.DataFrame | None:
     with files.reading(file, "the run is shown without it"):
         if not file.exists() or not file.stat().st_size:
             return None
-        part = pd.read_csv(file, dtype=float).set_index("step")
-        part.index = part.index.astype(int)
-        return part if part.index.is_unique else part.groupby("step").first()
+        with file.open(newline="", encoding="utf-8") as opened:  # pandas takes longer to start
+            names, *rows = csv.reader(opened, strict=True)
+        whole = (row + [""] * (len(names) - len(row)) for row in rows)  # the last may be cut
+        values = np.array([[float(text or "nan") for text in row] for row in whole])
+        values = values.reshape(-1, len(names))
+        values = values[~np.isnan(values[:, names.index("step")])]
+        steps, places = np.unique(values[:, names.index("step")], return_inverse=True)
+        table = np.full((len(steps), len(names)), np.nan)
+        for column, logged in zip(table.T, values.T, strict=True):
+            there = ~np.isnan(logged)
+            column[places[there][::-1]] = logged[there][::-1]  # the first of a step is kept
+        index = pd.Index(steps.astype(int), name="step")
+        return pd.DataFrame(table, index, names).drop(columns="step")
 
 
 # Opening --------------------------------------------------------------------------------------
