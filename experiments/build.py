@@ -17,9 +17,8 @@ from typing import Any
 
 from cells import ROOT, SMALL, TableRow, differing, fill, load_cells, load_runs
 
-from ldt.runs import files, identity
+from ldt.runs import files
 from ldt.runs.files import write_rows, write_text
-from ldt.runs.provenance import starts
 from ldt.runs.run import Run
 
 FIGURES = {
@@ -50,6 +49,7 @@ HEADS = {
     "seeds": "seeds",
 }
 GROUP = ("dataset", "detector")
+MACHINE = ("cpu", "cores", "gpus", "torch")  # of the environment of a start
 OTHER_CELLS = ("prune.rate", "prune.budget", "ldt.enabled")  # differ between tables on purpose
 
 
@@ -176,10 +176,9 @@ def _where(runs: Sequence[Run]) -> str:
     if not runs:
         return "No run is finished yet.\n"
     last = max((run.folder / files.SUMMARY).stat().st_mtime for run in runs)
-    about = [start["environment"] for run in runs for start in starts(run.folder)]
-    kinds = dict.fromkeys(
-        f"{a['cpu']}, {a['cores']} cores, GPU: {a['gpus']}, torch {a['torch']}" for a in about
-    )
+    about = [start["environment"] for run in runs for start in run.starts]
+    told = ([machine.get(key, "?") for key in MACHINE] for machine in about)
+    kinds = dict.fromkeys("{}, {} cores, GPU: {}, torch {}".format(*values) for values in told)
     day = time.strftime("%Y-%m-%d", time.localtime(last))
     return f"{len(runs)} runs, the last of {day}. Machines: {'; '.join(kinds) or 'not recorded'}.\n"
 
@@ -222,8 +221,7 @@ def _near_misses(cells: Sequence[TableRow], runs: Sequence[Run]) -> str:
     used = {run.folder for cell in cells for run in cell.runs.values()}
     found = []
     for run in runs:
-        config = identity.cell(run.config)
-        keys = min((differing(cell, config) for cell in cells), key=len)
+        keys = min((differing(cell, run.settings) for cell in cells), key=len)
         another = any(key.endswith(".name") or key in OTHER_CELLS for key in keys)
         if run.folder not in used and keys and not another:
             place = f"{run.folder.parent.name}/{run.folder.name}"

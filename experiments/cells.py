@@ -16,11 +16,10 @@ from omegaconf import OmegaConf
 
 from ldt.config import register
 from ldt.config.sweeps import jobs
-from ldt.runs import files, identity
+from ldt.runs import identity
 from ldt.runs.differences import differences
-from ldt.runs.files import read_json, read_rows
-from ldt.runs.provenance import starts
-from ldt.runs.run import Run, open_runs
+from ldt.runs.files import read_rows
+from ldt.runs.run import Run, open_runs, readable
 
 ROOT = Path(__file__).parents[1]
 METRICS = {  # column of expected.csv: key of a run's round, factor to the column's unit
@@ -179,31 +178,30 @@ def _tells(keys: dict[str, Any], config: dict[str, Any]) -> bool:
 def load_runs(studies: Sequence[Path]) -> Iterator[Run]:
     """Open the finished runs of studies; raise FileNotFoundError for a missing study."""
     for study in studies:
-        yield from (run for run in open_runs(study) if run.finished and run.config)
+        yield from (run for run in readable(open_runs(study)) if run.finished and run.config)
 
 
 def numbers(run: Run) -> dict[str, Any]:
     """Return the measurements of a run, with latencies by device type."""
-    return run.row | _latencies(run.row, run.folder)
+    return run.row | _latencies(run)
 
 
-def _latencies(row: dict[str, Any], folder: Path) -> dict[str, float]:
+def _latencies(run: Run) -> dict[str, float]:
     """Latency by device type; later measurements take precedence over the run's own."""
-    gpus = {gpu for start in starts(folder) for gpu in start["environment"]["gpus"].split(", ")}
+    gpus = {gpu for start in run.starts for gpu in start["environment"].get("gpus", "").split(", ")}
     found = {}
     for prefix in ("base_", ""):
-        if f"{prefix}latency_ms" in row:
-            kind = "gpu_ms" if row[f"{prefix}device"] in gpus else "cpu_ms"
-            found[prefix + kind] = row[f"{prefix}latency_ms"]
-    return found | read_json(folder / files.LATENCY)
+        if f"{prefix}latency_ms" in run.row:
+            kind = "gpu_ms" if run.row.get(f"{prefix}device") in gpus else "cpu_ms"
+            found[prefix + kind] = run.row[f"{prefix}latency_ms"]
+    return found | run.latencies
 
 
 def fill(cells: Sequence[TableRow], runs: Sequence[Run]) -> None:
     """Assign the runs to the rows."""
     for run in runs:
-        config = identity.cell(run.config)
         for cell in cells:
-            if not differing(cell, config):
+            if not differing(cell, run.settings):
                 cell.runs.setdefault(run.row["seed"], run)
 
 

@@ -360,7 +360,8 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
         data.prepare_data()
         data.setup("validate")
         layers.write_inventory(folder)
-        from_runs.draw_run(summary, folder, data, config.report.pictures)
+        limit = config.trainer.limit_val_batches
+        from_runs.draw_run(summary, folder, data, config.report.pictures, limit)
         write_json(folder / files.SUMMARY, summary | {"drawn": True})
     report.print_run(summary, folder)
 

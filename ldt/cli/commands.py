@@ -97,9 +97,11 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
     from ldt.report.tables import write
     from ldt.runs.aggregate import cells
     from ldt.runs.files import write_text
+    from ldt.runs.run import readable
 
-    with refusing():
+    with refusing(OSError):
         runs = _finished_study(study)
+    readable(runs)  # names the damaged ones, which the page shows too
     if form == "html":
         out = out or study / "report.html"
         text = page(study.resolve(), runs, pictures)
@@ -114,8 +116,13 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
 
 
 def _finished_study(study: Path) -> "list[Run]":
-    """Open the study's runs; raise if none is finished."""
-    from ldt.runs.files import holds_run
+    """Open the study's runs.
+
+    Raises:
+        FileNotFoundError: there is no such study, or no finished run in it.
+        DamagedError: all of its runs are damaged.
+    """
+    from ldt.runs.files import DamagedError, holds_run
     from ldt.runs.run import open_runs
 
     if holds_run(study):
@@ -132,9 +139,12 @@ def _finished_study(study: Path) -> "list[Run]":
     runs = open_runs(study)
     if not any(run.finished for run in runs):
         told = [f"; {run.name}: {run.row.get('error', run.row['status'])}" for run in runs]
+        listed = f"{''.join(told[:LISTED])}{'; ...' if told[LISTED:] else ''}"
+        if runs and all(run.damaged for run in runs):
+            raise DamagedError(f"all runs of {study} are damaged ({len(runs)}){listed}")
         raise FileNotFoundError(
             f"no finished run in {study}, which has {len(runs)} runs; `ldt run` with the same "
-            f"keys resumes a run{''.join(told[:LISTED])}{'; ...' if told[LISTED:] else ''}"
+            f"keys resumes a run{listed}"
         )
     return runs
 

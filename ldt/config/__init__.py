@@ -205,7 +205,7 @@ class ReportConfig:
     """What is measured and drawn."""
 
     latency_runs: int = 30  # 0 = do not measure
-    pictures: int = 8  # validation images drawn; 0 = none
+    pictures: int = 8  # validation images drawn; 0: no detector is run for pictures
 
 
 @dataclass

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldt.evaluation.layers import Stage, stages
-from ldt.figures.style import COLUMN_CM, DARK, FONT, GREY, LIGHT, SMALL, new_figure, tidy
+from ldt.figures.look import DARK, GREY, LIGHT
+from ldt.figures.style import COLUMN_CM, FONT, SMALL, new_figure, tidy
 
 ROW_CM = (0.15, 0.3)  # minimum and maximum height of a row
 HEIGHT_CM = 12.0  # rows are reduced to fit into this, down to their minimum height

@@ -9,12 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ldt.figures.curves import LABELS
+from ldt.figures.look import DARK, GREY, LABELS
 from ldt.figures.style import (
     COLUMN_CM,
-    DARK,
     FONT,
-    GREY,
     MARKERS,
     PAGE_CM,
     SMALL,

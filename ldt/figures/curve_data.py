@@ -8,7 +8,7 @@ from pathlib import Path
 from ldt.figures.comparison import Panel, Point
 from ldt.runs import files
 from ldt.runs.aggregate import Cell, cells, notes
-from ldt.runs.run import Run, open_run, open_runs
+from ldt.runs.run import Run, open_run, open_runs, readable
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def panels(folders: Sequence[Path]) -> list[Panel]:
 
 def _runs(folders: Iterable[Path]) -> Iterator[Run]:
     for folder in folders:
-        yield from [open_run(folder)] if files.holds_run(folder) else open_runs(folder)
+        yield from [open_run(folder)] if files.holds_run(folder) else readable(open_runs(folder))
 
 
 def _panel(found: Sequence[Cell]) -> Panel:
@@ -50,7 +50,7 @@ def _panel(found: Sequence[Cell]) -> Panel:
     unpruned: dict[str, dict[int, Run]] = defaultdict(dict)  # each seed once
     for cell in found:
         methods[cell.label].append(_point(cell.runs))
-        name = "unpruned, LDT" if cell.config["ldt.enabled"] else "unpruned"
+        name = "unpruned, LDT" if cell.config.get("ldt.enabled") else "unpruned"
         unpruned[name] |= {run.row["seed"]: run for run in cell.runs}
     return Panel(
         title if first.budget == "params" else f"{title}, equal MACs",

@@ -8,18 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
-from ldt.figures.style import (
-    COLUMN_CM,
-    DARK,
-    FONT,
-    GREY,
-    SMALL,
-    add_top_axis,
-    new_figure,
-    tidy,
-)
+from ldt.figures.look import DARK, GREY, LABELS
+from ldt.figures.style import COLUMN_CM, FONT, SMALL, add_top_axis, new_figure, tidy
 
-LABELS = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50 (IoU 0.5)", "mAP": "mAP (IoU 0.5)"}
 MOST_NAMES = 6  # with more markers, only the first and the last have a label
 LEAST_SPAN = 0.04  # of the accuracy axis, so that tiny differences do not look large
 

@@ -9,17 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ldt.evaluation.neck_statistics import NeckSpace
-from ldt.figures.style import (
-    DARK,
-    FONT,
-    GREY,
-    MARKERS,
-    PAGE_CM,
-    PALETTE,
-    SMALL,
-    new_figure,
-    tidy,
-)
+from ldt.figures.look import DARK, GREY
+from ldt.figures.style import FONT, MARKERS, PAGE_CM, PALETTE, SMALL, new_figure, tidy
 
 LEAST = 1e-4  # smaller shares of the largest eigenvalue or ratio are not shown
 SCATTER_CM, LINES_CM = 6.0, 5.0

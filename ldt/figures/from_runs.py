@@ -35,19 +35,26 @@ ENOUGH = 256  # maximum validation images whose objects are shown
 
 
 def draw_run(
-    summary: Mapping[str, Any], folder: Path, data: DetectionDataModule, pictures: int
+    summary: Mapping[str, Any],
+    folder: Path,
+    data: DetectionDataModule,
+    pictures: int,
+    limit: float | None = None,
 ) -> None:
     """Draw a run's figures into ``<folder>/pictures``.
 
-    These are ``detections.png`` (ground truth, base and last round on some validation images) and
-    ``metric_vs_params.png``; for pruned runs ``channels.png`` and ``shrinking.png``; with LDT
-    ``discriminants.png`` of the base, unless there are too few objects.
+    These are ``metric_vs_params.png``, and for pruned runs ``channels.png`` and ``shrinking.png``.
+    Those that run detectors on validation images are ``detections.png`` (ground truth, base and
+    last round) and, with LDT, ``discriminants.png`` of the base, unless there are too few objects.
 
     Args:
         summary: ``summary.json`` of the run.
         folder: the run's directory, with ``round-<t>.ckpt`` of every round.
         data: data module after ``setup``; its validation images are shown.
-        pictures: number of evenly spaced validation images in ``detections.png``; 0 omits it.
+        pictures: number of evenly spaced validation images in ``detections.png``; 0: no detector
+            is run, and both figures that need one are omitted.
+        limit: ``trainer.limit_val_batches``, a number of batches or a share of them as a float;
+            ``discriminants.png`` is of no more images.
 
     Raises:
         ValueError: ``pictures`` is negative, or a checkpoint is damaged.
@@ -55,7 +62,7 @@ def draw_run(
     """
     if pictures < 0:
         raise ValueError(
-            f"report.pictures={pictures} must be 0 (no pictures of detections) or more"
+            f"report.pictures={pictures} must be 0 (no pictures that a detector is run for) or more"
         )
     target, rows, metric = folder / PICTURES, summary["rounds"], summary["metric"]
     files = [folder / round_checkpoint(row["round"]) for row in rows]
@@ -70,15 +77,29 @@ def draw_run(
         save(draw_channels(networks[0], networks[-1]), target / "channels.png")
         names = [side_title(row, metric) for row in rows]
         save(draw_shrinking(networks, names), target / "shrinking.png")
-    if summary.get("ldt"):
-        _draw_base(files[0], rows[0], metric, data, target / "discriminants.png")
+    if pictures and summary.get("ldt"):
+        images = min(ENOUGH, _validated(data, limit))
+        _draw_base(files[0], rows[0], metric, data, images, target / "discriminants.png")
+
+
+def _validated(data: DetectionDataModule, limit: float | None) -> int:
+    """Count the images of a validation; see :func:`draw_run`."""
+    if isinstance(limit, int):
+        return limit * data.val_batch_size
+    share = 1.0 if limit is None else limit
+    return int(share * len(data.val_dataloader())) * data.val_batch_size
 
 
 def _draw_base(
-    checkpoint: Path, row: Mapping[str, Any], metric: str, data: DetectionDataModule, file: Path
+    checkpoint: Path,
+    row: Mapping[str, Any],
+    metric: str,
+    data: DetectionDataModule,
+    images: int,
+    file: Path,
 ) -> None:
     try:
-        found = spaces(checkpoint, data, ENOUGH)
+        found = spaces(checkpoint, data, images)
     except ValueError as error:
         log.warning("no %s: %s", file.name, error)
         return

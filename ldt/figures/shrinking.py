@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from ldt.figures.channels import stages
-from ldt.figures.style import COLUMN_CM, DARK, FONT, LIGHT, SMALL, new_figure, tidy
+from ldt.figures.look import DARK, LIGHT
+from ldt.figures.style import COLUMN_CM, FONT, SMALL, new_figure, tidy
 from ldt.runs.files import writing
 
 Network = Mapping[str, int]  # output channels by layer, in network order

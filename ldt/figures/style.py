@@ -13,7 +13,6 @@ from ldt.runs.files import writing
 
 COLUMN_CM, PAGE_CM = 8.4, 17.8  # widths of a printed column and of a two-column page
 FONT, SMALL = 8.0, 7.0  # points, at these widths
-DARK, LIGHT, GREY = "#0B4F79", "#C5D9E6", "#6E6E6E"
 DPI = 300
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish, without black and dark blue;

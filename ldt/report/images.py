@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -25,7 +26,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Album:
-    """Pictures by file name, and the number of pictures omitted for size."""
+    """Pictures by file name, and the number of those omitted for size; damaged ones are neither."""
 
     pictures: dict[str, list[Picture]]
     left_out: int
@@ -34,7 +35,8 @@ class Album:
 def album(runs: Iterable[Run], megabytes: float) -> Album:
     """Collect the pictures of the runs' ``pictures/`` folders, scaled down, up to a total size.
 
-    If they exceed the limit, each kind of picture is shown for the same number of runs.
+    If they exceed the limit, each kind of picture is shown for the same number of runs. A warning
+    names each damaged one.
 
     Args:
         runs: the runs in order.
@@ -44,22 +46,23 @@ def album(runs: Iterable[Run], megabytes: float) -> Album:
     kinds = dict.fromkeys(sorted(file.name for file, _ in drawn))
     queues = {kind: [(f, run) for f, run in drawn if f.name == kind] for kind in kinds}
     found: dict[str, list[Picture]] = {kind: [] for kind in kinds}
-    room = megabytes * 1e6
+    room, damaged = megabytes * 1e6, 0
     for place in range(max(map(len, queues.values()), default=0)):
         for kind, queue in queues.items():
             if room > 0 and place < len(queue):
                 file, run = queue[place]
-                picture = Picture(file.stem, run, _url(file))
-                room -= len(picture.url)
-                if room >= 0:
-                    found[kind].append(picture)
+                url = files.tolerated(lambda file=file: _url(file), "")
+                damaged += not url
+                room -= len(url)
+                if url and room >= 0:
+                    found[kind].append(Picture(file.stem, run, url))
     shown = {kind.removesuffix(".png"): own for kind, own in found.items() if own}
-    return Album(shown, len(drawn) - sum(map(len, shown.values())))
+    return Album(shown, len(drawn) - damaged - sum(map(len, shown.values())))
 
 
-def _url(file: str | io.BytesIO | object) -> str:
-    """Encode a picture as WebP in a data URL."""
-    with Image.open(file) as image:  # type: ignore[arg-type]
+def _url(file: Path) -> str:
+    """Encode a picture as WebP in a data URL; raise DamagedError if it cannot be read."""
+    with files.reading(file, "the page lacks it"), Image.open(file) as image:
         image.thumbnail((WIDEST, 4 * WIDEST))
         data = io.BytesIO()
         image.convert("RGB").save(data, "WEBP", quality=QUALITY)

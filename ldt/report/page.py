@@ -1,6 +1,5 @@
 """Report of a study as a self-contained HTML page."""
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -19,8 +18,8 @@ from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs.aggregate import Cell, cells, varying
 from ldt.runs.formatting import number
 from ldt.runs.identity import LABELS, flatten
-from ldt.runs.provenance import starts
 from ldt.runs.run import Run
+from ldt.runs.study import STATES
 
 CONFIG = {
     "displaylogo": False,
@@ -78,11 +77,7 @@ def _facts(runs: Sequence[Run], found: Sequence[Cell]) -> dict[str, str]:
     """Summary of the study as terms and descriptions."""
     done = [run for run in runs if run.finished]
     states = [run.row["status"] for run in runs]
-    counts = (
-        f"{states.count(state)} {state}"
-        for state in ("finished", "failed", "unfinished")
-        if state in states
-    )
+    counts = (f"{states.count(state)} {state}" for state in STATES if state in states)
     sizes = dict.fromkeys("{} x {}".format(*run.row["input_size"]) for run in done)
     rates = sorted({(cell.budget, cell.rate) for cell in found if cell.pruned})
     return {
@@ -103,9 +98,7 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _code(run: Run) -> str:
-    known: list[dict[str, Any]] = []
-    with contextlib.suppress(ValueError):  # the record of the starts is damaged
-        known = [start.get("git") or {} for start in starts(run.folder)]
+    known = [start.get("git") or {} for start in run.starts]
     return _listed(map(_commit, known or [run.summary.get("git") or {}]))
 
 

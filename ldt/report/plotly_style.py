@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from ldt.figures.style import DARK, GREY
+from ldt.figures.look import DARK, GREY
 
 INK, GRID = "#22303C", "#E6EBEF"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ldt.figures.style import DARK, GREY, LIGHT
+from ldt.figures.look import DARK, GREY, LIGHT
 from ldt.report.plotly_style import faded, lay_out, text
 from ldt.runs.run import Cut, Run
 

@@ -10,14 +10,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ldt.figures.curves import LABELS
-from ldt.figures.style import GREY
+from ldt.figures.look import GREY, LABELS
 from ldt.report.plotly_style import Look, band, lay_out, line, looks, text
 from ldt.report.tables import SIZES, Column, percent
 from ldt.runs.aggregate import Cell
 from ldt.runs.run import Run
 
 MOST_POINTS = 200  # maximum points of a training curve; longer ones are averaged in blocks
+PANEL_POINTS = 20_000  # of all training curves of a panel, if they keep LEAST_POINTS
+LEAST_POINTS = 20
 NO_DEVIATION = 0.0
 
 
@@ -49,10 +50,11 @@ def trade_off(found: Sequence[Cell]) -> go.Figure:
     style = looks(cell.label for cell in found if cell.pruned)
     for place, column in enumerate(sizes, 1):
         figure.update_xaxes(title_text=column.title, rangemode="tozero", col=place)
+        dots = _dots(found, column)
         traces = [
-            *(trace for label in style for trace in _method(found, label, column, style[label])),
-            *_unpruned(found, column),
-            *_front(found, column),
+            *(t for label in style for t in _method(found, dots, label, column, style[label])),
+            *_unpruned(found, dots["x"].max()),
+            *_front(dots),
         ]
         for trace in traces:
             trace.showlegend = trace.showlegend is not False and place == 1
@@ -72,19 +74,19 @@ def _runs(found: Iterable[Cell]) -> list[Run]:
 
 
 def _has(run: Run, key: str) -> bool:
-    return key in run.rounds and run.rounds[key].notna().any()
+    return not all(isnan(row.get(key, np.nan)) for row in run.rows)
 
 
 def _dots(found: Iterable[Cell], column: Column) -> pd.DataFrame:
-    """Every measured round: ``x``, ``y`` and hover text."""
+    """Every measured round: ``label``, ``x``, ``y`` and hover text."""
     rows = [
-        (row[column.key] * column.scale, row[cell.metric], _told(cell, run, row))
+        (cell.label, row[column.key] * column.scale, row[cell.metric], _told(cell, run, row))
         for cell in found
         for run in cell.runs
         for row in run.summary["rounds"]
         if column.key in row and cell.metric in row
     ]
-    return pd.DataFrame(rows, columns=["x", "y", "told"]).dropna()
+    return pd.DataFrame(rows, columns=["label", "x", "y", "told"]).dropna()
 
 
 def _told(cell: Cell, run: Run, row: Mapping[str, Any]) -> str:
@@ -93,9 +95,11 @@ def _told(cell: Cell, run: Run, row: Mapping[str, Any]) -> str:
     return text(cell.label, run.name, f"{stage}, seed {run.row['seed']}", numbers)
 
 
-def _method(found: Sequence[Cell], label: str, column: Column, look: Look) -> Iterable[go.Scatter]:
+def _method(
+    found: Sequence[Cell], dots: pd.DataFrame, label: str, column: Column, look: Look
+) -> Iterable[go.Scatter]:
     own = [cell for cell in found if cell.label == label]
-    dots = _dots(own, column)
+    dots = dots[dots["label"] == label]
     if dots.empty:
         return
     group: dict[str, Any] = {"legendgroup": label, "name": text(label)}
@@ -146,14 +150,13 @@ def _zero(deviation: float) -> float:
     return NO_DEVIATION if isnan(deviation) else deviation
 
 
-def _unpruned(found: Sequence[Cell], column: Column) -> Iterable[go.Scatter]:
-    """Dashed lines at the mean of the bases, with and without LDT's losses."""
+def _unpruned(found: Sequence[Cell], right: float) -> Iterable[go.Scatter]:
+    """Dashed lines up to ``right`` at the mean of the bases, with and without LDT's losses."""
     kinds: dict[str, dict[int, float]] = defaultdict(dict)
     for cell in found:
         for run in cell.runs:
             name = "unpruned, LDT losses" if run.summary.get("ldt") else "unpruned"
             kinds[name][run.row["seed"]] = run.row.get(f"base_{cell.metric}", np.nan)
-    right = _dots(found, column)["x"].max()
     for (name, values), dash in zip(sorted(kinds.items()), ("dash", "dot"), strict=False):
         mean = float(np.mean(list(values.values())))
         yield go.Scatter(
@@ -185,8 +188,7 @@ def pareto(x: Sequence[float], y: Sequence[float]) -> list[int]:
     return front
 
 
-def _front(found: Sequence[Cell], column: Column) -> Iterable[go.Scatter]:
-    dots = _dots(found, column)
+def _front(dots: pd.DataFrame) -> Iterable[go.Scatter]:
     best = dots.iloc[pareto(dots["x"].tolist(), dots["y"].tolist())]
     yield go.Scatter(
         x=best["x"],
@@ -233,11 +235,16 @@ def by_round(found: Sequence[Cell]) -> go.Figure:
 
 
 def _over_rounds(cell: Cell, column: Column, look: Look) -> Iterable[go.Scatter]:
-    rows = pd.concat([run.rounds.assign(seed=run.row["seed"]) for run in cell.runs])
-    if column.key not in rows:
+    rows = [
+        (row["round"], run.row["seed"], row.get(column.key, np.nan) * column.scale)
+        for run in cell.runs
+        for row in run.rows
+    ]
+    if all(isnan(value) for _, _, value in rows):
         return
-    seeds = (rows.set_index(["round", "seed"])[column.key] * column.scale).groupby(level=[0, 1])
-    rounds = seeds.mean().groupby(level="round")
+    values: Any = pd.DataFrame(rows, columns=["round", "seed", "value"])
+    seeds = values.groupby(["round", "seed"])["value"].mean()
+    rounds = seeds.groupby(level="round")
     mean, deviation = rounds.mean(), rounds.std().fillna(NO_DEVIATION)
     x = mean.index.tolist()
     yield band(x, (mean - deviation).tolist(), (mean + deviation).tolist(), look.colour)
@@ -248,7 +255,9 @@ def _over_rounds(cell: Cell, column: Column, look: Look) -> Iterable[go.Scatter]
 
 
 def training(found: Sequence[Cell], prefix: str = "train/loss") -> go.Figure:
-    """Plot logged quantities over training steps, one panel per quantity and one line per run.
+    """Plot logged quantities over training steps: a panel per quantity, a line per run.
+
+    The lines of a label are one trace, with gaps between the runs.
 
     Args:
         found: cells whose runs are shown; runs without a log are skipped.
@@ -270,41 +279,46 @@ def training(found: Sequence[Cell], prefix: str = "train/loss") -> go.Figure:
         horizontal_spacing=0.05,
         vertical_spacing=0.25 / rows,
     )
-    style = looks(cell.label for cell in found)
-    told: set[str] = set()
+    labelled: dict[str, list[Run]] = defaultdict(list)
     for cell in found:
-        for run in cell.runs:
-            for index, name in enumerate(names):
-                curve = thinned(run.log[name].dropna()) if name in run.log else pd.Series()
-                if curve.empty:
-                    continue
-                trace = _training_line(cell, run, curve, style[cell.label])
-                trace.showlegend = cell.label not in told
-                told.add(cell.label)
+        labelled[cell.label] += cell.runs
+    most = max(LEAST_POINTS, min(MOST_POINTS, PANEL_POINTS // len(_runs(found))))
+    style = looks(labelled)
+    told: set[str] = set()
+    for label, runs in labelled.items():
+        for index, name in enumerate(names):
+            curves = {run.name: thinned(run.log[name], most) for run in runs if name in run.log}
+            if any(map(len, curves.values())):
+                trace = _training_line(label, curves, style[label])
+                trace.showlegend = label not in told
+                told.add(label)
                 figure.add_trace(trace, row=index // wide + 1, col=index % wide + 1)
     figure.update_xaxes(title_text="step", row=rows)
     return lay_out(figure, 94 + 220 * rows)
 
 
-def _training_line(cell: Cell, run: Run, curve: pd.Series, look: Look) -> go.Scatter:
+def _training_line(label: str, curves: Mapping[str, pd.Series], look: Look) -> go.Scatter:
+    """Join the curves of some runs, by their names, with gaps between them."""
+    told = [[text(name)] * len(curve) + [""] for name, curve in curves.items()]
     return go.Scatter(
-        x=curve.index,
-        y=curve,
+        x=np.concatenate([np.append(curve.index, np.nan) for curve in curves.values()]),
+        y=np.concatenate([np.append(curve, np.nan) for curve in curves.values()]),
+        text=[name for names in told for name in names],
         mode="lines",
         line={"color": look.colour, "width": 1.2, "dash": look.dash},
         opacity=0.75,
-        name=text(cell.label),
-        legendgroup=cell.label,
-        hovertemplate=text(run.name) + "<br>step %{x}: %{y:.4g}<extra></extra>",
+        name=text(label),
+        legendgroup=label,
+        hovertemplate="%{text}<br>step %{x}: %{y:.4g}<extra></extra>",
     )
 
 
-def thinned(curve: pd.Series) -> pd.Series:
-    """At most ``MOST_POINTS`` points: the means of blocks of equal length, at their last step."""
-    block = ceil(len(curve) / MOST_POINTS)
-    if block <= 1:
-        return curve
-    blocks = np.arange(len(curve)) // block
-    steps = curve.index.to_series().groupby(blocks).last()
-    means: Any = curve.groupby(blocks).mean()
-    return pd.Series(means.to_numpy(), index=steps.to_numpy())
+def thinned(curve: pd.Series, most: int = MOST_POINTS) -> pd.Series:
+    """Average what was logged in blocks of equal length, at their last step: ``most`` points."""
+    there = curve.notna().to_numpy()
+    values, steps = curve.to_numpy()[there], curve.index.to_numpy()[there]
+    block = max(1, ceil(len(values) / most))
+    starts = np.arange(0, len(values), block)
+    ends = np.minimum(starts + block, len(values))
+    sums = np.add.reduceat(values, starts) if len(values) else values
+    return pd.Series(sums / (ends - starts), index=steps[ends - 1])

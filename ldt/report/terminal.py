@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ldt.runs import files
 from ldt.runs.formatting import number
-from ldt.runs.study import load_study
+from ldt.runs.study import DAMAGED, STATES, load_study
 
 METRICS = ("AP", "AP50", "mAP")
 KITTI = ("kitti_easy", "kitti_moderate", "kitti_hard")  # in rounds on KITTI only
@@ -96,16 +96,16 @@ def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def print_study(study: Path) -> int:
-    """Print one line per run of a study, failed ones last and in red.
+    """Print one line per run of a study, failed and damaged ones last and in red.
 
     Returns:
-        The number of failed runs; unfinished ones are not counted.
+        The number of failed and damaged runs; unfinished ones are not counted.
 
     Raises:
         FileNotFoundError: there is no such directory.
     """
     rows = load_study(study)
-    failed = [row for row in rows if row["status"] == "failed"]
+    failed = [row for row in rows if row["status"] in ("failed", DAMAGED)]
     out = console()
     table = Table(box=box.SIMPLE_HEAD, title=Text(str(study)), title_justify="left")
     for name in ("run", "status", "metric"):
@@ -113,16 +113,17 @@ def print_study(study: Path) -> int:
     for name in ("base", "last", "parameters (M)", "multiply-adds (G)", "removed (%)"):
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        if row["status"] != "failed":
+        if row not in failed:
             table.add_row(*_study_cells(row))
     if table.row_count:
         out.print(table)
     for row in failed:
         first_line = (row["error"].splitlines() or ["no message"])[0]
-        line = Text(f"{row['run']}  failed  {first_line}", style="red")
+        line = Text(f"{row['run']}  {row['status']}  {first_line}", style="red")
         out.print(line, soft_wrap=True)
     states = [row["status"] for row in rows]
-    counts = (f"{states.count(state)} {state}" for state in ("finished", "failed", "unfinished"))
+    shown = [state for state in STATES if state in states or state != DAMAGED]
+    counts = (f"{states.count(state)} {state}" for state in shown)
     out.print(", ".join(counts))
     return len(failed)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ldt.runs import files, identity, inputs
+from ldt.runs import identity, inputs
 from ldt.runs.run import Run
 
 MOST_NAMED = 2  # list all varying keys in labels if there are at most so many
@@ -63,7 +63,7 @@ def cells(runs: Iterable[Run]) -> list[Cell]:
     grouped: dict[str, tuple[Config, list[Run]]] = {}
     for run in runs:
         if run.finished:
-            config = identity.cell(run.config)
+            config = run.settings
             grouped.setdefault(_key(run, config), (config, []))[1].append(run)
     blocks: dict[tuple[Any, ...], list[Cell]] = defaultdict(list)
     for config, members in grouped.values():
@@ -85,7 +85,7 @@ def _by_inputs(runs: Sequence[Run]) -> dict[str | None, list[Run]]:
     """Group runs of one configuration by their inputs; unrecorded inputs match any others."""
     found: dict[str | None, list[Run]] = defaultdict(list)
     for run in runs:
-        read = inputs.fingerprint(files.read_json(run.folder / files.INPUTS))
+        read = inputs.fingerprint(run.inputs)
         found[read and read[:8]].append(run)
     if len(found) == 1 or (len(found) == 2 and None in found):
         return {None: list(runs)}

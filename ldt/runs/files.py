@@ -11,15 +11,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import ZipFile
 
 import yaml
 from filelock import FileLock, Timeout
 
-from ldt.runs.refusal import refused
+from ldt.runs.refusal import one_line, refused
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
 DONE = "finished"  # `status` in SUMMARY of a run with a result
 DRAFT = ".draft-"  # begins the names of files that are being written
+MOST_REASON = 200  # characters of the reason for which a file cannot be read
 LEFT = (  # of killed processes: drafts, those of earlier versions, Lightning's state in mid-epoch
     *(f"{DRAFT}*", f"*/{DRAFT}*", ".*.*.*[0-9]", "hpc_ckpt_*.ckpt"),
 )
@@ -52,6 +53,41 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
 LARGEST_CONFIG, LARGEST_FILE = 2**20, 2**25  # bytes; a run has some thousand, or some million
 MOST_LEVELS = 100  # of nesting
+T = TypeVar("T")
+
+
+class DamagedError(ValueError):
+    """A file of a run that cannot be read; the message names it."""
+
+
+@contextlib.contextmanager
+def reading(file: Path, remedy: str = "remove it to run again") -> Iterator[None]:
+    """Convert whatever reading a damaged file raises; all files of runs are read in such a block.
+
+    Args:
+        file: the file, or the directory of a run.
+        remedy: what to do about it.
+
+    Raises:
+        DamagedError: the block raised an exception.
+    """
+    try:
+        yield
+    except DamagedError:
+        raise
+    except Exception as error:  # parsers and libraries for pictures raise all kinds
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        reason = f"{kind}{one_line(error)}"[:MOST_REASON]
+        raise DamagedError(f"{file} is damaged ({reason}); {remedy}") from error
+
+
+def tolerated(read: Callable[[], T], otherwise: T) -> T:
+    """Return what a file holds that results do not depend on; if it is damaged, warn and go on."""
+    try:
+        return read()
+    except DamagedError as error:
+        log.warning("left out: %s", error)
+        return otherwise
 
 
 def round_checkpoint(round_: int) -> str:
@@ -264,15 +300,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     file = folder / CONFIG
-    if not file.is_file():
-        return {}
-    try:
-        text = read_limited(file, LARGEST_CONFIG)
+    with reading(file, "remove the run to repeat it"):
+        if (text := _text(file, LARGEST_CONFIG)) is None:
+            return {}
         _check_nesting(text)
         found = yaml.load(text, _LOADER)
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove the run to repeat it") from error
-    return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise ValueError("it is empty" if found is None else "it holds no keys")
+    return found
+
+
+def _text(file: Path, most: int = LARGEST_FILE) -> str | None:
+    """Return the text of a file; None if there is none."""
+    try:
+        return read_limited(file, most)
+    except FileNotFoundError:
+        if file.is_symlink():  # it leads nowhere
+            raise
+        return None
 
 
 def _check_nesting(text: str) -> None:
@@ -339,15 +384,13 @@ def write_first(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, empty if there is no file; raise ValueError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(read_limited(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to run again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (no JSON object); remove it to run again")
+    """Read a JSON object, empty if there is no file; raise DamagedError if it is damaged."""
+    with reading(path):
+        if (text := _text(path)) is None:
+            return {}
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
     return found
 
 
@@ -362,14 +405,16 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a CSV file with numbers converted; empty if there is no file."""
-    if not path.is_file():
-        return []
-    try:
-        text = io.StringIO(read_limited(path), newline="")
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(text)]
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to run again") from error
+    """Read the rows of a CSV file with numbers converted; empty if there is no file.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
+    with reading(path):
+        if (text := _text(path)) is None:
+            return []
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return [{key: _number(value) for key, value in row.items()} for row in rows]
 
 
 def _number(text: str) -> Any:

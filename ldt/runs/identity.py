@@ -21,7 +21,7 @@ from ldt.config.paths import expand_home
 from ldt.config.values import typed
 from ldt.runs import files
 from ldt.runs.differences import NOT_SET, differences
-from ldt.runs.run import stored_config
+from ldt.runs.records import stored_config
 
 Flat = dict[str, Any]  # dotted key -> value
 Relation = Literal["same run", "same cell", "other run"]
@@ -141,7 +141,7 @@ def essence(config: Mapping[str, Any]) -> Flat:
     flat |= _batch_of_a_step(config, flat) | _canonical(flat)
     if _prunes_nothing(config):
         flat["method.name"] = "none"
-    aside = (*FREE, *SOURCES, *idle(config))
+    aside = frozenset((*FREE, *SOURCES, *idle(config)))
     found = {key: value for key, value in flat.items() if not below(key, aside)}
     return {key: value for key, value in sorted(found.items()) if value is not None}
 

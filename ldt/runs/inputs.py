@@ -16,7 +16,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from ldt.runs import files
+from ldt.runs import files, records
 from ldt.runs.differences import differences
 from ldt.runs.identity import OtherRunError
 
@@ -221,16 +221,13 @@ def recorded(folder: Path) -> Inputs:
     """Return the recorded inputs of a run; empty if an earlier version made it.
 
     Raises:
-        ValueError: the record is damaged.
+        DamagedError: the record is damaged.
     """
     file = folder / files.INPUTS
     known = files.read_json(file)
-    missing = [part for part in PARTS if not isinstance(known.get(part), dict)]
-    if missing and file.is_file():
-        raise ValueError(
-            f"{file} is damaged (it lacks {', '.join(missing)}): restore it, or choose another "
-            "study=<name> or run_name=<name>"
-        )
+    if file.is_file():
+        remedy = "restore it, or choose another study=<name> or run_name=<name>"
+        records.check(file, records.INPUTS, known, remedy)
     return known
 
 

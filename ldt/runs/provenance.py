@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ldt.runs import records
 from ldt.runs.files import ENVIRONMENT, read_json, write_json
 
 PACKAGES = (
@@ -29,9 +30,16 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the provenance of each start of a run; earlier versions kept that of the last one."""
-    found = read_json(folder / ENVIRONMENT)
-    return found.get("starts", [found] if found else [])
+    """Return the provenance of each start of a run; earlier versions kept that of the last one.
+
+    Raises:
+        DamagedError: they cannot be read.
+    """
+    file = folder / ENVIRONMENT
+    found = read_json(file)
+    known = found.get("starts", [found] if found else [])
+    records.check(file, records.STARTS, known)
+    return known
 
 
 def add_start(folder: Path, now: dict[str, Any]) -> None:

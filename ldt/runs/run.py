@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import csv
+import json
+import logging
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +15,16 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ldt.config import Config, packaged_targets
-from ldt.runs import files
-from ldt.runs.study import folders, study_row
+from ldt.runs import files, identity, provenance, records
+from ldt.runs.files import DamagedError
+from ldt.runs.records import stored_config
+from ldt.runs.study import DAMAGED, damaged_row, folders, read_summary, row_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MOVED = {  # class paths in configurations of earlier versions
-    "ldt.data.kitti.RoadScenesDataModule": "ldt.data.roadscenes.RoadScenesDataModule",
-    "ldt.wandb_log.WandbRun": "ldt.callbacks.wandb_logger.WandbRun",
-}
+
+log = logging.getLogger(__name__)
 
 
 class Cut(NamedTuple):
@@ -38,9 +41,12 @@ class Run:
     Attributes:
         folder: the directory; its name is the run's name.
         config: the stored, resolved configuration; empty if there is none.
-        row: the run as a row of :func:`ldt.runs.study.load_study`.
+        row: the run as a row of :func:`ldt.runs.study.load_study`; ``damaged`` if another file
+            that tells what the run is cannot be read either.
         summary: ``summary.json``; empty if the run is not finished.
         rows: measurements of each finished round, the base first.
+        settings: the flat settings shared by the runs of its cell; empty without configuration.
+        inputs: ``inputs.json``; empty if they were not recorded.
         round: the selected round, by default the last one; None if no round is finished.
         named: whether the run was opened by the checkpoint of a round.
     """
@@ -50,6 +56,8 @@ class Run:
     row: dict[str, Any] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
     rows: list[dict[str, Any]] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False, default_factory=dict)
+    inputs: Mapping[str, Any] = field(repr=False, default_factory=dict)
     round: int | None = None
     named: bool = False
 
@@ -61,7 +69,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run is finished."""
-        return self.row["status"] == "finished"
+        return self.row["status"] == files.DONE
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the run cannot be read."""
+        return self.row["status"] == DAMAGED
 
     @property
     def metric(self) -> str:
@@ -121,17 +134,34 @@ class Run:
         """The training log by step; NaN if a quantity was not logged.
 
         The columns are ``epoch`` and ``train/...``, ``val/...`` and ``round/...``. A resumed
-        run has several logs; for steps trained twice the later values are used.
+        run has several logs; for steps trained twice the later values are used. A damaged log is
+        left out with a warning.
         """
         import pandas as pd
 
-        logs = [folder / files.METRICS for folder in files.log_folders(self.folder)]
-        logs = [file for file in logs if file.is_file() and file.stat().st_size]
         log = pd.DataFrame(index=pd.Index([], name="step"))
-        for part in (pd.read_csv(file).groupby("step").first() for file in logs):
-            earlier: Any = log[log.index < part.index.min()] if len(part) else log
-            log = pd.concat([earlier, part])
+        for folder in files.log_folders(self.folder):
+            file = folder / files.METRICS
+            part = files.tolerated(lambda file=file: _read_log(file), None)
+            if part is not None and len(part):
+                log = pd.concat([log[log.index < part.index[0]], part]) if len(log) else part
         return log
+
+    @cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        """Software and hardware of each start; empty, with a warning, if they are damaged."""
+        return files.tolerated(lambda: provenance.starts(self.folder), [])
+
+    @cached_property
+    def latencies(self) -> dict[str, float]:
+        """Latencies measured after the run; empty, with a warning, if they are damaged."""
+        return files.tolerated(self._read_latencies, {})
+
+    def _read_latencies(self) -> dict[str, float]:
+        file = self.folder / files.LATENCY
+        found = files.read_json(file)
+        records.check(file, records.LATENCIES, found)
+        return found
 
     @cached_property
     def cuts(self) -> dict[int, dict[str, Cut]]:
@@ -185,6 +215,32 @@ class Run:
         return found
 
 
+def _read_log(file: Path) -> pd.DataFrame | None:
+    """Read a training log, by step; None if nothing is logged yet.
+
+    Raises:
+        DamagedError: it cannot be read, lacks the steps, or has texts for numbers.
+    """
+    import pandas as pd
+
+    with files.reading(file, "the run is shown without it"):
+        if not file.exists() or not file.stat().st_size:
+            return None
+        with file.open(newline="", encoding="utf-8") as opened:  # pandas takes longer to start
+            names, *rows = csv.reader(opened, strict=True)
+        whole = (row + [""] * (len(names) - len(row)) for row in rows)  # the last may be cut
+        values = np.array([[float(text or "nan") for text in row] for row in whole])
+        values = values.reshape(-1, len(names))
+        values = values[~np.isnan(values[:, names.index("step")])]
+        steps, places = np.unique(values[:, names.index("step")], return_inverse=True)
+        table = np.full((len(steps), len(names)), np.nan)
+        for column, logged in zip(table.T, values.T, strict=True):
+            there = ~np.isnan(logged)
+            column[places[there][::-1]] = logged[there][::-1]  # the first of a step is kept
+        index = pd.Index(steps.astype(int), name="step")
+        return pd.DataFrame(table, index, names).drop(columns="step")
+
+
 # Opening --------------------------------------------------------------------------------------
 
 
@@ -198,7 +254,7 @@ def open_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no run, or no such checkpoint of a finished round.
-        ValueError: the configuration is damaged.
+        DamagedError: a file that tells what the run is cannot be read.
     """
     path = Path(path)
     named = path.suffix == ".ckpt"
@@ -208,7 +264,7 @@ def open_run(path: str | Path) -> Run:
             f"no run at {folder}; expected there: {files.CONFIG}, {files.SUMMARY}, {files.ROUNDS}; "
             "give the directory of a run, runs/<study>/<run>"
         )
-    run = _opened(folder, stored_config(folder))
+    run = _opened(folder)
     if not named:
         return run
     number = path.stem.removeprefix("round-")
@@ -222,7 +278,7 @@ def open_run(path: str | Path) -> Run:
 def open_runs(study: str | Path) -> list[Run]:
     """Open all runs of a study, sorted by name.
 
-    A run with a damaged configuration is returned as failed.
+    A run that cannot be read is among them, ``damaged``: see :func:`readable`.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -230,45 +286,52 @@ def open_runs(study: str | Path) -> list[Run]:
     return [_tolerant(folder) for folder in folders(Path(study))]
 
 
-def _opened(folder: Path, config: dict[str, Any]) -> Run:
-    row = study_row(folder)
-    summary = files.read_json(folder / files.SUMMARY) if row["status"] == "finished" else {}
-    rows = summary["rounds"] if summary else _measured(folder)
-    return Run(folder, config, row, summary, rows, rows[-1]["round"] if rows else None)
+def readable(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that can be read; a warning names the damaged file of each other one."""
+    found = list(runs)
+    for run in found:
+        if run.damaged:
+            log.warning("left out: %s", run.row["error"])
+    return [run for run in found if not run.damaged]
+
+
+def _opened(folder: Path) -> Run:
+    """Read the files that tell what a run is."""
+    summary = read_summary(folder)
+    row, config = row_of(folder, summary), stored_config(folder)
+    with files.reading(folder / files.CONFIG, "remove the run to repeat it"):
+        settings = identity.cell(config)
+        json.dumps(settings, sort_keys=True, default=str)  # as cells are compared
+    done = row["status"] == files.DONE
+    rows = summary["rounds"] if done else _measured(folder)
+    inputs = _inputs(folder) if done else {}
+    last = rows[-1]["round"] if rows else None
+    return Run(folder, config, row, summary if done else {}, rows, settings, inputs, last)
+
+
+def _inputs(folder: Path) -> dict[str, Any]:
+    file = folder / files.INPUTS
+    found = files.read_json(file)
+    if file.exists():
+        records.check(file, records.INPUTS, found)
+    return found
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:
     """Read the rounds of an unfinished run, without missing values."""
-    rows = files.read_rows(folder / files.ROUNDS)
-    rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
-    return [row for row in rows if "round" in row]
+    file = folder / files.ROUNDS
+    rows = [
+        {key: value for key, value in row.items() if value != ""} for row in files.read_rows(file)
+    ]
+    records.check(file, records.ROUNDS, rows)
+    return rows
 
 
 def _tolerant(folder: Path) -> Run:
     try:
-        return _opened(folder, stored_config(folder))
-    except ValueError as error:
-        row = {"run": folder.name, "status": "failed", "error": str(error)}
-        return Run(folder, {}, row, {}, [])
-
-
-def stored_config(folder: Path) -> dict[str, Any]:
-    """Return the stored configuration of a run, with class paths updated.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    return _moved(files.read_config(folder))
-
-
-def _moved(node: Any) -> Any:
-    """Replace the paths of classes that have moved."""
-    if isinstance(node, dict):
-        found = {key: _moved(value) for key, value in node.items()}
-        if isinstance(target := found.get("_target_"), str):
-            found["_target_"] = MOVED.get(target, target)
-        return found
-    return [_moved(value) for value in node] if isinstance(node, list) else node
+        return _opened(folder)
+    except DamagedError as error:
+        return Run(folder, {}, damaged_row(folder, error), {}, [])
 
 
 def load_config(folder: Path, trust: bool = False) -> DictConfig:
@@ -280,7 +343,8 @@ def load_config(folder: Path, trust: bool = False) -> DictConfig:
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: the configuration is damaged, or needs trust.
+        DamagedError: the configuration is damaged.
+        ValueError: it needs trust.
     """
     config = stored_config(folder)
     if not config:

@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldt.runs import files
+from ldt.runs import files, records
+from ldt.runs.files import DamagedError
+
+DAMAGED = "damaged"  # `status` of a run whose results cannot be read
+STATES = (files.DONE, "failed", DAMAGED, "unfinished")
 
 
 def load_study(study: str | Path) -> list[dict[str, Any]]:
@@ -15,23 +19,46 @@ def load_study(study: str | Path) -> list[dict[str, Any]]:
         study: directory with the runs' directories.
 
     Returns:
-        Rows with ``run`` and ``status``: ``finished``, ``failed`` (also if ``summary.json``
-        cannot be read) or ``unfinished``. Failed ones have ``error``. Finished ones have the run's
-        fields (``detector``, ``dataset``, ``method``, ``metric``, ``seed``, ``input_size``,
-        ``asked_rate``, ``rounds``, ``budget``), the last round's row under its own keys, and the
-        base's row under ``base_<key>``.
+        Rows with ``run`` and ``status``: ``finished``, ``failed``, ``unfinished``, or ``damaged``
+        if ``summary.json`` cannot be read. Failed and damaged ones have ``error``. Finished ones
+        have the run's fields (``detector``, ``dataset``, ``method``, ``metric``, ``seed``,
+        ``input_size``, ``asked_rate``, ``rounds``, ``budget``), the last round's row under its own
+        keys, and the base's row under ``base_<key>``.
 
     Raises:
         FileNotFoundError: there is no such directory.
     """
-    return [study_row(folder) for folder in folders(Path(study))]
+    return [_tolerant(folder) for folder in folders(Path(study))]
+
+
+def _tolerant(folder: Path) -> dict[str, Any]:
+    try:
+        return study_row(folder)
+    except DamagedError as error:
+        return damaged_row(folder, error)
+
+
+def damaged_row(folder: Path, error: DamagedError) -> dict[str, Any]:
+    """Return the row of a run that cannot be read."""
+    return {"run": folder.name, "status": DAMAGED, "error": str(error)}
 
 
 def folders(study: Path) -> list[Path]:
-    """List the run directories of a study, sorted; raise FileNotFoundError if it does not exist."""
+    """List the run directories of a study, sorted, also those that cannot be read.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
     if not study.is_dir():
         raise FileNotFoundError(f"no study at {study}; expected there: one directory per run")
-    return [folder for folder in sorted(study.iterdir()) if files.holds_run(folder)]
+    return [folder for folder in sorted(study.iterdir()) if _may_hold_run(folder)]
+
+
+def _may_hold_run(path: Path) -> bool:
+    try:
+        return files.holds_run(path) or (path.is_symlink() and not path.exists())
+    except OSError:  # no permission
+        return True
 
 
 def failed_runs(study: Path) -> dict[Path, str]:
@@ -66,20 +93,39 @@ def _failure(folder: Path) -> str:
 
 
 def study_row(folder: Path) -> dict[str, Any]:
-    """Load one run as a row of :func:`load_study`."""
+    """Load one run as a row of :func:`load_study`.
+
+    Raises:
+        DamagedError: its summary cannot be read.
+    """
+    return row_of(folder, read_summary(folder))
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read ``summary.json``; empty if there is none.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
+    with files.reading(folder):
+        if folder.is_symlink() and not folder.exists():
+            raise ValueError("a link that leads nowhere")
     file = folder / files.SUMMARY
-    try:
-        return _flat(folder.name, files.read_json(file))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
-        text = f"{file} is damaged ({type(error).__name__}: {error}); remove it to run again"
-        return {"run": folder.name, "status": "failed", "error": text}
+    summary = files.read_json(file)
+    with files.reading(file):
+        if summary.get("status") == "failed" and "error" not in summary:
+            raise ValueError("no error")
+    if summary.get("status") == files.DONE:
+        records.check(file, records.FINISHED, summary)
+    return summary
 
 
-def _flat(run: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    status = summary.get("status")
+def row_of(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a run with a summary that :func:`read_summary` has read."""
+    run, status = folder.name, summary.get("status")
     if status == "failed":
         return {"run": run, "status": status, "error": str(summary["error"])}
-    if status != "finished":
+    if status != files.DONE:
         return {"run": run, "status": "unfinished"}
     keys = ("study", "detector", "dataset", "method", "metric", "seed", "input_size")
     base, last, plan = summary["rounds"][0], summary["rounds"][-1], summary["plan"]

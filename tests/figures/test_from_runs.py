@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.structures import InstanceData
 from pruned_files import write_cut_run
 from summaries import row, summary
@@ -55,17 +56,40 @@ def test_a_run_is_drawn(run, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_pictures_leaves_out_the_detections_only(run, data, tmp_path):
+def test_without_pictures_no_image_is_read(run, data, tmp_path, monkeypatch):
     folder = link(run[0], tmp_path)
-    from_runs.draw_run(summary(), folder, data, pictures=0)
+    for name in ("probe_dataloader", "val_dataloader"):
+        monkeypatch.setattr(data, name, None)
+    from_runs.draw_run(summary(ldt=True), folder, data, pictures=0)
     assert written(folder) == ["channels.png", "metric_vs_params.png", "shrinking.png"]
 
 
 @pytest.mark.slow
 def test_the_base_of_a_run_with_ldt_shows_its_discriminants(run, data, tmp_path, caplog):
     (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
-    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
-    assert written(tmp_path) == ["discriminants.png", "metric_vs_params.png"]
+    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=1)
+    assert written(tmp_path) == ["detections.png", "discriminants.png", "metric_vs_params.png"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "images"), [(None, 5), (1.0, 5), (0.6, 3), (2, 2), (0, 1), (1000, 256)]
+)
+def test_discriminants_are_of_no_more_images_than_a_validation(
+    run, data, tmp_path, monkeypatch, limit, images
+):
+    (tmp_path / "round-0.ckpt").symlink_to(run[0] / "round-0.ckpt")
+    asked = []
+
+    def spaces(detector, batches, *_, **__):
+        asked.append(len(list(batches)))
+        raise ValueError("too few objects")
+
+    monkeypatch.setattr(from_runs, "neck_spaces", spaces)
+    monkeypatch.setattr(from_runs, "draw_detections", lambda *_: Figure())
+    monkeypatch.setattr(data, "val_batch_size", 1)
+    monkeypatch.setattr(data, "probe_dataloader", lambda *_: range(1000))
+    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=1, limit=limit)
+    assert asked == [images]
 
 
 @pytest.mark.slow
@@ -75,8 +99,8 @@ def test_too_few_objects_for_discriminants_are_told(run, data, tmp_path, caplog,
     nothing["data_samples"].gt_instances = nothing["data_samples"].gt_instances[:1]
     batch = {"inputs": [nothing["inputs"]], "data_samples": [nothing["data_samples"]]}
     monkeypatch.setattr(data, "probe_dataloader", lambda *_: [batch])
-    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=0)
-    assert written(tmp_path) == ["metric_vs_params.png"]
+    from_runs.draw_run(summary(row(0), ldt=True), tmp_path, data, pictures=1)
+    assert written(tmp_path) == ["detections.png", "metric_vs_params.png"]
     assert "no discriminants.png" in caplog.text
     assert "use more images" in caplog.text
 

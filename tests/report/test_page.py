@@ -101,7 +101,7 @@ def test_rounds_and_training_have_a_panel_for_each_quantity(study):
     ]  # fmt: skip
     figure = training(found)
     assert [note.text for note in figure.layout.annotations] == ["loss", "loss_ld"]
-    assert len(figure.data) == 2 * 6
+    assert len(figure.data) == 2 * 3  # the runs of a method are one trace
     with pytest.raises(ValueError, match=r"no run has logged train/none"):
         training(found, "train/none")
     with pytest.raises(ValueError, match="no finished run"):

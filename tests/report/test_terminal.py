@@ -130,7 +130,7 @@ def test_a_study_counts_its_failures_and_prints_one_line_a_run(study, capsys):
     assert "more lines" not in text
     assert str(study / "d-corrupt" / "summary.json") in text
     assert "notes" not in text
-    assert lines[-1] == "2 finished, 3 failed, 1 unfinished"
+    assert lines[-1] == "2 finished, 1 failed, 2 damaged, 1 unfinished"
 
 
 def test_a_study_without_failures_returns_zero(tmp_path):
@@ -148,7 +148,14 @@ def test_a_missing_study_is_an_error_that_names_it(tmp_path):
 
 def test_rows_of_a_study_have_the_run_its_last_round_and_its_base(study):
     rows = report.load_study(study)
-    assert [r["status"] for r in rows] == ["finished"] * 2 + ["failed"] * 3 + ["unfinished"]
+    assert [r["status"] for r in rows] == [
+        "finished",
+        "finished",
+        "failed",
+        "damaged",
+        "damaged",
+        "unfinished",
+    ]
     first = rows[0]
     assert first["run"] == "a-finished"
     assert (first["asked_rate"], first["rounds"], first["budget"]) == (0.5, 1, "params")
@@ -164,7 +171,7 @@ def test_no_summary_however_damaged_stops_the_others(tmp_path, text):
     (tmp_path / "b" / "summary.json").write_text(text)
     good, bad = report.load_study(tmp_path)
     assert good["status"] == "finished"
-    assert bad["status"] == "failed"
+    assert bad["status"] == "damaged"
     assert str(tmp_path / "b" / "summary.json") in bad["error"]
 
 

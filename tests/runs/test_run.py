@@ -76,7 +76,7 @@ def test_what_is_no_run_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [", "{", "\x00"])
-def test_a_damaged_configuration_fails_its_run_only(tmp_path, text):
+def test_a_damaged_configuration_concerns_its_run_only(tmp_path, text):
     finished(tmp_path, "a")
     finished(tmp_path, "b")
     (tmp_path / "b" / "config.yaml").write_text(text)
@@ -84,7 +84,7 @@ def test_a_damaged_configuration_fails_its_run_only(tmp_path, text):
         open_run(tmp_path / "b")
     good, bad = open_runs(tmp_path)
     assert good.finished
-    assert bad.row["status"] == "failed"
+    assert bad.damaged
     assert "config.yaml is damaged" in bad.row["error"]
 
 

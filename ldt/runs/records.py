@@ -1,0 +1,161 @@
+"""The files that tell what a run is: their schemas, and configurations of earlier versions.
+
+A file of another shape is damaged. Numbers may be NaN, as metrics of data without objects are, but
+neither infinite nor huge.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, Len
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from ldt.config.values import NaturalNumber, Seed
+from ldt.runs import files
+
+MOVED = {  # class paths in configurations of earlier versions
+    "ldt.data.kitti.RoadScenesDataModule": "ldt.data.roadscenes.RoadScenesDataModule",
+    "ldt.wandb_log.WandbRun": "ldt.callbacks.wandb_logger.WandbRun",
+}
+LARGEST = 1e18  # of a measurement
+MEASURED = ("AP", "AP50", "mAP", "params", "multiply_adds", "rate", "latency_ms", "threads")
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """Return the stored configuration of a run, with class paths updated; empty if there is none.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
+    with files.reading(folder / files.CONFIG, "remove the run to repeat it"):
+        return _moved(files.read_config(folder))
+
+
+def _moved(node: Any) -> Any:
+    """Replace the paths of classes that have moved."""
+    if isinstance(node, dict):
+        found = {key: _moved(value) for key, value in node.items()}
+        if isinstance(target := found.get("_target_"), str):
+            found["_target_"] = MOVED.get(target, target)
+        return found
+    return [_moved(value) for value in node] if isinstance(node, list) else node
+
+
+# Schemas --------------------------------------------------------------------------------------
+
+
+def _bounded(value: float) -> float:
+    if abs(value) > LARGEST:
+        raise ValueError(f"more than {LARGEST:g}")
+    return value
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    if missing := {"round", "params"} - row.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    if texts := [key for key in MEASURED if isinstance(row.get(key), (str, bool))]:
+        raise ValueError(f"{', '.join(texts)}: no number")
+    if not isinstance(row["round"], int):
+        raise ValueError("round: no whole number")
+    return row
+
+
+def _has_metric(summary: "Finished") -> "Finished":
+    if any(isinstance(row.get(summary.metric, ""), (str, bool)) for row in summary.rounds):
+        raise ValueError(f"a round lacks the metric {summary.metric}")
+    return summary
+
+
+Number = Annotated[int | float, AfterValidator(_bounded)]
+Pixels = Annotated[int, Ge(1), Le(10**6)]
+Round = Annotated[dict[str, Number | str | bool], AfterValidator(_measured)]
+Git = dict[str, str | bool]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")  # strict: texts are no numbers
+
+
+class Plan(_Record):
+    """What a run was asked to remove."""
+
+    rate: Number
+    rounds: NaturalNumber
+    budget: Literal["params", "macs", "flops"]
+
+
+class Finished(_Record):
+    """``summary.json`` of a finished run."""
+
+    study: str
+    detector: str
+    dataset: str
+    method: str
+    metric: str
+    seed: Seed
+    input_size: Annotated[list[Pixels], Len(2, 2)]
+    plan: Plan
+    rounds: Annotated[list[Round], Len(1)]
+    ldt: bool = False
+    git: Git | None = None
+
+
+class Inputs(_Record):
+    """``inputs.json``."""
+
+    data: dict[str, Any]
+    model: dict[str, Any]
+    weights: dict[str, Any]
+    code: dict[str, Any]
+
+
+class Start(_Record):
+    """Software and hardware of a start, in ``environment.json``."""
+
+    environment: dict[str, str]
+    git: Git | None = None
+
+
+FINISHED = TypeAdapter(Annotated[Finished, AfterValidator(_has_metric)])
+ROUNDS = TypeAdapter(list[Round])  # rounds.csv
+INPUTS = TypeAdapter(Inputs)
+STARTS = TypeAdapter(list[Start])
+LATENCIES = TypeAdapter(dict[str, Number])  # latency.json
+
+
+def check(
+    file: Path, schema: TypeAdapter[Any], content: Any, remedy: str = "remove it to run again"
+) -> None:
+    """Check that the content of a file has the shape of its kind.
+
+    Args:
+        file: the file, for the message.
+        schema: one of those of this module.
+        content: what was read from the file.
+        remedy: what to do about a damaged one.
+
+    Raises:
+        DamagedError: it has another shape.
+    """
+    with files.reading(file, remedy):
+        try:
+            schema.validate_python(content, strict=True)
+        except ValidationError as error:
+            raise ValueError(_told(error)) from None
+
+
+def _told(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    places = [".".join(_keys(each["loc"])) for each in found]
+    pairs = zip(places, found, strict=True)
+    if missing := [place for place, each in pairs if each["type"] == "missing"]:
+        return f"it lacks {', '.join(missing)}"
+    reason = found[0]["msg"].removeprefix("Value error, ")
+    return f"{places[0]}: {reason}" if places[0] else reason
+
+
+def _keys(places: Iterable[str | int]) -> Iterator[str]:
+    """Keys and indices of an error, without pydantic's names of the types that follow them."""
+    return takewhile(lambda text: "[" not in text, map(str, places))
