@@ -12,7 +12,6 @@ import torch_pruning as tp
 from hydra._internal import hydra, utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.plugins.sweeper import Sweeper
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -23,6 +22,7 @@ from mmengine.registry import registry
 from torch import nn
 
 import ldt  # noqa: F401  (mmcv's operators)
+from ldt.cli import hydra_app
 from ldt.pruning import torch_pruning_internals as internals
 
 TORCH_PRUNING = "ldt/pruning/torch_pruning_internals.py and ldt/pruning/dependency.py"
@@ -53,7 +53,7 @@ def parameters(function):
         (WeightAveraging, "setup", ["self", "trainer", "pl_module", "stage"], LIGHTNING),
         (_SignalConnector, "register_signal_handlers", ["self"], LIGHTNING),
         (_SubprocessScriptLauncher, "kill", ["self", "signum"], LIGHTNING),
-        (Sweeper, "validate_batch_is_legal", ["self", "batch"], HYDRA),
+        (hydra_app, "COMPOSE_ALL", ["self", "batch"], HYDRA),
         (registry, "get_object_from_string", ["obj_name"], MMENGINE),
         (config, "is_installed", ["package"], MMENGINE),
         (config, "get_installed_path", ["package"], MMENGINE),

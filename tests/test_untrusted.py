@@ -1,15 +1,18 @@
 """Files that are not ours: nothing in them is executed."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import mutations
 import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
+from pruned_files import data_of, pruned_checkpoint
 from torch import nn
 
 import ldt
@@ -49,33 +52,87 @@ def test_the_trap_would_have_worked(tmp_path: Path):
     assert (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("part", ["model", "backbone", "norm_cfg"])
-def test_a_model_config_cannot_call_what_is_not_registered(tmp_path: Path, part: str):
-    trap = tmp_path / "trap"
-    call = {"type": "subprocess.run", "args": ["touch", str(trap)]}
-    resnet = {"type": "ResNet", "depth": 18, "norm_cfg": call}
-    evil = {
-        "model": call,
-        "backbone": {"type": "RetinaNet", "backbone": call, "neck": None, "bbox_head": None},
-        "norm_cfg": {"type": "RetinaNet", "backbone": resnet, "neck": None, "bbox_head": None},
-    }
-    assert MODELS.get("subprocess.run") is subprocess.run  # mmengine alone would call it
-    about = {"model": evil[part], "classes": [], "structure": {}}
-    torch.save({"state_dict": {}, "ldt": about}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"is not in|Cannot find"):
-        ldt.load_pruned(tmp_path / "evil.ckpt")
-    assert not trap.exists()
+@pytest.fixture(scope="module")
+def benign(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("benign")
+    return pruned_checkpoint(folder / "round-1.ckpt", data_of(folder), "detector=gfl_tiny")
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_pipeline_cannot_call_what_is_not_registered(tmp_path: Path, nested: bool):
-    trap = tmp_path / "trap"
-    call = {"type": "subprocess.run", "args": ["touch", str(trap)]}
-    steps = [{"type": "Compose", "transforms": [call]}] if nested else [call]
-    torch.save({"state_dict": {}, "ldt": {"resize": steps}}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="mmdet cannot build the pipeline"):
-        Predictor(tmp_path / "evil.ckpt")
-    assert not trap.exists()
+def without(key: str) -> Any:
+    return lambda record: record.pop(key)
+
+
+def put(value: Any, *keys: Any) -> Any:
+    """A change of a record: a value at the end of a path of keys."""
+
+    def change(record: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            record = record[key]
+        record[keys[-1]] = value
+
+    return change
+
+
+CALL = {"type": "subprocess.run", "args": ["touch", "trap"]}
+URL = "http://127.0.0.1:9/evil.pth"
+ATTACKS = {
+    "a call as model": (put(CALL, "model"), "not a registered part"),
+    "a call as backbone": (put(CALL, "model", "backbone"), "not a registered part"),
+    "a call as norm": (put(CALL, "model", "backbone", "norm_cfg"), "not a registered part"),
+    "a call while resizing": (put([CALL], "resize"), "resize: type='subprocess.run'"),
+    "a call in a composed step": (
+        put([{"type": "Compose", "transforms": [CALL]}], "resize"),
+        "resize: type='Compose'",
+    ),
+    "a module that is not imported": (
+        put({"type": "mmpretrain.ConvNeXt"}, "model", "backbone"),
+        "not a registered part",
+    ),
+    "a pickle of a teacher": (put(URL, "model", "backbone", "teacher_ckpt"), "would load a file"),
+    "code of a teacher": (put("evil.py", "model", "teacher_config"), "would load a file"),
+    "code of its own": (put({"imports": ["antigravity"]}, "model", "custom_imports"), "--trust"),
+    "a key that is code": (put(1, "model", "a': print(), 'b"), "allowed: letters"),
+    "a text that is a path": (put("/etc/passwd", "model", "backbone", "style"), "short text"),
+    "a network without end": (put(10**9, "model", "neck", "out_channels"), "numbers up to"),
+    "a layer of no size": (put(True, "structure", "backbone.conv1", "out_channels"), "integer"),
+    "an image without end": (put([10**6, 10**6], "input_size"), "8192"),
+    "a class that moves the cursor": (put(["\x1b[2J"] * 3, "classes"), "cannot be printed"),
+    "no classes": (without("classes"), "classes: Field required"),
+    "no record": (lambda record: record.clear(), "Field required"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), ATTACKS.values(), ids=ATTACKS)
+def test_a_record_can_say_only_what_is_known(benign: Path, tmp_path: Path, change: Any, told: str):
+    content = torch.load(benign, weights_only=True)
+    change(content["ldt"])
+    torch.save(content, tmp_path / "evil.ckpt")
+    for opened in (ldt.load_pruned, Predictor, lambda file: ldt.export(file, tmp_path / "out")):
+        with pytest.raises(ValueError, match=re.escape(told)) as refused:
+            opened(tmp_path / "evil.ckpt")
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mmengine_alone_would_make_the_call():
+    assert MODELS.get("subprocess.run") is subprocess.run
+
+
+def test_weights_that_a_config_names_are_in_the_file(benign: Path, tmp_path: Path):
+    content = torch.load(benign, weights_only=True)
+    backbone = content["ldt"]["model"]["backbone"]
+    backbone["init_cfg"] = [{"type": "Pretrained", "checkpoint": URL}]
+    backbone["pretrained"] = URL
+    torch.save(content, tmp_path / "a.ckpt")
+    ours, theirs = ldt.load_pruned(benign).state_dict(), ldt.load_pruned(tmp_path / "a.ckpt")
+    assert all(torch.equal(value, ours[key]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.slow
+def test_mutated_records_run_nothing(benign: Path):
+    counts, escapes = mutations.outcomes(benign, number=150, seed=0)
+    assert not escapes
+    assert set(counts) == {"refused", "opened"}
 
 
 def test_a_published_file_loads_with_its_logs(tmp_path: Path):

@@ -159,7 +159,7 @@ def _import(model: Mapping[str, Any], trust: bool) -> None:
     custom = model.get("custom_imports")
     if custom is None:
         return
-    given = custom.get("imports", []) if isinstance(custom, Mapping) else [None]
+    given: Any = custom.get("imports", []) if isinstance(custom, Mapping) else [None]
     names = list(given) if isinstance(given, (list, tuple)) else [given]
     good = all(isinstance(name, str) and MODULE.fullmatch(name) for name in names)
     if not good or set(custom) - {"imports", "allow_failed_imports"}:

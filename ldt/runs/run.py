@@ -144,7 +144,8 @@ class Run:
             file = folder / files.METRICS
             part = files.tolerated(lambda file=file: _read_log(file), None)
             if part is not None and len(part):
-                log = pd.concat([log[log.index < part.index[0]], part]) if len(log) else part
+                earlier: Any = log[log.index < part.index[0]]
+                log = pd.concat([earlier, part]) if len(log) else part
         return log
 
     @cached_property

@@ -1,0 +1,138 @@
+"""Mutated records of a checkpoint are opened, and what opening them does is watched.
+
+    python tests/mutations.py --number 10000 [--seed 0]
+
+Prints how many were refused, opened, ended otherwise than with one line, or did what is forbidden:
+ran code of no installed package, connected, started a process, or wrote a file.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import random
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pruned_files import data_of, pruned_checkpoint
+
+import ldt
+
+INSTALLED = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<")
+OURS = str(Path(ldt.__file__).parent)
+PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
+CONNECTIONS = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request")
+CALL = {"type": "subprocess.run", "args": ["touch", "trap"]}
+VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 2**40, 1e300, float("nan"), "", "x", "../x", "http://localhost/x.pth"),
+    *("subprocess.run", "os.system", "mmdet.ResNet", "mmpretrain.ConvNeXt", "ResNet"),
+    *("a\nb", "{{x}}"),
+    *([], {}, CALL, [CALL], {"type": "Pretrained", "checkpoint": "http://localhost/x.pth"}),
+    *({"imports": ["trap"]}, {"imports": "trap", "allow_failed_imports": True}),
+)
+KEYS = (
+    *("type", "init_cfg", "pretrained", "teacher_ckpt", "teacher_config", "custom_imports"),
+    *("_delete_", "_base_", "_scope_", "plugins", "checkpoint", "norm_cfg"),
+    *("a': 1, 'b", "x.y", "{{"),
+)
+
+
+class Watch:
+    """Note forbidden events of the interpreter within :meth:`watching`; hooks cannot be removed."""
+
+    def __init__(self) -> None:
+        self.on, self.seen = False, []
+        sys.addaudithook(self._hook)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[str]]:
+        """Collect the events of the block."""
+        self.on, self.seen = True, []
+        try:
+            yield self.seen
+        finally:
+            self.on = False
+
+    def _hook(self, event: str, given: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event in (*PROCESSES, *CONNECTIONS):
+            self.seen.append(f"{event} {given}")
+        elif event == "exec" and not given[0].co_filename.startswith((*INSTALLED, OURS)):
+            self.seen.append(f"exec {given[0].co_filename}")
+        elif event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR):
+            self.seen.append(f"write {given[0]}")
+
+
+def places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in plain data, with each of its keys or indices."""
+    keys = list(node) if isinstance(node, dict) else range(len(node))
+    for key in keys:
+        yield node, key
+        if isinstance(node[key], (dict, list)):
+            yield from places(node[key])
+
+
+def mutated(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A copy of a record in which one to three things are replaced, added, removed or repeated."""
+    record = copy.deepcopy(record)
+    for _ in range(rng.randint(1, 3)):
+        found = list(places(record))
+        if not found:
+            break
+        node, key = rng.choice(found)
+        value = copy.deepcopy(rng.choice([*VALUES, rng.choice(found)[0]]))
+        if rng.random() < 0.4 and isinstance(node, dict):
+            node[rng.choice(KEYS)] = value
+        elif rng.random() < 0.2:
+            del node[key]
+        else:
+            node[key] = value
+    return record
+
+
+def outcomes(checkpoint: Path, number: int, seed: int) -> tuple[Counter[str], list[str]]:
+    """Open so many mutated records; count how they ended, and list what was forbidden."""
+    watch, rng = Watch(), random.Random(seed)
+    content = torch.load(checkpoint, weights_only=True)
+    counts: Counter[str] = Counter()
+    escapes: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "round-1.ckpt"
+        for _ in range(number):
+            record = mutated(content["ldt"], rng)
+            torch.save({**content, "ldt": record}, file)
+            with watch.watching() as seen:
+                try:
+                    ldt.load_pruned(file)
+                    end = "opened"
+                except (ValueError, ImportError) as error:
+                    end = "refused" if "\n" not in str(error) else f"lines: {error}"
+                except Exception as error:
+                    end = f"{type(error).__name__}: {error}"[:200]
+            counts[end] += 1
+            escapes += [f"{event}: {record}"[:2000] for event in seen]
+    return counts, escapes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--number", type=int, default=10000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        benign = pruned_checkpoint(Path(name) / "a.ckpt", data_of(Path(name)), "detector=gfl_tiny")
+        counts, escapes = outcomes(benign, given.number, given.seed)
+    for end, count in counts.most_common():
+        print(f"{count:7d}  {end}")
+    print(f"{len(escapes)} escapes", *escapes[:20], sep="\n")
+
+
+if __name__ == "__main__":
+    main()
