@@ -88,6 +88,10 @@ ATTACKS = {
         put({"type": "mmpretrain.ConvNeXt"}, "model", "backbone"),
         "not a registered part",
     ),
+    "a package that would be imported": (
+        put("mmpretrain", "model", "backbone", "_scope_"),
+        "allowed: mmdet, mmcv, mmengine",
+    ),
     "a pickle of a teacher": (put(URL, "model", "backbone", "teacher_ckpt"), "would load a file"),
     "code of a teacher": (put("evil.py", "model", "teacher_config"), "would load a file"),
     "code of its own": (put({"imports": ["antigravity"]}, "model", "custom_imports"), "--trust"),

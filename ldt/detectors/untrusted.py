@@ -40,7 +40,7 @@ RESIZE_STEPS = (  # image transforms between loading and packing, as in mmdet's 
     *("Resize", "FixScaleResize", "FixShapeResize", "Pad", "Normalize", "CenterCrop"),
     *("RandomCenterCropPad", "RandomResize", "RandomChoiceResize", "RandomFlip"),
 )
-KEY = re.compile(r"[A-Za-z0-9]\w*|_delete_")  # the last one is for merging configs
+KEY = re.compile(r"[A-Za-z0-9]\w*|_delete_|_scope_")  # the last two are mmengine's
 TEXT = re.compile(r"[\w.,:;?+\-\[\] ]{0,100}")  # no path, no URL, no call
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 MOST_NODES, MOST_LEVELS, LONGEST_TEXT = 200_000, 32, 1000
@@ -192,6 +192,8 @@ def check_parts(node: object, where: str) -> None:
                 raise ValueError(f"{place}={value[:100]!r} would load a file")
             if key == "type":
                 _check_type(value, place)
+            elif key == "_scope_" and value not in SCOPES:
+                raise ValueError(f"{place}={str(value)[:100]!r}; allowed: {', '.join(SCOPES)}")
             else:
                 check_parts(value, place)
     elif isinstance(node, (list, tuple)):
