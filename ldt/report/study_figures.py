@@ -99,7 +99,7 @@ def _method(
     found: Sequence[Cell], dots: pd.DataFrame, label: str, column: Column, look: Look
 ) -> Iterable[go.Scatter]:
     own = [cell for cell in found if cell.label == label]
-    dots = dots[dots["label"] == label]
+    dots = dots.loc[dots["label"] == label]
     if dots.empty:
         return
     group: dict[str, Any] = {"legendgroup": label, "name": text(label)}

@@ -57,6 +57,9 @@ def _measured(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if texts := [key for key in MEASURED if isinstance(row.get(key), (str, bool))]:
         raise ValueError(f"{', '.join(texts)}: no number")
+    numbers = ((key, value) for key, value in row.items() if not isinstance(value, str))
+    if huge := [key for key, value in numbers if abs(value) > LARGEST]:
+        raise ValueError(f"{', '.join(huge)}: more than {LARGEST:g}")
     if not isinstance(row["round"], int):
         raise ValueError("round: no whole number")
     return row
@@ -70,7 +73,7 @@ def _has_metric(summary: "Finished") -> "Finished":
 
 Number = Annotated[int | float, AfterValidator(_bounded)]
 Pixels = Annotated[int, Ge(1), Le(10**6)]
-Round = Annotated[dict[str, Number | str | bool], AfterValidator(_measured)]
+Round = Annotated[dict[str, int | float | str | bool], AfterValidator(_measured)]
 Git = dict[str, str | bool]
 
 
