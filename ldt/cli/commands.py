@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ldt.runs.run import Run
 
 PATH = click.Path(path_type=Path)
+STATES = ("finished", "failed", "damaged", "unfinished")
 FORMATS = ("html", "markdown", "latex", "csv")
 TRUST = click.option(
     "--trust",
@@ -147,6 +148,27 @@ def _finished_study(study: Path) -> "list[Run]":
             f"keys resumes a run{listed}"
         )
     return runs
+
+
+@ldt.command("runs")
+@click.argument("study", type=PATH)
+@click.option(
+    "--state", "states", type=click.Choice(STATES), multiple=True, help="Only these; repeat it."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with the errors too.")
+def list_runs(study: Path, states: tuple[str, ...], as_json: bool) -> None:
+    """List the runs of STUDY, a folder runs/<study>, without reading more than their summaries.
+
+    \b
+    Examples:
+      ldt runs runs/compare
+      ldt runs runs/compare --state failed --state damaged --json
+    """
+    from ldt.report import listing
+
+    with refusing():
+        found = listing.list_runs(study, states)
+    click.echo(listing.as_json(found) if as_json else listing.as_table(found))
 
 
 @ldt.command()

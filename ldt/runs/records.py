@@ -19,6 +19,7 @@ MOVED = {  # class paths in configurations of earlier versions
     "ldt.data.kitti.RoadScenesDataModule": "ldt.data.roadscenes.RoadScenesDataModule",
     "ldt.wandb_log.WandbRun": "ldt.callbacks.wandb_logger.WandbRun",
 }
+NUMBERS = (int, float)  # but not bool
 LARGEST = 1e18  # of a measurement
 MEASURED = ("AP", "AP50", "mAP", "params", "multiply_adds", "rate", "latency_ms", "threads")
 
@@ -53,24 +54,28 @@ def _bounded(value: float) -> float:
 
 
 def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """Check a round; its other keys may hold anything, but no huge number."""
     if missing := {"round", "params"} - row.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    if texts := [key for key in MEASURED if isinstance(row.get(key), (str, bool))]:
-        raise ValueError(f"{', '.join(texts)}: no number")
+    if wrong := [key for key in MEASURED if key in row and type(row[key]) not in NUMBERS]:
+        raise ValueError(f"{', '.join(wrong)}: no number")
+    numbers = ((key, value) for key, value in row.items() if type(value) in NUMBERS)
+    if huge := [key for key, value in numbers if abs(value) > LARGEST]:
+        raise ValueError(f"{', '.join(huge)}: more than {LARGEST:g}")
     if not isinstance(row["round"], int):
         raise ValueError("round: no whole number")
     return row
 
 
 def _has_metric(summary: "Finished") -> "Finished":
-    if any(isinstance(row.get(summary.metric, ""), (str, bool)) for row in summary.rounds):
+    if any(type(row.get(summary.metric)) not in NUMBERS for row in summary.rounds):
         raise ValueError(f"a round lacks the metric {summary.metric}")
     return summary
 
 
 Number = Annotated[int | float, AfterValidator(_bounded)]
 Pixels = Annotated[int, Ge(1), Le(10**6)]
-Round = Annotated[dict[str, Number | str | bool], AfterValidator(_measured)]
+Round = Annotated[dict[str, Any], AfterValidator(_measured)]
 Git = dict[str, str | bool]
 
 

@@ -139,7 +139,7 @@ class Run:
         """
         import pandas as pd
 
-        log = pd.DataFrame(index=pd.Index([], name="step"))
+        log: Any = pd.DataFrame(index=pd.Index([], name="step"))
         for folder in files.log_folders(self.folder):
             file = folder / files.METRICS
             part = files.tolerated(lambda file=file: _read_log(file), None)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from cells import load_runs
 from PIL import Image
 from summaries import configured, row, summary
 
@@ -195,6 +196,9 @@ def test_damaged_runs_are_told_wherever_a_study_is_read(study, caplog, capsys):
     for name, file in lost.items():
         with pytest.raises((DamagedError, FileNotFoundError), match=file.name):
             open_run(study / name)
+    caplog.clear()
+    assert [run.name for run in load_runs([study])] == ["good"]  # of the tables of experiments
+    assert len(caplog.messages) == len(lost)
     caplog.clear()
     (panel,) = panels([study])
     assert len(panel.methods["ldt"]) == 1
