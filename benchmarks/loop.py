@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from ldt.build import build_data, build_loop, build_module, build_schedule, build_trainer
 from ldt.config import register
+from ldt.runs import files
 
 OPTIONS = ["recipe.channels_last=false", "recipe.epochs=2", "trainer.limit_val_batches=0"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +100,7 @@ def lightning_epoch(module, data, config) -> float:
     clock, plan = Clock(), build_schedule(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / files.CONFIG).touch()  # checkpoints are written only where a run is
         trainer = build_trainer(config, plan, build_loop(config, plan, folder), folder)
         trainer.callbacks.insert(0, clock)  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=data)
