@@ -1,16 +1,20 @@
 """Files that are not ours: nothing in them is executed."""
 
+import inspect
 import os
 import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import mutations
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TASK_UTILS
+from mmengine.config import Config
 from mmengine.logging import MessageHub
 from pruned_files import data_of, pruned_checkpoint
 from torch import nn
@@ -18,6 +22,8 @@ from torch import nn
 import ldt
 from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, AtomicCheckpointIO, resumable
 from ldt.deployment.prediction import Predictor
+from ldt.detectors import untrusted
+from ldt.detectors.models import model_config, use_mmdet
 from ldt.detectors.weights import load_weights
 
 
@@ -73,6 +79,14 @@ def put(value: Any, *keys: Any) -> Any:
     return change
 
 
+def unfolding() -> list[Any]:
+    """Thirty lists that are a thousand million leaves for who walks them."""
+    found: list[Any] = []
+    for _ in range(30):
+        found = [found, found]
+    return found
+
+
 CALL = {"type": "subprocess.run", "args": ["touch", "trap"]}
 URL = "http://127.0.0.1:9/evil.pth"
 ATTACKS = {
@@ -101,6 +115,35 @@ ATTACKS = {
     "a layer of no size": (put(True, "structure", "backbone.conv1", "out_channels"), "integer"),
     "an image without end": (put([10**6, 10**6], "input_size"), "8192"),
     "a class that moves the cursor": (put(["\x1b[2J"] * 3, "classes"), "cannot be printed"),
+    "an operator that is code": (
+        put("__import__('os').system('touch trap')", "model", "test_cfg", "nms", "type"),
+        "not a registered part",
+    ),
+    "a type that loads": (put({"type": "BertModel"}, "model", "neck"), "loads files"),
+    "an initialisation that is code": (
+        put({"type": "os.system"}, "model", "backbone", "init_cfg"),
+        "not a registered part",
+    ),
+    "padding without end": (
+        put(2**15, "model", "data_preprocessor", "pad_size_divisor"),
+        "numbers up to 8192",
+    ),
+    "a size that is no number": (
+        put(float("nan"), "model", "backbone", "depth"),
+        "numbers up to 65536",
+    ),
+    "a number of many digits": (put(10**400, "model", "backbone", "depth"), "numbers up to 65536"),
+    "a plugin": (
+        put([{"cfg": CALL, "stages": [True]}], "model", "backbone", "plugins"),
+        "not a registered part",
+    ),
+    "a base": (put(URL, "model", "_base_"), "allowed: letters"),
+    "lists of lists": (put(unfolding(), "model", "backbone", "depth"), "too large or nested"),
+    "a layer twice as wide": (
+        put(2**15, "structure", "backbone.conv1", "out_channels"),
+        "builds has",
+    ),
+    "a layer without groups": (put(0, "structure", "backbone.conv1", "groups"), "builds has"),
     "no classes": (without("classes"), "classes: Field required"),
     "no record": (lambda record: record.clear(), "Field required"),
 }
@@ -130,6 +173,93 @@ def test_weights_that_a_config_names_are_in_the_file(benign: Path, tmp_path: Pat
     torch.save(content, tmp_path / "a.ckpt")
     ours, theirs = ldt.load_pruned(benign).state_dict(), ldt.load_pruned(tmp_path / "a.ckpt")
     assert all(torch.equal(value, ours[key]) for key, value in theirs.state_dict().items())
+
+
+TENSORS = {
+    "larger than stored": lambda own: torch.zeros(1).expand(10**6, 10**6),
+    "of no memory": lambda own: own.to("meta"),
+    "sparse": lambda own: own.to_sparse(),
+    "no tensor": lambda own: own.tolist(),
+}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
+def test_a_tensor_is_as_large_as_it_says(benign: Path, tmp_path: Path, change: Any):
+    content = torch.load(benign, weights_only=True)
+    key = "detector.backbone.conv1.weight"
+    content["state_dict"][key] = change(content["state_dict"][key])
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"state_dict has 'detector\.backbone\.conv1\.weight'"):
+        ldt.load_pruned(tmp_path / "evil.ckpt")
+
+
+def test_a_compressed_archive_is_not_unpacked(benign: Path, tmp_path: Path):
+    with ZipFile(benign) as old, ZipFile(tmp_path / "a.ckpt", "w", ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            new.writestr(part.filename, bytes(part.file_size))
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        ldt.load_pruned(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("head", [{"feat_channels": 2**16}, {"stacked_convs": 2**16}])
+def test_a_small_file_builds_no_huge_detector(benign: Path, tmp_path: Path, head: dict[str, int]):
+    content = torch.load(benign, weights_only=True)
+    wide = {"stacked_convs": 2, "norm_cfg": {"type": "GN", "num_groups": 1}}
+    content["ldt"]["model"]["bbox_head"].update(wide | head)
+    torch.save(content, tmp_path / "evil.ckpt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="far larger than its weights"):
+        ldt.load_pruned(tmp_path / "evil.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # KiB
+
+
+def test_names_of_classes_are_data(benign: Path, tmp_path: Path):
+    """mmengine replaces {{...}} in the source of a config, quotes and all."""
+    names = ["<b>'\"", "{{$HOME:x}} {{fileDirname}}", "\"{{$N:'}}"]
+    content = torch.load(benign, weights_only=True)
+    content["ldt"]["classes"] = names
+    torch.save(content, tmp_path / "a.ckpt")
+    config = Config.fromfile(ldt.export(tmp_path / "a.ckpt", tmp_path / "out") / "config.py")
+    assert list(config.test_dataloader.dataset.metainfo.classes) == names
+    assert config.model.backbone == content["ldt"]["model"]["backbone"]
+
+
+def test_all_that_loads_a_file_while_it_is_built_is_known():
+    """The parts of mmdet whose constructors load something are those that the gate knows."""
+    loads = re.compile(r"from_pretrained|load_checkpoint\(|fromfile|\bopen\(|\beval\([^)]")
+    use_mmdet()
+    found = {
+        name
+        for registry in (MODELS, TASK_UTILS, MODELS.root, TASK_UTILS.root)
+        for name, kind in registry.module_dict.items()
+        for base in (kind.__mro__ if inspect.isclass(kind) else ())
+        if base.__module__.partition(".")[0] in untrusted.SCOPES and "__init__" in vars(base)
+        if loads.search(inspect.getsource(base.__init__))
+    }
+    distilling = {"KnowledgeDistillationSingleStageDetector", "LAD"}  # their keys are refused
+    assert distilling <= found <= distilling | set(untrusted.LOADING_TYPES)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gfl/gfl_r50_fpn_1x_coco",
+        "detr/detr_r50_8xb2-150e_coco",
+        "fpg/faster-rcnn_r50_fpg_crop640-50e_coco",
+        "lad/lad_r50-paa-r101_fpn_2xb8_coco_1x",
+        "yolox/yolox_x_8xb8-300e_coco",
+        "rtmdet/rtmdet_l_swin_b_p6_4xb16-100e_coco",
+        "carafe/faster-rcnn_r50_fpn-carafe_1x_coco",
+        "yolo/yolov3_d53_8xb8-320-273e_coco",
+    ],
+)
+def test_detectors_of_mmdet_are_let_in(family: str):
+    model = model_config(f"mmdet::{family}.py", {}, None, pretrained=True)
+    record = {"model": model, "classes": [], "structure": {}, "predictors": [], "neck": "neck"}
+    found = untrusted.checked({"state_dict": {}, "ldt": {**record, "input_size": [64, 64]}})
+    assert "://" not in str(found)  # without what they would fetch
+    kept = {key: value for key, value in model.items() if "teacher" not in key}
+    assert kept.keys() <= found["ldt"]["model"].keys()
 
 
 @pytest.mark.slow
