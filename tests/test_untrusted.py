@@ -16,15 +16,22 @@ import torch
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config
 from mmengine.logging import MessageHub
+from omegaconf import OmegaConf
 from pruned_files import data_of, pruned_checkpoint
+from short_runs import tiny
+from summaries import configured, summary
 from torch import nn
 
 import ldt
 from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, AtomicCheckpointIO, resumable
+from ldt.cli import repetition
 from ldt.deployment.prediction import Predictor
 from ldt.detectors import untrusted
 from ldt.detectors.models import model_config, use_mmdet
 from ldt.detectors.weights import load_weights
+from ldt.runs import files
+from ldt.runs.refusal import is_refusal
+from ldt.runs.run import load_config, open_run, open_runs
 
 
 class Malicious:
@@ -284,6 +291,91 @@ def test_a_published_file_loads_with_its_logs(tmp_path: Path):
         torch.load(tmp_path / "published.pth", weights_only=True)
     load_weights(target, tmp_path / "published.pth", [])
     assert torch.equal(source.weight, target.weight)
+
+
+# Runs -----------------------------------------------------------------------------------------
+
+NESTED = "[" * 10**5 + "]" * 10**5
+BOMBS = {  # by the name of a file
+    "config.yaml": [
+        "a: &a [x, x]\n"
+        + "".join(
+            f"{k}: &{k} [*{chr(ord(k) - 1)}, *{chr(ord(k) - 1)}]\n"
+            for k in "bcdefghijklmnopqrstuvwxyz"
+        ),
+        "a: &a {x: 1}\nb: {<<: *a}",
+        f"a: {NESTED}",
+        "a: " + "x" * (files.LARGEST_CONFIG + 1),
+    ],
+    "summary.json": [NESTED, " " * (files.LARGEST_FILE + 1)],
+    "rounds.csv": ["round\n" + "1" * (files.LARGEST_FILE + 1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(n, text) for n in BOMBS for text in BOMBS[n]], ids=lambda text: text[:12]
+)
+def test_no_file_of_a_run_is_read_without_end(tmp_path: Path, name: str, text: str):
+    (tmp_path / "good").mkdir()
+    files.write_json(tmp_path / "good" / "summary.json", summary())
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.yaml").write_text("a: 1")
+    (tmp_path / "bad" / name).write_text(text)
+    bad, good = open_runs(tmp_path)
+    assert good.finished
+    assert f"{name} is damaged" in bad.row["error"]
+
+
+def test_scores_that_unpack_to_more_than_a_run_has_are_not_unpacked(tmp_path: Path):
+    configured(tmp_path, "a", {"a": 1})
+    zeros = np.zeros(files.LARGEST_FILE // 8 + 1)
+    np.savez_compressed(tmp_path / "a" / "scores-1.npz", **{"score/x": zeros})
+    with pytest.raises(ValueError, match="unpacks to more than 32 MiB"):
+        open_run(tmp_path / "a").cuts  # noqa: B018
+
+
+FOREIGN = {
+    "a call": ({"logger": {"_target_": "os.system"}}, "names os.system"),
+    "a call in a list": ({"method": {"criterion": {"x": [{"_target_": "a.b"}]}}}, "names a.b"),
+    "a transform": ({"recipe": {"pipeline": [{"type": "evil.T"}]}}, "names evil.T"),
+    "an optimizer": ({"recipe": {"optimizer": {"type": "os.system"}}}, "names os.system"),
+    "a resolver": ({"study": "${from_config:evil.py}"}, "is not resolved"),
+    "a config": ({"detector": {"config": "evil.py"}}, "detector.config=evil.py, which is Python"),
+    "a config outside": (
+        {"detector": {"config": "mmdet::../../evil.py"}},
+        "evil.py, which is Python code",
+    ),
+    "a package": ({"detector": {"config": "evil::evil.py"}}, "evil::evil.py, which is Python code"),
+    "weights": (
+        {"detector": {"options": {"backbone": {"init_cfg": {"checkpoint": URL}}}}},
+        "would load a file",
+    ),
+    "an operator": (
+        {"detector": {"options": {"test_cfg": {"nms": {"type": "print()"}}}}},
+        "not a registered part",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), FOREIGN.values(), ids=FOREIGN)
+def test_repeating_a_run_runs_no_code_of_its_author(tmp_path: Path, change: Any, told: str):
+    config: Any = OmegaConf.to_container(tiny(tmp_path), resolve=True)
+    configured(tmp_path, "a", OmegaConf.merge(config, OmegaConf.create(change)))
+    with pytest.raises(ValueError, match=re.escape(told)) as refused:
+        repetition.repeat(tmp_path / "a", tmp_path / "b")
+    assert is_refusal(refused.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_ldt_itself_names_needs_no_trust(tmp_path: Path):
+    config: Any = OmegaConf.to_container(tiny(tmp_path, "logger=wandb"), resolve=True)
+    folder = configured(tmp_path, "a", config)
+    assert load_config(folder).logger._target_ == "ldt.callbacks.wandb_logger.WandbRun"
+    config["dataset"]["_target_"] = "own_data.Photos"
+    folder = configured(tmp_path, "b", config)
+    with pytest.raises(ValueError, match=r"names own_data\.Photos.*type --trust"):
+        load_config(folder)
+    assert load_config(folder, trust=True).dataset._target_ == "own_data.Photos"
 
 
 # Checkpoints ----------------------------------------------------------------------------------
