@@ -3,7 +3,7 @@
     python tests/mutations.py --number 10000 [--seed 0]
 
 Prints how many were refused, opened, ended otherwise than with one line, or did what is forbidden:
-ran code of no installed package, connected, started a process, or wrote a file.
+ran code of no installed package, connected, started a process, or wrote a file elsewhere.
 """
 
 import argparse
@@ -14,20 +14,25 @@ import random
 import sys
 import sysconfig
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.registry import MODELS, TASK_UTILS
 from pruned_files import data_of, pruned_checkpoint
 
 import ldt
+from ldt.deployment.prediction import Predictor
+from ldt.detectors.models import use_mmdet
 
 INSTALLED = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<")
 OURS = str(Path(ldt.__file__).parent)
 PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
 CONNECTIONS = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request")
+PATIENCE = 10  # seconds of CPU time
 CALL = {"type": "subprocess.run", "args": ["touch", "trap"]}
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 3, 2**40, 1e300, float("nan"), "", "x", "../x", "http://localhost/x.pth"),
@@ -35,6 +40,16 @@ VALUES: tuple[Any, ...] = (
     *("a\nb", "{{x}}"),
     *([], {}, CALL, [CALL], {"type": "Pretrained", "checkpoint": "http://localhost/x.pth"}),
     *({"imports": ["trap"]}, {"imports": "trap", "allow_failed_imports": True}),
+    *("__import__('os').system('touch trap')", "mmdet::gfl/gfl_r50_fpn_1x_coco.py", "x" * 2000),
+    *(0.5, 2**16, 10**400, float("inf"), b"x", torch.zeros(1), {1: 2}, {"type": None}),
+)
+TENSORS = (  # for a weight
+    lambda own: own.flatten()[:1],
+    lambda own: own[None],
+    lambda own: own.int(),
+    lambda own: own.to("meta"),
+    lambda own: torch.zeros(1).expand(10**6, 10**6),
+    lambda own: None,
 )
 KEYS = (
     *("type", "init_cfg", "pretrained", "teacher_ckpt", "teacher_config", "custom_imports"),
@@ -46,8 +61,8 @@ KEYS = (
 class Watch:
     """Note forbidden events of the interpreter within :meth:`watching`; hooks cannot be removed."""
 
-    def __init__(self) -> None:
-        self.on, self.seen = False, []
+    def __init__(self, folder: Path) -> None:
+        self.on, self.seen, self._folder = False, [], str(folder)
         sys.addaudithook(self._hook)
 
     @contextlib.contextmanager
@@ -66,8 +81,10 @@ class Watch:
             self.seen.append(f"{event} {given}")
         elif event == "exec" and not given[0].co_filename.startswith((*INSTALLED, OURS)):
             self.seen.append(f"exec {given[0].co_filename}")
-        elif event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR):
-            self.seen.append(f"write {given[0]}")
+        elif event == "open" and isinstance(given[2], int):
+            writes = given[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes and not str(given[0]).startswith(self._folder):
+                self.seen.append(f"write {given[0]}")
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -87,7 +104,8 @@ def mutated(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         if not found:
             break
         node, key = rng.choice(found)
-        value = copy.deepcopy(rng.choice([*VALUES, rng.choice(found)[0]]))
+        kinds = [{"type": rng.choice([*MODELS.module_dict, *TASK_UTILS.module_dict])}] * 8
+        value = copy.deepcopy(rng.choice([*VALUES, *kinds, rng.choice(found)[0]]))
         if rng.random() < 0.4 and isinstance(node, dict):
             node[rng.choice(KEYS)] = value
         elif rng.random() < 0.2:
@@ -97,26 +115,40 @@ def mutated(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return record
 
 
+def opened(file: Path) -> str:
+    """Open a checkpoint in the three ways there are; return how that ended."""
+    try:
+        ldt.load_pruned(file)
+        Predictor(file)
+        ldt.export(file, file.parent / "exported")
+        return "opened"
+    except (ValueError, ImportError) as error:
+        return "refused" if "\n" not in str(error) else f"lines: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+
+
 def outcomes(checkpoint: Path, number: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Open so many mutated records; count how they ended, and list what was forbidden."""
-    watch, rng = Watch(), random.Random(seed)
-    content = torch.load(checkpoint, weights_only=True)
+    """Open so many mutated checkpoints; count how they ended, and list what was forbidden."""
+    use_mmdet()
+    rng, content = random.Random(seed), torch.load(checkpoint, weights_only=True)
     counts: Counter[str] = Counter()
     escapes: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        file = Path(name) / "round-1.ckpt"
+        file, watch = Path(name) / "round-1.ckpt", Watch(Path(name))
+        torch.save(content, file)
+        assert opened(file) == "opened"  # what is imported then is imported
         for _ in range(number):
-            record = mutated(content["ldt"], rng)
-            torch.save({**content, "ldt": record}, file)
+            state, record = dict(content["state_dict"]), mutated(content["ldt"], rng)
+            if rng.random() < 0.1:
+                key, change = rng.choice([*state]), rng.choice(TENSORS)
+                state[key] = change(state[key])
+            torch.save({"state_dict": state, "ldt": record}, file)
             with watch.watching() as seen:
-                try:
-                    ldt.load_pruned(file)
-                    end = "opened"
-                except (ValueError, ImportError) as error:
-                    end = "refused" if "\n" not in str(error) else f"lines: {error}"
-                except Exception as error:
-                    end = f"{type(error).__name__}: {error}"[:200]
-            counts[end] += 1
+                begun = time.process_time()
+                counts[opened(file)] += 1
+            if time.process_time() - begun > PATIENCE:
+                counts[f"slower than {PATIENCE} s"] += 1
             escapes += [f"{event}: {record}"[:2000] for event in seen]
     return counts, escapes
 

@@ -1,24 +1,37 @@
 """Files that are not ours: nothing in them is executed."""
 
+import inspect
 import os
 import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import mutations
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TASK_UTILS
+from mmengine.config import Config
 from mmengine.logging import MessageHub
+from omegaconf import OmegaConf
 from pruned_files import data_of, pruned_checkpoint
+from short_runs import tiny
+from summaries import configured, summary
 from torch import nn
 
 import ldt
 from ldt.callbacks.checkpoint_io import LAST, PREVIOUS, AtomicCheckpointIO, resumable
+from ldt.cli import repetition
 from ldt.deployment.prediction import Predictor
+from ldt.detectors import untrusted
+from ldt.detectors.models import model_config, use_mmdet
 from ldt.detectors.weights import load_weights
+from ldt.runs import files
+from ldt.runs.refusal import is_refusal
+from ldt.runs.run import load_config, open_run, open_runs
 
 
 class Malicious:
@@ -73,6 +86,14 @@ def put(value: Any, *keys: Any) -> Any:
     return change
 
 
+def unfolding() -> list[Any]:
+    """Thirty lists that are a thousand million leaves for who walks them."""
+    found: list[Any] = []
+    for _ in range(30):
+        found = [found, found]
+    return found
+
+
 CALL = {"type": "subprocess.run", "args": ["touch", "trap"]}
 URL = "http://127.0.0.1:9/evil.pth"
 ATTACKS = {
@@ -101,6 +122,35 @@ ATTACKS = {
     "a layer of no size": (put(True, "structure", "backbone.conv1", "out_channels"), "integer"),
     "an image without end": (put([10**6, 10**6], "input_size"), "8192"),
     "a class that moves the cursor": (put(["\x1b[2J"] * 3, "classes"), "cannot be printed"),
+    "an operator that is code": (
+        put("__import__('os').system('touch trap')", "model", "test_cfg", "nms", "type"),
+        "not a registered part",
+    ),
+    "a type that loads": (put({"type": "BertModel"}, "model", "neck"), "loads files"),
+    "an initialisation that is code": (
+        put({"type": "os.system"}, "model", "backbone", "init_cfg"),
+        "not a registered part",
+    ),
+    "padding without end": (
+        put(2**15, "model", "data_preprocessor", "pad_size_divisor"),
+        "numbers up to 8192",
+    ),
+    "a size that is no number": (
+        put(float("nan"), "model", "backbone", "depth"),
+        "numbers up to 65536",
+    ),
+    "a number of many digits": (put(10**400, "model", "backbone", "depth"), "numbers up to 65536"),
+    "a plugin": (
+        put([{"cfg": CALL, "stages": [True]}], "model", "backbone", "plugins"),
+        "not a registered part",
+    ),
+    "a base": (put(URL, "model", "_base_"), "allowed: letters"),
+    "lists of lists": (put(unfolding(), "model", "backbone", "depth"), "too large or nested"),
+    "a layer twice as wide": (
+        put(2**15, "structure", "backbone.conv1", "out_channels"),
+        "builds has",
+    ),
+    "a layer without groups": (put(0, "structure", "backbone.conv1", "groups"), "builds has"),
     "no classes": (without("classes"), "classes: Field required"),
     "no record": (lambda record: record.clear(), "Field required"),
 }
@@ -132,6 +182,93 @@ def test_weights_that_a_config_names_are_in_the_file(benign: Path, tmp_path: Pat
     assert all(torch.equal(value, ours[key]) for key, value in theirs.state_dict().items())
 
 
+TENSORS = {
+    "larger than stored": lambda own: torch.zeros(1).expand(10**6, 10**6),
+    "of no memory": lambda own: own.to("meta"),
+    "sparse": lambda own: own.to_sparse(),
+    "no tensor": lambda own: own.tolist(),
+}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
+def test_a_tensor_is_as_large_as_it_says(benign: Path, tmp_path: Path, change: Any):
+    content = torch.load(benign, weights_only=True)
+    key = "detector.backbone.conv1.weight"
+    content["state_dict"][key] = change(content["state_dict"][key])
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"state_dict has 'detector\.backbone\.conv1\.weight'"):
+        ldt.load_pruned(tmp_path / "evil.ckpt")
+
+
+def test_a_compressed_archive_is_not_unpacked(benign: Path, tmp_path: Path):
+    with ZipFile(benign) as old, ZipFile(tmp_path / "a.ckpt", "w", ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            new.writestr(part.filename, bytes(part.file_size))
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        ldt.load_pruned(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("head", [{"feat_channels": 2**16}, {"stacked_convs": 2**16}])
+def test_a_small_file_builds_no_huge_detector(benign: Path, tmp_path: Path, head: dict[str, int]):
+    content = torch.load(benign, weights_only=True)
+    wide = {"stacked_convs": 2, "norm_cfg": {"type": "GN", "num_groups": 1}}
+    content["ldt"]["model"]["bbox_head"].update(wide | head)
+    torch.save(content, tmp_path / "evil.ckpt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="far larger than its weights"):
+        ldt.load_pruned(tmp_path / "evil.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # KiB
+
+
+def test_names_of_classes_are_data(benign: Path, tmp_path: Path):
+    """mmengine replaces {{...}} in the source of a config, quotes and all."""
+    names = ["<b>'\"", "{{$HOME:x}} {{fileDirname}}", "\"{{$N:'}}"]
+    content = torch.load(benign, weights_only=True)
+    content["ldt"]["classes"] = names
+    torch.save(content, tmp_path / "a.ckpt")
+    config = Config.fromfile(ldt.export(tmp_path / "a.ckpt", tmp_path / "out") / "config.py")
+    assert list(config.test_dataloader.dataset.metainfo.classes) == names
+    assert config.model.backbone == content["ldt"]["model"]["backbone"]
+
+
+def test_all_that_loads_a_file_while_it_is_built_is_known():
+    """The parts of mmdet whose constructors load something are those that the gate knows."""
+    loads = re.compile(r"from_pretrained|load_checkpoint\(|fromfile|\bopen\(|\beval\([^)]")
+    use_mmdet()
+    found = {
+        name
+        for registry in (MODELS, TASK_UTILS, MODELS.root, TASK_UTILS.root)
+        for name, kind in registry.module_dict.items()
+        for base in (kind.__mro__ if inspect.isclass(kind) else ())
+        if base.__module__.partition(".")[0] in untrusted.SCOPES and "__init__" in vars(base)
+        if loads.search(inspect.getsource(base.__init__))
+    }
+    distilling = {"KnowledgeDistillationSingleStageDetector", "LAD"}  # their keys are refused
+    assert distilling <= found <= distilling | set(untrusted.LOADING_TYPES)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gfl/gfl_r50_fpn_1x_coco",
+        "detr/detr_r50_8xb2-150e_coco",
+        "fpg/faster-rcnn_r50_fpg_crop640-50e_coco",
+        "lad/lad_r50-paa-r101_fpn_2xb8_coco_1x",
+        "yolox/yolox_x_8xb8-300e_coco",
+        "rtmdet/rtmdet_l_swin_b_p6_4xb16-100e_coco",
+        "carafe/faster-rcnn_r50_fpn-carafe_1x_coco",
+        "yolo/yolov3_d53_8xb8-320-273e_coco",
+    ],
+)
+def test_detectors_of_mmdet_are_let_in(family: str):
+    model = model_config(f"mmdet::{family}.py", {}, None, pretrained=True)
+    record = {"model": model, "classes": [], "structure": {}, "predictors": [], "neck": "neck"}
+    found = untrusted.checked({"state_dict": {}, "ldt": {**record, "input_size": [64, 64]}})
+    assert "://" not in str(found)  # without what they would fetch
+    kept = {key: value for key, value in model.items() if "teacher" not in key}
+    assert kept.keys() <= found["ldt"]["model"].keys()
+
+
 @pytest.mark.slow
 def test_mutated_records_run_nothing(benign: Path):
     counts, escapes = mutations.outcomes(benign, number=150, seed=0)
@@ -154,6 +291,91 @@ def test_a_published_file_loads_with_its_logs(tmp_path: Path):
         torch.load(tmp_path / "published.pth", weights_only=True)
     load_weights(target, tmp_path / "published.pth", [])
     assert torch.equal(source.weight, target.weight)
+
+
+# Runs -----------------------------------------------------------------------------------------
+
+NESTED = "[" * 10**5 + "]" * 10**5
+BOMBS = {  # by the name of a file
+    "config.yaml": [
+        "a: &a [x, x]\n"
+        + "".join(
+            f"{k}: &{k} [*{chr(ord(k) - 1)}, *{chr(ord(k) - 1)}]\n"
+            for k in "bcdefghijklmnopqrstuvwxyz"
+        ),
+        "a: &a {x: 1}\nb: {<<: *a}",
+        f"a: {NESTED}",
+        "a: " + "x" * (files.LARGEST_CONFIG + 1),
+    ],
+    "summary.json": [NESTED, " " * (files.LARGEST_FILE + 1)],
+    "rounds.csv": ["round\n" + "1" * (files.LARGEST_FILE + 1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(n, text) for n in BOMBS for text in BOMBS[n]], ids=lambda text: text[:12]
+)
+def test_no_file_of_a_run_is_read_without_end(tmp_path: Path, name: str, text: str):
+    (tmp_path / "good").mkdir()
+    files.write_json(tmp_path / "good" / "summary.json", summary())
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.yaml").write_text("a: 1")
+    (tmp_path / "bad" / name).write_text(text)
+    bad, good = open_runs(tmp_path)
+    assert good.finished
+    assert f"{name} is damaged" in bad.row["error"]
+
+
+def test_scores_that_unpack_to_more_than_a_run_has_are_not_unpacked(tmp_path: Path):
+    configured(tmp_path, "a", {"a": 1})
+    zeros = np.zeros(files.LARGEST_FILE // 8 + 1)
+    np.savez_compressed(tmp_path / "a" / "scores-1.npz", **{"score/x": zeros})
+    with pytest.raises(ValueError, match="unpacks to more than 32 MiB"):
+        open_run(tmp_path / "a").cuts  # noqa: B018
+
+
+FOREIGN = {
+    "a call": ({"logger": {"_target_": "os.system"}}, "names os.system"),
+    "a call in a list": ({"method": {"criterion": {"x": [{"_target_": "a.b"}]}}}, "names a.b"),
+    "a transform": ({"recipe": {"pipeline": [{"type": "evil.T"}]}}, "names evil.T"),
+    "an optimizer": ({"recipe": {"optimizer": {"type": "os.system"}}}, "names os.system"),
+    "a resolver": ({"study": "${from_config:evil.py}"}, "is not resolved"),
+    "a config": ({"detector": {"config": "evil.py"}}, "detector.config=evil.py, which is Python"),
+    "a config outside": (
+        {"detector": {"config": "mmdet::../../evil.py"}},
+        "evil.py, which is Python code",
+    ),
+    "a package": ({"detector": {"config": "evil::evil.py"}}, "evil::evil.py, which is Python code"),
+    "weights": (
+        {"detector": {"options": {"backbone": {"init_cfg": {"checkpoint": URL}}}}},
+        "would load a file",
+    ),
+    "an operator": (
+        {"detector": {"options": {"test_cfg": {"nms": {"type": "print()"}}}}},
+        "not a registered part",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), FOREIGN.values(), ids=FOREIGN)
+def test_repeating_a_run_runs_no_code_of_its_author(tmp_path: Path, change: Any, told: str):
+    config: Any = OmegaConf.to_container(tiny(tmp_path), resolve=True)
+    configured(tmp_path, "a", OmegaConf.merge(config, OmegaConf.create(change)))
+    with pytest.raises(ValueError, match=re.escape(told)) as refused:
+        repetition.repeat(tmp_path / "a", tmp_path / "b")
+    assert is_refusal(refused.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_ldt_itself_names_needs_no_trust(tmp_path: Path):
+    config: Any = OmegaConf.to_container(tiny(tmp_path, "logger=wandb"), resolve=True)
+    folder = configured(tmp_path, "a", config)
+    assert load_config(folder).logger._target_ == "ldt.callbacks.wandb_logger.WandbRun"
+    config["dataset"]["_target_"] = "own_data.Photos"
+    folder = configured(tmp_path, "b", config)
+    with pytest.raises(ValueError, match=r"names own_data\.Photos.*type --trust"):
+        load_config(folder)
+    assert load_config(folder, trust=True).dataset._target_ == "own_data.Photos"
 
 
 # Checkpoints ----------------------------------------------------------------------------------

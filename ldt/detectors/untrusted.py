@@ -48,7 +48,8 @@ LARGEST_NUMBER = 2**16  # of a model config; mmdet's own configs have at most 30
 LONGEST_SIDE = 2**13  # pixels of an image, of its padding
 LARGEST_MODEL = 2**30  # bytes that building may allocate, and so many times those of the weights:
 LARGEST_RATIO = 8
-MOST_TENSORS = 200_000
+MOST_TENSORS = 1000  # that building may allocate, and so many for each of the weights:
+TENSORS_OF_A_WEIGHT = 10  # mmdet's detectors: 1 to 4
 
 
 def _printable(text: str) -> str:
@@ -258,9 +259,9 @@ def _check_step(step: Mapping[str, Any]) -> None:
 class _Allocation(TorchDispatchMode):
     """Count what is allocated, and raise before it is too much."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, tensors: int) -> None:
         super().__init__()
-        self.left, self.tensors = most, 0
+        self.left, self.tensors = most, tensors
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -268,9 +269,9 @@ class _Allocation(TorchDispatchMode):
         kwargs = kwargs or {}
         if {"device", "dtype"} <= {argument.name for argument in func._schema.arguments}:
             planned = func(*args, **{**kwargs, "device": "meta"})
-            self.tensors += 1
+            self.tensors -= 1
             self.left -= planned.nbytes
-            if self.left < 0 or self.tensors > MOST_TENSORS:
+            if min(self.left, self.tensors) < 0:
                 raise ValueError("its model config builds a detector far larger than its weights")
         return func(*args, **kwargs)
 
@@ -286,5 +287,6 @@ def limited_allocation(state: Mapping[str, Tensor]) -> Iterator[None]:
         ValueError: it is far larger.
     """
     size = sum(value.nbytes for value in state.values())
-    with _Allocation(LARGEST_MODEL + LARGEST_RATIO * size):
+    tensors = MOST_TENSORS + TENSORS_OF_A_WEIGHT * len(state)
+    with _Allocation(LARGEST_MODEL + LARGEST_RATIO * size, tensors):
         yield
