@@ -46,10 +46,11 @@ from ldt.figures import from_runs
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
-from ldt.runs import files, identity, inputs, provenance
+from ldt.runs import DONE, files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
+from ldt.runs.records import stored_config
 from ldt.runs.refusal import KINDS, Failed, Refused, is_refusal, one_line, refusing
-from ldt.runs.run import Run, open_run, stored_config
+from ldt.runs.run import Run, open_run
 from ldt.runs.signals import interrupting
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _finish(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str
             raise ValueError(f"{folder / files.CONFIG} is empty; remove the folder to run it again")
         identity.claim(folder, plain, known)
         summary = read_json(folder / files.SUMMARY)
-        finished = summary.get("status") == files.DONE
+        finished = summary.get("status") == DONE
         if finished or files.has_checkpoint(folder):
             _check_inputs(config, plain, folder, finished)
     if summary.get("drawn"):
@@ -258,7 +259,7 @@ def _summary(
     config: DictConfig, plan: PruningSchedule, loop: PruneRetrain, folder: Path
 ) -> dict[str, Any]:
     return {
-        "status": files.DONE,
+        "status": DONE,
         "run": folder.name,
         "study": config.study,
         "detector": config.detector.name,
@@ -328,7 +329,7 @@ def _shared_base(config: DictConfig, plain: dict[str, Any], study: Path) -> Path
     name = f"base-{base.dataset.name}-{base.detector.name}-{kind}-s{base.seed}-{facts}"
     folder = identity.find(study, own, "base-") or study / name
     base.run_name = folder.name
-    if read_json(folder / files.SUMMARY).get("status") != files.DONE:
+    if read_json(folder / files.SUMMARY).get("status") != DONE:
         run(base, folder)
         return folder
     with refusing(*REFUSALS):
@@ -387,9 +388,9 @@ def train(*overrides: str, folder: str | Path | None = None) -> Run:
         [0, 1, 2]
     """
     whole = _compose(overrides)
-    HydraConfig.instance().set_config(whole)  # run names are derived from the overrides
+    config = without_hydra(whole)
     place = Path(whole.hydra.run.dir if folder is None else folder)
-    run(_without_hydra(whole), place)
+    run(config, place)
     return open_run(place)
 
 
@@ -399,9 +400,7 @@ def composed(*overrides: str) -> DictConfig:
     Raises:
         ValueError: the configuration is invalid.
     """
-    whole = _compose(overrides)
-    HydraConfig.instance().set_config(whole)
-    config = _without_hydra(whole)
+    config = without_hydra(_compose(overrides))
     expand_home(config)
     check(config)
     return config
@@ -417,6 +416,8 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     return whole
 
 
-def _without_hydra(whole: DictConfig) -> DictConfig:
+def without_hydra(whole: DictConfig) -> DictConfig:
+    """Return a composed configuration without Hydra's part, which run names are derived from."""
+    HydraConfig.instance().set_config(whole)
     keys: Any = [key for key in whole if key != "hydra"]
     return OmegaConf.masked_copy(whole, keys)

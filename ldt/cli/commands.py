@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import click
 
 from ldt.figures import NAMES
+from ldt.runs import STATES
 from ldt.runs.refusal import refusing, renaming
 
 if TYPE_CHECKING:
     from ldt.runs.run import Run
 
 PATH = click.Path(path_type=Path)
-STATES = ("finished", "failed", "damaged", "unfinished")
 FORMATS = ("html", "markdown", "latex", "csv")
 TRUST = click.option(
     "--trust",

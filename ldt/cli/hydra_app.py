@@ -163,11 +163,9 @@ def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
 def _check_job(config: DictConfig) -> None:
     """Check what needs neither data nor model, nor the machine that another launcher would use."""
     from ldt.build import check_processes
-    from ldt.experiment import check
+    from ldt.experiment import check, without_hydra
 
-    HydraConfig.instance().set_config(config)  # run names are derived from the overrides
-    keys: Any = [key for key in config if key != "hydra"]
-    own = OmegaConf.masked_copy(config, keys)
+    own = without_hydra(config)
     check(own)
     if str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
         check_processes(own)

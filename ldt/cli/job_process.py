@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from ldt.experiment import record_end, result
 from ldt.runs import files
 from ldt.runs.refusal import Failed, Refused
+from ldt.runs.signals import handling
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 OF_SWEEPS = (  # Hydra's keys that concern the sweep, not its jobs
@@ -71,26 +72,15 @@ def _overrides() -> list[str]:
 def _wait(command: Sequence[str]) -> int:
     """Run a command in a process group; return its exit code when none of the group is left."""
     process = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        _send(process.pid, number)
+
     try:
-        with _forwarding(process.pid):
+        with handling(SIGNALS, forward):
             return process.wait()
     finally:
         _send(process.pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _forwarding(group: int) -> Iterator[None]:
-    """Send the signals that this process gets to a process group instead."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        _send(group, number)
-
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _send(group: int, number: int) -> None:

@@ -20,7 +20,7 @@ class Listed(NamedTuple):
 
     Attributes:
         run: name of its directory.
-        state: one of :data:`ldt.runs.study.STATES`.
+        state: one of :data:`ldt.runs.STATES`.
         method: name of the pruning method.
         rate: the requested share of the budget to remove.
         metric: name of the data set's headline metric.

@@ -15,11 +15,11 @@ from ldt.report import study_figures
 from ldt.report.images import album
 from ldt.report.tables import SIZES, Column, Value, compare, percent
 from ldt.report.terminal import BUDGETS, shown_metrics
+from ldt.runs import STATES
 from ldt.runs.aggregate import Cell, cells, varying
 from ldt.runs.formatting import number
 from ldt.runs.identity import LABELS, flatten
 from ldt.runs.run import Run
-from ldt.runs.study import STATES
 
 CONFIG = {
     "displaylogo": False,

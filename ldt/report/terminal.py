@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldt.runs import files
+from ldt.runs import DAMAGED, STATES, files
 from ldt.runs.formatting import number
-from ldt.runs.study import DAMAGED, STATES, load_study
+from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
 KITTI = ("kitti_easy", "kitti_moderate", "kitti_hard")  # in rounds on KITTI only

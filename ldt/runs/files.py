@@ -19,6 +19,7 @@ from zipfile import ZipFile
 import yaml
 from filelock import FileLock, Timeout
 
+from ldt.runs import DONE
 from ldt.runs.refusal import one_line, refused
 
 log = logging.getLogger(__name__)
@@ -41,13 +42,10 @@ WANDB_ID = "wandb-id.json"  # id of the run on W&B
 LOGS = "logs"  # logs, logs-2, logs-3 ...: one folder per start
 METRICS = "metrics.csv"  # in LOGS
 PICTURES = "pictures"
-DONE = "finished"  # `status` in SUMMARY of a run with a result
 DRAFT = ".draft-"  # begins the names of files that are being written
 MOST_REASON = 200  # characters of the reason for which a file cannot be read
-LEFT = (  # of killed processes: drafts, those of earlier versions, Lightning's state in mid-epoch
-    *(f"{DRAFT}*", f"*/{DRAFT}*", ".*.*.*[0-9]", "hpc_ckpt_*.ckpt"),
-)
-
+# what killed processes leave: drafts, those of earlier versions, Lightning's state in mid-epoch
+LEFT = (f"{DRAFT}*", f"*/{DRAFT}*", ".*.*.*[0-9]", "hpc_ckpt_*.ckpt")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs

@@ -15,10 +15,10 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ldt.config import Config, packaged_targets
-from ldt.runs import files, identity, provenance, records
+from ldt.runs import DAMAGED, DONE, files, identity, inputs, provenance, records
 from ldt.runs.files import DamagedError
 from ldt.runs.records import stored_config
-from ldt.runs.study import DAMAGED, damaged_row, folders, read_summary, row_of
+from ldt.runs.study import damaged_row, folders, read_summary, row_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run is finished."""
-        return self.row["status"] == files.DONE
+        return self.row["status"] == DONE
 
     @property
     def damaged(self) -> bool:
@@ -303,19 +303,11 @@ def _opened(folder: Path) -> Run:
     with files.reading(folder / files.CONFIG, "remove the run to repeat it"):
         settings = identity.cell(config)
         json.dumps(settings, sort_keys=True, default=str)  # as cells are compared
-    done = row["status"] == files.DONE
+    done = row["status"] == DONE
     rows = summary["rounds"] if done else _measured(folder)
-    inputs = _inputs(folder) if done else {}
+    read = inputs.recorded(folder) if done else {}
     last = rows[-1]["round"] if rows else None
-    return Run(folder, config, row, summary if done else {}, rows, settings, inputs, last)
-
-
-def _inputs(folder: Path) -> dict[str, Any]:
-    file = folder / files.INPUTS
-    found = files.read_json(file)
-    if file.exists():
-        records.check(file, records.INPUTS, found)
-    return found
+    return Run(folder, config, row, summary if done else {}, rows, settings, read, last)
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:

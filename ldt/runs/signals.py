@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 log = logging.getLogger(__name__)
@@ -29,14 +29,25 @@ def interrupting(requeues: bool = True) -> Iterator[None]:
     if inner or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        with handling(numbers, stop):
+            yield
+    finally:
+        if stop.received == signal.SIGUSR1 and requeues:
+            _requeue()
+
+
+@contextlib.contextmanager
+def handling(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle signals in the block, and as before after it."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if stop.received == signal.SIGUSR1 and requeues:
-            _requeue()
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class _Stop:

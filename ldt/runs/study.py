@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldt.runs import files, records
+from ldt.runs import DAMAGED, DONE, files, records
 from ldt.runs.files import DamagedError
-
-DAMAGED = "damaged"  # `status` of a run whose results cannot be read
-STATES = (files.DONE, "failed", DAMAGED, "unfinished")
 
 
 def load_study(study: str | Path) -> list[dict[str, Any]]:
@@ -120,7 +117,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     with files.reading(file):
         if summary.get("status") == "failed" and "error" not in summary:
             raise ValueError("no error")
-    if summary.get("status") == files.DONE:
+    if summary.get("status") == DONE:
         records.check(file, records.FINISHED, summary)
     return summary
 
@@ -130,7 +127,7 @@ def row_of(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     run, status = folder.name, summary.get("status")
     if status == "failed":
         return {"run": run, "status": status, "error": str(summary["error"])}
-    if status != files.DONE:
+    if status != DONE:
         return {"run": run, "status": "unfinished"}
     keys = ("study", "detector", "dataset", "method", "metric", "seed", "input_size")
     base, last, plan = summary["rounds"][0], summary["rounds"][-1], summary["plan"]

@@ -11,8 +11,8 @@ from summaries import finished, row
 from ldt.cli.commands import STATES as ASKED
 from ldt.cli.commands import ldt as commands
 from ldt.report.listing import list_runs
+from ldt.runs import STATES
 from ldt.runs.files import write_json
-from ldt.runs.study import STATES
 
 
 @pytest.fixture
