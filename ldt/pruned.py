@@ -6,6 +6,7 @@ from typing import Any
 from mmdet.registry import MODELS
 from torch import nn
 
+from ldt.detectors.freezing import thaw_pruned
 from ldt.detectors.models import build
 from ldt.pruning import structure
 
@@ -27,4 +28,5 @@ def pruned_detector(
     """
     built = build({"type": detector, **model}, initialise=False)
     structure.apply_changes(built, sizes, shapes)
+    thaw_pruned(built, sizes)
     return built

@@ -367,6 +367,16 @@ def test_repeating_a_run_runs_no_code_of_its_author(tmp_path: Path, change: Any,
     assert not (tmp_path / "b").exists()
 
 
+def test_scenes_are_generated_where_a_stranger_says_only_with_trust(tmp_path: Path):
+    run, named = tmp_path / "study/run", tmp_path / "named"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"dataset: {{cache: {named}}}\n")
+    assert load_config(run).dataset.cache is None
+    assert load_config(run, trust=True).dataset.cache == str(named)
+    (named / "roadscenes-0123456789").mkdir(parents=True)
+    assert load_config(run).dataset.cache == str(named)
+
+
 def test_what_ldt_itself_names_needs_no_trust(tmp_path: Path):
     config: Any = OmegaConf.to_container(tiny(tmp_path, "logger=wandb"), resolve=True)
     folder = configured(tmp_path, "a", config)

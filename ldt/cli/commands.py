@@ -208,6 +208,12 @@ def figures(
       ldt figures attention runs/compare/<run>/round-0.ckpt runs/compare/<run>
       ldt figures curves runs/compare
     """
+    from ldt.figures.style import check_format
+
+    if out:
+        with refusing():
+            check_format(out, ["gif"] if name == "shrinking" else [])
+
     from ldt.detectors.models import quiet
     from ldt.figures.paper import Options, draw
 

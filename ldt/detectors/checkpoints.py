@@ -10,6 +10,7 @@ from mmdet.models.detectors import BaseDetector
 from torch import Tensor
 
 from ldt.detectors.adapter import Detector
+from ldt.detectors.freezing import thaw_pruned
 from ldt.detectors.models import build
 from ldt.detectors.untrusted import checked, limited_allocation
 from ldt.pruning import structure
@@ -81,7 +82,9 @@ def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") 
     state = detector_state(checkpoint)
     with limited_allocation(state), _one_line():
         detector = build(record["model"], initialise=False)
+        built = structure.record(detector)
         structure.rebuild(detector, record["structure"], state)
+        thaw_pruned(detector, (n for n, own in record["structure"].items() if own != built.get(n)))
         detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
     setattr(detector, "dataset_meta", {"classes": tuple(record["classes"])})  # noqa: B010
     setattr(detector, RECORD, record)

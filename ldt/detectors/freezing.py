@@ -7,6 +7,19 @@ from torch import nn
 from ldt.config.names import below
 
 
+def thaw_pruned(model: nn.Module, layers: Iterable[str]) -> None:
+    """Make the parts of a loaded detector that were pruned trainable, in place.
+
+    Its config may freeze stages, which pruning has thawed: whoever trains it further trains what
+    the run trained.
+
+    Args:
+        model: an mmdet detector.
+        layers: names of the layers that pruning changed.
+    """
+    thaw(model, {name.partition(".")[0] for name in layers})
+
+
 def thaw(model: nn.Module, scope: Iterable[str]) -> None:
     """Make all parameters of parts of a detector trainable, in place.
 

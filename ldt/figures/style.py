@@ -1,11 +1,12 @@
 """Shared style of all figures: sizes for print, colours, file output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axes._secondary_axes import SecondaryAxis
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -50,17 +51,30 @@ def add_top_axis(
     top.spines["top"].set_visible(True)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Save a figure in the format of the path's suffix; create the folder if it is missing.
+def check_format(path: Path, also: Sequence[str] = ()) -> None:
+    """Check that figures can be saved in the format of the path's suffix.
+
+    Args:
+        path: the file.
+        also: formats in addition to matplotlib's, without the dot.
 
     Raises:
-        ValueError: matplotlib does not support the format.
+        ValueError: they cannot.
     """
-    supported = figure.canvas.get_supported_filetypes()
+    supported = {*FigureCanvasBase.get_supported_filetypes(), *also}
     if path.suffix.removeprefix(".") not in supported:
         raise ValueError(
             f"{path}: no format {path.suffix!r}; choose from .{', .'.join(sorted(supported))}"
         )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure in the format of the path's suffix; create the folder if it is missing.
+
+    Raises:
+        ValueError: see :func:`check_format`.
+    """
+    check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as draft:
         figure.savefig(draft, dpi=DPI)

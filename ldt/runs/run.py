@@ -332,7 +332,9 @@ def load_config(folder: Path, trust: bool = False) -> DictConfig:
 
     Args:
         folder: the run's directory.
-        trust: allow classes that are no part of ldt, which are imported when they are built.
+        trust: allow classes that are no part of ldt, which are imported when they are built, and
+            any folder as ``dataset.cache``; without it one that holds no scenes is replaced by the
+            default.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -347,6 +349,9 @@ def load_config(folder: Path, trust: bool = False) -> DictConfig:
     _check_code(config, folder, None if trust else packaged_targets())
     found = OmegaConf.merge(OmegaConf.structured(Config), config)
     assert isinstance(found, DictConfig)
+    cache = found.dataset.get("cache")
+    if cache and not trust and not any(inputs.cache_folder(cache).glob("roadscenes-*")):
+        found.dataset.cache = None  # scenes are not generated wherever a stranger's file says
     return found
 
 

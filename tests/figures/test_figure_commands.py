@@ -192,6 +192,7 @@ def test_wrong_numbers_are_told(run, tmp_path, capsys):
         ("2 runs given; stability shows one: give a single RUN", "stability", 2, {}),
         ("--scale 9; the neck has the scales 0 to 3", "discriminants", 1, {"scale": 9}),
         ("'--images': 0 is not in the range x>=1", "detections", 1, {"images": 0}),
+        ("a.doc: no format '.doc'; choose from .", "attention", 1, {"out": tmp_path / "a.doc"}),
         ("'nose' is not one of 'curves', 'discriminants'", "nose", 1, {}),
     ):
         assert told in refused(capsys, name, *[run] * runs, **options)

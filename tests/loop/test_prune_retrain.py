@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from forked import draw_nothing
+from mmdet.apis import init_detector
 from short_runs import python, rows, summary, tiny
 from small import SCOPE
 from torch import nn
@@ -329,6 +330,13 @@ def test_frozen_stages_train_from_the_first_cut_on(tmp_path, monkeypatch):
     assert "backbone.layer1.0.conv1.weight" in held[0]
     assert "backbone.bn1.weight" in held[0]
     assert held[1:] == [set()] * 3
+    exported = ldt.export(tmp_path / "whole" / "round-1.ckpt", tmp_path / "exported")
+    loaded = ldt.load_pruned(tmp_path / "whole" / "round-1.ckpt")
+    for detector in (loaded, init_detector(str(exported / "config.py"), device="cpu")):
+        detector.train()
+        assert all(p.requires_grad for n, p in detector.named_parameters() if n.startswith(SCOPE))
+    base = ldt.load_pruned(tmp_path / "whole" / "round-0.ckpt").train()
+    assert not base.backbone.layer1[0].conv1.weight.requires_grad
     experiment.run(config, tmp_path / "killed")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     one, two = (weights(tmp_path / run / "round-1.ckpt") for run in ("whole", "killed"))
