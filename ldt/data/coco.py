@@ -36,8 +36,7 @@ def read_annotations(path: Path) -> dict:
             "dataset.train_ann=... and dataset.val_ann=... for other names"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_hook=_without_mask)
+        content = json.loads(_text(path), object_hook=_without_mask)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     for key in ("images", "annotations", "categories"):
@@ -53,6 +52,12 @@ def read_annotations(path: Path) -> dict:
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: {len(ids) - len(set(ids))} image ids occur more than once")
     return content
+
+
+def _text(path: Path, errors: str = "strict") -> str:
+    """Read a JSON file in UTF-8, 16 or 32, with a byte-order mark or without."""
+    content = path.read_bytes()
+    return content.decode(json.detect_encoding(content), errors)
 
 
 def _without_mask(node: dict) -> dict:
@@ -342,7 +347,7 @@ def _listed_images(path: Path) -> dict[str, list]:
     Only the list of images is parsed: parsing all of COCO's annotations takes a hundred times as
     long.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = _text(path, errors="replace")
     places = [match.end() - 1 for match in IMAGE_LIST.finditer(text)]
     try:
         (place,) = places  # the key must be unique in the file

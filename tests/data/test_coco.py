@@ -188,10 +188,11 @@ def test_an_image_under_two_ids_is_told(tmp_path):
     ]
 
 
-def test_a_byte_order_mark_is_read_over(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_may_be_in_any_unicode_encoding(tmp_path, encoding):
     write_coco(tmp_path, content())
     file = tmp_path / "annotations/instances_train2017.json"
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
     data = module(tmp_path)
     assert data.split_ids()["train"] == data.split_ids()["val"]
     found = data.fingerprint()
