@@ -333,7 +333,7 @@ def read_inputs_without_data(plain: dict[str, Any], run: Run) -> inputs.Inputs:
 def data_of(run: Run, trust: bool = False) -> DetectionDataModule:
     """Load the data of a run from the most recent recorded location that still exists."""
     config = load_config(run.folder, trust)
-    known = files.read_json(run.folder / files.INPUTS).get("places", [])
+    known = inputs.recorded(run.folder).get("places", [])
     places = [place for place in reversed(known) if Path(place).is_dir()]
     if places and not Path(config.dataset.root or places[0]).is_dir():
         config.dataset.root = places[0]

@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import resource
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,28 @@ def test_a_compressed_archive_is_not_unpacked(benign: Path, tmp_path: Path):
             new.writestr(part.filename, bytes(part.file_size))
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         ldt.load_pruned(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("module", [b"builtins", b"__builtin__"])
+def test_a_small_file_calls_nothing_that_allocates_much(tmp_path: Path, module, zipped):
+    call = b"c" + module + b"\nbytearray\n\x8a\x08" + struct.pack("<q", 6 * 10**9) + b"\x85R."
+    file = tmp_path / "evil.ckpt"
+    torch.save({}, file, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        with ZipFile(file) as old, ZipFile(tmp_path / "new", "w") as new:
+            for part in old.infolist():
+                whole = old.read(part.filename)
+                new.writestr(part, b"\x80\x02" + call if part.filename.endswith(".pkl") else whole)
+        (tmp_path / "new").replace(file)
+    else:
+        file.write_bytes(file.read_bytes().replace(b"}q\x00.", call))
+        assert b"bytearray" in file.read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (ldt.load_pruned, lambda path: load_weights(nn.Identity(), path, [])):
+        with pytest.raises(ValueError, match="damaged"):
+            load(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 @pytest.mark.parametrize("head", [{"feat_channels": 2**16}, {"stacked_convs": 2**16}])

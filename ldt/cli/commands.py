@@ -7,6 +7,7 @@ import click
 
 from ldt.figures import NAMES
 from ldt.runs import STATES
+from ldt.runs.formatting import printable
 from ldt.runs.refusal import refusing, renaming
 
 if TYPE_CHECKING:
@@ -97,14 +98,18 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
     from ldt.report.page import page
     from ldt.report.tables import write
     from ldt.runs.aggregate import cells
-    from ldt.runs.files import write_text
+    from ldt.runs.files import check_target, write_text
     from ldt.runs.run import readable
 
+    if form == "html":
+        out = out or study / "report.html"
+    if out is not None:
+        with refusing():
+            check_target(out)
     with refusing(OSError):
         runs = _finished_study(study)
     readable(runs)  # names the damaged ones, which the page shows too
-    if form == "html":
-        out = out or study / "report.html"
+    if out is not None and form == "html":
         text = page(study.resolve(), runs, pictures)
     else:
         text = write(cells(runs), form)
@@ -394,8 +399,11 @@ def forget(study: Path, failed: bool, yes: bool) -> None:
     with refusing():
         found = studies.failed_runs(study)
     for folder, reason in found.items():
-        click.echo(f"{folder.name}  {reason}")
-    if found and (yes or click.confirm(f"remove {len(found)} failed runs of {study}?", abort=True)):
+        click.echo(printable(f"{folder.name}  {reason}"))
+    asked = bool(found) and not yes
+    if asked and not click.confirm(f"remove {len(found)} failed runs of {study}?"):
+        found = {}
+    else:
         found = {folder: reason for folder, reason in found.items() if studies.remove(folder)}
     click.echo(f"removed: {len(found)} runs")
 
@@ -431,10 +439,11 @@ def layers(runs: tuple[Path, ...], trust: bool) -> None:
     """
     from ldt.detectors.models import quiet
     from ldt.evaluation.layers import write_inventory
-    from ldt.runs.files import STRUCTURE
+    from ldt.runs.files import STRUCTURE, check_target
 
     quiet()
     for folder in runs:
         with refusing():
+            check_target(folder / STRUCTURE)
             write_inventory(folder, trust)
         click.echo(folder / STRUCTURE)

@@ -15,6 +15,7 @@ from ldt.data.summary import NAMES, SplitSummary, summarise, warnings_of
 from ldt.detectors.models import quiet
 from ldt.experiment import composed
 from ldt.report.terminal import console
+from ldt.runs.formatting import printable
 from ldt.runs.refusal import refusing
 
 MOST_SIZES = 3  # sizes of images that are listed
@@ -72,7 +73,7 @@ def _counts(data: DetectionDataModule, summaries: dict[str, SplitSummary]) -> Ta
     table.add_row("width x height", *(_sizes(each) for each in both))
     table.add_row("objects", *(f"{sum(each.objects.values())}" for each in both))
     for name in both[0].objects:
-        table.add_row(Text(f"  {name}"), *(f"{each.objects[name]}" for each in both))
+        table.add_row(Text(f"  {printable(name)}"), *(f"{each.objects[name]}" for each in both))
     for name, limits in (("small", "< 32²"), ("medium", "< 96²"), ("large", "≥ 96²")):
         told = f"{name} boxes ({limits} pixels)"
         table.add_row(told, *(f"{each.bands[name]}" for each in both))

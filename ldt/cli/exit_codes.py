@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import click
 
+from ldt.runs.formatting import printable
 from ldt.runs.refusal import is_refusal
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -61,5 +62,5 @@ def _is_explained(error: Exception) -> bool:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -103,7 +103,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "a whole number": _whole,
     "a positive whole number": lambda value: _whole(value) and value > 0,
     "a number": lambda value: value is None or _number(value),
-    "0 or 1": lambda value: isinstance(value, int),
+    "0 or 1": lambda value: value is None or value in (0, 1),
     "a text": lambda value: isinstance(value, str),
     "a file below the image folder": _inside,
     "four numbers": lambda v: isinstance(v, list) and len(v) == 4 and all(map(_number, v)),
@@ -139,13 +139,20 @@ def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) 
 
 def check_images(folder: Path, names: Sequence[str]) -> None:
     """Raise FileNotFoundError with the number of images missing from `folder` and the first one."""
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not _is_file(folder / name)]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} images of the annotation file are missing, the first "
-            f"is {folder / missing[0]}; type dataset.train_img=... or dataset.val_img=... if the "
-            "images are in another folder"
+            f"is {str(folder / missing[0])[:300]}; type dataset.train_img=... or "
+            "dataset.val_img=... if the images are in another folder"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
 
 
 def label_ids(categories: Sequence[dict], classes: Sequence[str], told: Tally) -> dict[int, int]:

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ldt.runs.formatting import printable
+
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +34,9 @@ class Tally:
         """Count one finding; those of other classes, for example, are expected."""
         known = self.entries.get(what)
         self.entries[what] = (
-            Entry(1, example, expected) if known is None else known._replace(count=known.count + 1)
+            Entry(1, printable(example), expected)
+            if known is None
+            else known._replace(count=known.count + 1)
         )
 
     def lines(self, expected: bool = False) -> list[str]:

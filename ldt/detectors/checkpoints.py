@@ -10,11 +10,11 @@ from mmdet.models.detectors import BaseDetector
 from torch import Tensor
 
 from ldt.detectors.adapter import Detector
+from ldt.detectors.archives import load_plain
 from ldt.detectors.freezing import thaw_pruned
 from ldt.detectors.models import build
 from ldt.detectors.untrusted import checked, limited_allocation
 from ldt.pruning import structure
-from ldt.runs.files import check_archive
 
 RECORD = "pruning_record"  # attribute of a loaded detector: its checkpoint's metadata
 
@@ -140,8 +140,7 @@ def read_unchecked(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
     try:
-        check_archive(Path(path), Path(path).stat().st_size)  # torch does not compress
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(Path(path))
     except Exception as error:  # torch raises many types for truncated or foreign files
         kind = type(error).__name__
         raise ValueError(f"{str(path)!r} is damaged or not a checkpoint ({kind})") from error

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ldt.config.names import below
+from ldt.detectors.archives import load_plain
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def _allowed_globals() -> list[SafeGlobal]:
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(Path(path), _allowed_globals())
     except Exception as error:  # torch raises many types for truncated or foreign files
         raise ValueError(
             f"detector.checkpoint={str(path)!r} is damaged or contains more than tensors, plain "

@@ -22,7 +22,7 @@ from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
 from ldt.objects import corners
 from ldt.pruning import structure
-from ldt.runs.files import PICTURES, round_checkpoint
+from ldt.runs.files import picture_folder, round_checkpoint
 from ldt.runs.formatting import number
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def draw_run(
         raise ValueError(
             f"report.pictures={pictures} must be 0 (no pictures that a detector is run for) or more"
         )
-    target, rows, metric = folder / PICTURES, summary["rounds"], summary["metric"]
+    target, rows, metric = picture_folder(folder), summary["rounds"], summary["metric"]
     files = [folder / round_checkpoint(row["round"]) for row in rows]
     ends = [0, -1] if len(rows) > 1 else [0]
     if pictures:

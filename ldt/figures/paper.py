@@ -23,7 +23,7 @@ from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import animate_shrinking, draw_shrinking
 from ldt.figures.stability import draw_stability
 from ldt.figures.style import save
-from ldt.runs.files import PICTURES
+from ldt.runs.files import check_target, picture_folder
 from ldt.runs.refusal import refusing
 from ldt.runs.run import Run, load_config, open_run
 
@@ -174,14 +174,16 @@ def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
     """
     if name == "curves":
         with refusing():
+            file = given.out or picture_folder(paths[0]) / "curves.png"
+            check_target(file)
             found = panels(paths)
-        file = given.out or paths[0] / PICTURES / "curves.png"
         save(draw_comparisons(found), file)
         return [file]
     with refusing():
         runs = _opened(name, paths, given.trust)
-    folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
-    files = [given.out or folder / PICTURES / f"{name}.png"]
+        folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
+        files = [given.out or picture_folder(folder) / f"{name}.png"]
+        check_target(files[0])
     if name == "shrinking" and not given.out:
         files.append(files[0].with_suffix(".gif"))
     for file in files:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldt.runs import files
-from ldt.runs.formatting import number
+from ldt.runs.formatting import number, printable
 from ldt.runs.study import folders, tolerant_row
 
 HEADS = ("run", "state", "method", "rate", "result", "parameters (M)", "age")
@@ -89,7 +89,7 @@ def as_json(runs: Iterable[Listed]) -> str:
 
 def as_table(runs: Iterable[Listed]) -> str:
     """Format a list as lines of aligned columns; rich takes seconds for thousands of rows."""
-    rows = [HEADS, *map(_cells, runs)]
+    rows = [HEADS, *([*map(printable, _cells(run))] for run in runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, cells, widths)) for cells in rows)
     return "\n".join(map(str.rstrip, lines))

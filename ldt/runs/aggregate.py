@@ -174,7 +174,7 @@ def summarise(found: Sequence[Cell]) -> pd.DataFrame:
     ``<name>_std``, NaN for a single seed; ``base`` is the headline metric before pruning. Runs with
     equal configuration and seed count as one.
     """
-    rows = [{"cell": i, **_numbers(run)} for i, cell in enumerate(found) for run in cell.runs]
+    rows = [{**_numbers(run), "cell": i} for i, cell in enumerate(found) for run in cell.runs]
     seeds: Any = pd.DataFrame(rows).groupby(["cell", "seed"]).mean()
     means = seeds.groupby("cell").mean()
     numbers = pd.concat([means, seeds.groupby("cell").std().add_suffix("_std")], axis="columns")
@@ -184,16 +184,13 @@ def summarise(found: Sequence[Cell]) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(about), numbers[order]], axis="columns")
 
 
+ABOUT = ("dataset", "detector", "method", "budget", "rate", "seeds", "metric")
+
+
 def _about(cell: Cell, seeds: int) -> dict[str, Any]:
-    return {
-        "dataset": cell.dataset,
-        "detector": cell.detector,
-        "method": cell.label,
-        "budget": cell.budget,
-        "rate": cell.rate,
-        "seeds": seeds,
-        "metric": cell.metric,
-    }
+    c = cell
+    values = (c.dataset, c.detector, c.label, c.budget, c.rate, seeds, c.metric)
+    return dict(zip(ABOUT, values, strict=True))
 
 
 def _numbers(run: Run) -> dict[str, float]:
@@ -201,9 +198,10 @@ def _numbers(run: Run) -> dict[str, float]:
     numbers = {
         key: value
         for key, value in last.items()
-        if isinstance(value, (int, float)) and key not in ("round", "rate", "threads")
+        if isinstance(value, (int, float)) and key not in ("round", "threads", *ABOUT)
     }
-    return {"seed": run.row["seed"], "base": first.get(run.row["metric"], float("nan")), **numbers}
+    base = first.get(run.row["metric"], float("nan"))
+    return {**numbers, "seed": run.row["seed"], "base": base}
 
 
 def notes(found: Sequence[Cell]) -> list[str]:

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from zipfile import ZipFile
 
 import yaml
@@ -51,6 +52,8 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study may have hundreds of configs
 LARGEST_CONFIG, LARGEST_FILE = 2**20, 2**25  # bytes; a run has some thousand, or some million
 MOST_LEVELS = 100  # of nesting
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # for somebody to write to a pipe
+SURROGATE = re.compile(r"\\[uU]0{0,4}d[89a-f]", re.IGNORECASE)
 T = TypeVar("T")
 
 
@@ -121,7 +124,8 @@ def next_logs(folder: Path) -> str:
 
 def pictures(folder: Path) -> list[Path]:
     """Return the pictures of a run, sorted by name."""
-    return sorted((folder / PICTURES).glob("*.png"))
+    found = folder / PICTURES
+    return [] if found.is_symlink() else sorted(found.glob("*.png"))
 
 
 def holds_run(folder: Path) -> bool:
@@ -285,6 +289,31 @@ def writing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_target(path: Path) -> None:
+    """Check that a file can be written, before the work for it begins.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file to write")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: {parent} is read-only")
+
+
+def picture_folder(folder: Path) -> Path:
+    """Return where the pictures of a run or a study are.
+
+    Raises:
+        ValueError: it is a link, which in a stranger's run leads anywhere.
+    """
+    found = folder / PICTURES
+    if found.is_symlink():
+        raise ValueError(f"{found} is a link, which is not followed; remove it, or type --out FILE")
+    return found
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with writing(path) as draft:
@@ -305,7 +334,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = yaml.load(text, _LOADER)
         if not isinstance(found, dict):
             raise ValueError("it is empty" if found is None else "it holds no keys")
+        _check_characters(text, found)
     return found
+
+
+def _check_characters(text: str, content: Any) -> None:
+    """Refuse halves of surrogate pairs, which can be read but not written.
+
+    Raises:
+        UnicodeEncodeError: there is one.
+    """
+    if SURROGATE.search(text):  # an escape
+        json.dumps(content, ensure_ascii=False, default=str).encode()
 
 
 def _text(file: Path, most: int = LARGEST_FILE) -> str | None:
@@ -334,11 +374,24 @@ def read_limited(path: Path, most: int = LARGEST_FILE) -> str:
     Raises:
         ValueError: it is larger than ``most`` bytes, or no text.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"larger than {most / 2**20:.0f} MiB")
     return content.decode("utf-8")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; a pipe or a device, which may never end, is refused.
+
+    Raises:
+        ValueError: it is no regular file.
+    """
+    number = os.open(path, os.O_RDONLY | NO_WAITING)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ValueError("no regular file")
+    return os.fdopen(number, "rb")
 
 
 def check_archive(path: Path, most: int = LARGEST_FILE) -> None:
@@ -389,6 +442,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(text)
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
+        _check_characters(text, found)
     return found
 
 

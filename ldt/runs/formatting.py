@@ -1,6 +1,11 @@
-"""Number formatting for tables and figures."""
+"""Formatting of numbers and texts for tables, figures and the terminal."""
 
 from math import isnan
+
+
+def printable(text: str) -> str:
+    """Replace what cannot be printed: escape sequences of files would steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def number(value: float | None, digits: int, scale: float = 1.0) -> str:

@@ -21,7 +21,8 @@ MOVED = {  # class paths in configurations of earlier versions
 }
 NUMBERS = (int, float)  # but not bool
 LARGEST = 1e18  # of a measurement
-MEASURED = ("AP", "AP50", "mAP", "params", "multiply_adds", "rate", "latency_ms", "threads")
+MEASURED = ("params", "multiply_adds", "rate", "latency_ms", "threads")
+METRICS = ("AP", "mAP", "kitti_")  # how the names of metrics begin
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
@@ -57,17 +58,22 @@ def _measured(row: dict[str, Any]) -> dict[str, Any]:
     """Check a round; its other keys may hold anything, but no huge number."""
     if missing := {"round", "params"} - row.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    if wrong := [key for key in MEASURED if key in row and type(row[key]) not in NUMBERS]:
+    shown = (key for key in row if key in MEASURED or key.startswith(METRICS))
+    if wrong := [key for key in shown if type(row[key]) not in NUMBERS]:
         raise ValueError(f"{', '.join(wrong)}: no number")
     numbers = ((key, value) for key, value in row.items() if type(value) in NUMBERS)
     if huge := [key for key, value in numbers if abs(value) > LARGEST]:
         raise ValueError(f"{', '.join(huge)}: more than {LARGEST:g}")
     if not isinstance(row["round"], int):
         raise ValueError("round: no whole number")
+    if not isinstance(row.get("device", ""), str) or ("device" in row) > ("threads" in row):
+        raise ValueError("device: no text, or without threads")
     return row
 
 
 def _has_metric(summary: "Finished") -> "Finished":
+    if not summary.metric.startswith(METRICS):
+        raise ValueError(f"metric: {summary.metric!r} is none")
     if any(type(row.get(summary.metric)) not in NUMBERS for row in summary.rounds):
         raise ValueError(f"a round lacks the metric {summary.metric}")
     return summary
@@ -76,11 +82,17 @@ def _has_metric(summary: "Finished") -> "Finished":
 Number = Annotated[int | float, AfterValidator(_bounded)]
 Pixels = Annotated[int, Ge(1), Le(10**6)]
 Round = Annotated[dict[str, Any], AfterValidator(_measured)]
-Git = dict[str, str | bool]
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")  # strict: texts are no numbers
+
+
+class Git(_Record):
+    """The commit of a start, and whether files had changed since."""
+
+    commit: str = "unknown"
+    dirty: bool = False
 
 
 class Plan(_Record):
@@ -114,6 +126,7 @@ class Inputs(_Record):
     model: dict[str, Any]
     weights: dict[str, Any]
     code: dict[str, Any]
+    places: list[str] = []
 
 
 class Start(_Record):

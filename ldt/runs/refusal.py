@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 
 from omegaconf.errors import OmegaConfBaseException
 
+from ldt.runs.formatting import printable
+
 KINDS = (  # raised by checks of configurations, arguments and files
     ValueError,
     OmegaConfBaseException,
@@ -47,8 +49,8 @@ def refused(error: Exception) -> Exception:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks."""
-    return " ".join(str(error).split())
+    """Return the message of an exception without line breaks and control characters."""
+    return printable(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager

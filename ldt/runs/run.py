@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Iterable, Mapping, Set
@@ -169,12 +170,14 @@ class Run:
         """Pruned groups of each pruning round, by the name of their root layer."""
         found = {}
         for round_, file in files.score_files(self.folder).items():
-            files.check_archive(file)
-            with np.load(file) as arrays:
-                names = [key.removeprefix("score/") for key in arrays if key.startswith("score/")]
-                found[round_] = {
-                    name: Cut(arrays[f"score/{name}"], arrays[f"removed/{name}"]) for name in names
-                }
+            with files.reading(file), files.open_regular(file) as content:
+                files.check_archive(file)
+                with np.load(content) as arrays:
+                    names = [k.removeprefix("score/") for k in arrays if k.startswith("score/")]
+                    found[round_] = {
+                        name: Cut(arrays[f"score/{name}"], arrays[f"removed/{name}"])
+                        for name in names
+                    }
         return found
 
     @cached_property
@@ -227,7 +230,8 @@ def _read_log(file: Path) -> pd.DataFrame | None:
     with files.reading(file, "the run is shown without it"):
         if not file.exists() or not file.stat().st_size:
             return None
-        with file.open(newline="", encoding="utf-8") as opened:  # pandas takes longer to start
+        with io.TextIOWrapper(files.open_regular(file), "utf-8", newline="") as opened:
+            # pandas takes longer to start
             names, *rows = csv.reader(opened, strict=True)
         whole = (row + [""] * (len(names) - len(row)) for row in rows)  # the last may be cut
         values = np.array([[float(text or "nan") for text in row] for row in whole])

@@ -132,12 +132,12 @@ def row_of(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("study", "detector", "dataset", "method", "metric", "seed", "input_size")
     base, last, plan = summary["rounds"][0], summary["rounds"][-1], summary["plan"]
     return {
+        **last,  # first: none of its keys stands for one of the run's
+        **{f"base_{key}": value for key, value in base.items()},
         "run": run,
         "status": status,
         **{key: summary[key] for key in keys},
         "asked_rate": plan["rate"],
         "rounds": plan["rounds"],
         "budget": plan["budget"],
-        **last,
-        **{f"base_{key}": value for key, value in base.items()},
     }

@@ -59,6 +59,10 @@ def directory(name):
     return name, lambda file: (file.unlink(), file.mkdir())
 
 
+def pipe(name):
+    return name, lambda file: (file.unlink(), os.mkfifo(file))
+
+
 def link(name):
     return name, lambda file: (file.unlink(), file.symlink_to("nowhere"))
 
@@ -89,7 +93,13 @@ LOST = {  # what tells the run's results is damaged: the run is left out
     "config deeply nested": text("config.yaml", "{a: " * 2000 + "1" + "}" * 2000),
     "config a directory": directory("config.yaml"),
     "config a broken link": link("config.yaml"),
+    "config a pipe": pipe("config.yaml"),
+    "config with half a character": text("config.yaml", 'seed: 0\nstudy: "\\uD800"\n'),
     "summary empty": text("summary.json", ""),
+    "summary a pipe": pipe("summary.json"),
+    "summary with half a character": told(method="\ud800"),
+    "summary with a size for a metric": told(metric="rate"),
+    "summary with a number for a commit": told(git={"commit": True}),
     "summary cut": cut("summary.json"),
     "summary binary": data("summary.json", b"\xff\xfe\x00"),
     "summary a list": text("summary.json", "[1]"),
@@ -109,11 +119,15 @@ LOST = {  # what tells the run's results is damaged: the run is left out
     "rounds without parameters": told(rounds=[{"round": 0, "AP": 0.1}]),
     "rounds without the metric": told(metric="PQ"),
     "rounds with texts": last(AP="high"),
+    "rounds with a text for another metric": last(kitti_easy="high"),
+    "rounds with a device without threads": last(device="cpu", threads=None),
     "rounds with null": last(params=None),
     "rounds with infinity": last(latency_ms=float("inf")),
     "rounds with huge numbers": last(multiply_adds=10**400),
     "rounds with a huge number by class": last(**{"AP/Car": 1e300}),
     "inputs cut": cut("inputs.json"),
+    "inputs a pipe": pipe("inputs.json"),
+    "inputs with a number for places": text("inputs.json", json.dumps(INPUTS | {"places": 5})),
     "inputs empty": text("inputs.json", ""),
     "inputs a list": text("inputs.json", "[]"),
     "inputs with null": text("inputs.json", json.dumps(INPUTS | {"model": None})),
@@ -129,10 +143,15 @@ LESS = {  # the run is shown without it
     "log without steps": text("logs/metrics.csv", "epoch,train/loss\n1,2\n"),
     "log with texts": text("logs/metrics.csv", "step,train/loss\n1,low\n"),
     "log a directory": directory("logs/metrics.csv"),
+    "environment a pipe": pipe("environment.json"),
+    "environment with a number for a commit": text(
+        "environment.json", json.dumps({"starts": [{"environment": {}, "git": {"commit": True}}]})
+    ),
     "environment cut": cut("environment.json"),
     "environment a list": text("environment.json", "[]"),
     "environment with null": text("environment.json", '{"starts": [null]}'),
     "environment with a number": text("environment.json", '{"starts": 5}'),
+    "picture a pipe": pipe(PNG),
     "picture empty": data(PNG, b""),
     "picture cut": cut(PNG),
     "picture a text": text(PNG, "half"),
@@ -140,6 +159,20 @@ LESS = {  # the run is shown without it
     "picture a broken link": link(PNG),
 }
 WHOLE = {  # nothing is missing
+    "keys of a run in its round": last(
+        method=7,
+        asked_rate="x",
+        rounds="x",
+        dataset=[1],
+        detector=None,
+        input_size="x",
+        budget="energy",
+        metric="nix",
+        cell=5,
+        seed="x",
+        run=3,
+        base={},
+    ),
     "NaN for a metric": last(AP=float("nan")),
     "killed before its first logged step": text("logs/metrics.csv", ""),
     "only the names of the columns logged": text("logs/metrics.csv", "step,train/loss\n"),
@@ -237,7 +270,8 @@ def test_a_directory_without_permission_is_told(study, caplog, monkeypatch):
         return refuse
 
     monkeypatch.setattr(os, "stat", refusing(os.stat))  # root may read everything
-    monkeypatch.setattr(io, "open", refusing(io.open))
+    for module in (io, os):
+        monkeypatch.setattr(module, "open", refusing(module.open))
     assert [run.name for run in readable(open_runs(study))] == ["good"]
     (line,) = caplog.messages
     assert "closed/summary.json is damaged (PermissionError" in line
