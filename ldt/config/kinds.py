@@ -27,6 +27,7 @@ Cosine = Annotated[list[Ratio], MinLen(3), MaxLen(3)] | Annotated[list, MaxLen(0
 Augment = Literal["none", "flip", "shift", "mosaic", "config"]
 Budget = Literal["params", "macs"]
 BudgetName = Literal["params", "macs", "flops"]
+Cost = Literal["memory", "flops", "none"]
 Covariance = Literal["mean", "sum", "correlation"]
 Grouping = Literal["merged", "strict"]
 ClipAlgorithm = Annotated[str, Literal["norm", "value"]]
