@@ -45,9 +45,11 @@ class StrictLoader(ConfigLoaderImpl):
 
     Attributes:
         study: directory of the study of a sweep.
+        checks_values: whether values are checked, too.
     """
 
     study: Path | None = None
+    checks_values = True
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
@@ -55,9 +57,18 @@ class StrictLoader(ConfigLoaderImpl):
         StrictLoader.study = Path(config.hydra.sweep.dir)
         _check_place(config)
         check_keys(config)
-        _check_values(config)
+        if self.checks_values:
+            _check_values(config)
         _check_hydra_keys(config.hydra)
         return config
+
+    def load_sweep_config(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Compose a job of a sweep, whose own mistakes leave the other jobs alone."""
+        self.checks_values = False
+        try:
+            return super().load_sweep_config(*args, **kwargs)
+        finally:
+            self.checks_values = True
 
 
 def _show_help(app: hydra.Hydra, config_name: str | None, args_parser: Any, args: Any) -> None:
@@ -178,6 +189,7 @@ def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
 
 def _check_job(config: DictConfig) -> None:
     """Check what needs neither data nor model, nor the machine that another launcher would use."""
+    _check_values(config)
     from ldt.build import check_processes
     from ldt.experiment import check, without_hydra
 
