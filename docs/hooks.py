@@ -1,5 +1,6 @@
 """The pages of the site: those of docs/, and what lies beside it and is linked from them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if "/" in page.file.src_uri:
         return markdown.replace("](../../docs/", "](../../")
     return markdown.replace("](../", "](")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show the roles of docstrings (``:func:`ldt.prune```) as code."""
+    return re.sub(r":[a-z]+:<code>~?", "<code>", html)
 
 
 def _only_page(item: Any) -> str | None:
