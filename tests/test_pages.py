@@ -1,4 +1,4 @@
-"""README and docs/: links lead somewhere, commands are valid, refusals are real, the site builds."""
+"""README and docs/: links lead somewhere, commands work, refusals are real, the site builds."""
 
 import itertools
 import os
@@ -7,8 +7,8 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import pytest
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from short_runs import ROOT, TINY, command
 from small import composed
@@ -59,22 +59,21 @@ def jobs(overrides):
         for o in parsed
     ]
     every = list(itertools.product(*choices))
-    return {every[0], every[-1]}
+    return [every[0], every[-1]] if every[1:] else every
 
 
 def check(given, carefully):
     """Check a command without running it."""
     program, *rest = given
     if program == "make":
-        assert all(
-            re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text()) for target in rest
-        )
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"(?m)^{target}:", makefile) for target in rest)
     elif program == "python" and rest[0] != "run.py":
         assert rest[0] == "-m" or (ROOT / rest[0]).is_file()
     elif program == "python" or rest[:1] in (["run"], ["data"]):
         overrides = [text for text in rest[1:] if not text.startswith("-") and text != "job"]
-        for job in jobs(overrides):
-            found = composed(*(text for text in job if not text.startswith("hydra")))
+        for job in jobs(overrides)[: 2 if carefully else 1]:
+            found = composed(*(text for text in job if not text.startswith("hydra")), "run_name=x")
             check_keys(found)
             check_against_schema(as_dict(found, resolve=False))
             if carefully:
@@ -137,7 +136,7 @@ def test_the_commands_of_the_engineer_work(own, tmp_path):  # noqa: F811
     assert [given[1] for given in steps] == ["prune", "export", "predict"]
     for _, name, *rest in steps:
         arguments = [*(places.get(text, text) for text in rest), *more.get(name, [])]
-        done = command("-m", "ldt.cli", name, *arguments, cwd=tmp_path)
+        done = forked.run("-m", "ldt.cli", name, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert {"pruned.ckpt", "exported/config.py", "predictions/predictions.json"} <= names
@@ -153,7 +152,7 @@ def test_the_commands_of_the_researcher_work(tmp_path):
     done = command(*first, *small, "trainer=cpu", cache, cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
     (report,) = (given for given in shell(README) if "runs/compare" in given)
-    done = command("-m", "ldt.cli", *report[1:], cwd=tmp_path)
+    done = forked.run("-m", "ldt.cli", *report[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tabular" in done.stdout
 
@@ -164,11 +163,7 @@ def test_the_python_of_the_readme_works(own, tmp_path, monkeypatch):  # noqa: F8
     monkeypatch.chdir(tmp_path)
     images = KittiDataModule(root=str(own[2]), scale=(128, 64), batch_size=4)
     images.setup("fit")
-    torch.manual_seed(0)
-    from mmdet.apis import init_detector
-
-    detector = init_detector(str(own[0]), str(own[1]), device="cpu")
-    exec(code, {"detector": detector, "images": images})
+    exec(code, {"detector": str(own[0]), "images": images})
     assert ldt.load_pruned("pruned.ckpt") is not None
 
 
