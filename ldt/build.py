@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from hydra.utils import get_object, instantiate
@@ -31,7 +31,7 @@ from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config import as_dict
 from ldt.config.keys import check_names
-from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value, typed
+from ldt.config.values import check_against_schema, check_arguments, typed
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.summary import check_data
 from ldt.detectors.checkpoints import read
@@ -54,18 +54,6 @@ LABELS_OF_DATA = (
     "scales",
     "max_detections",
 )  # keys of dataset that are not passed to the data module
-Objective = Literal[
-    "AP",
-    "AP50",
-    "AP75",
-    "mAP",
-    "kitti_easy",
-    "kitti_moderate",
-    "kitti_hard",
-    "params",
-    "multiply_adds",
-    "latency_ms",
-]
 OURS = ("validate_every", "threads", "compile")  # keys of trainer that Lightning does not have
 
 
@@ -78,15 +66,8 @@ def check_config(config: DictConfig) -> None:
     """
     plain = as_dict(config)
     method, recipe = plain["method"], plain["recipe"]
+    check_against_schema(plain)
     check_recipe(recipe)
-    check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
-    check_value("base", plain["base"], Literal["own", "shared"])
-    check_value("seed", plain["seed"], Seed, 0)
-    check_value("report.pictures", plain["report"]["pictures"], NaturalNumber, 8)
-    check_value("trainer.validate_every", plain["trainer"]["validate_every"], NaturalNumber, 1)
-    check_value("trainer.threads", plain["trainer"]["threads"], Count | None, 2)
-    check_value("objectives", plain["objectives"], list[Objective], ["AP", "params"])
-    check_value("dataset.max_detections", _max_detections(plain), Count, MAX_DETECTIONS)
     _check_target("method.criterion", method["criterion"])
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])

@@ -3,7 +3,6 @@
 `hydra.main` would exit with 1 and print many lines for every error, so its internals are called.
 """
 
-import copyreg
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -14,7 +13,6 @@ import click
 from hydra import version
 from hydra._internal import hydra, utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
@@ -23,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldt.cli.exit_codes import exit_codes
 from ldt.cli.study_table import exit_sweep
-from ldt.config import conf_dir, register
+from ldt.config import as_dict, conf_dir, register
 from ldt.config.keys import check_keys, check_names
 from ldt.config.messages import explained
 from ldt.config.paths import quote_paths
@@ -47,9 +45,11 @@ class StrictLoader(ConfigLoaderImpl):
 
     Attributes:
         study: directory of the study of a sweep.
+        checks_values: whether values are checked, too.
     """
 
     study: Path | None = None
+    checks_values = True
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
@@ -57,8 +57,28 @@ class StrictLoader(ConfigLoaderImpl):
         StrictLoader.study = Path(config.hydra.sweep.dir)
         _check_place(config)
         check_keys(config)
+        if self.checks_values:
+            _check_values(config)
         _check_hydra_keys(config.hydra)
         return config
+
+    def load_sweep_config(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Compose a job of a sweep, whose own mistakes leave the other jobs alone."""
+        self.checks_values = False
+        try:
+            return super().load_sweep_config(*args, **kwargs)
+        finally:
+            self.checks_values = True
+
+
+def _show_help(app: hydra.Hydra, config_name: str | None, args_parser: Any, args: Any) -> None:
+    """Print the help of the composed configuration: Hydra's own has no meanings."""
+    from ldt.cli.run_help import page
+
+    print(page(app.compose_config(config_name, args.overrides, RunMode.RUN)), end="")
+
+
+hydra.Hydra.app_help = _show_help  # type: ignore[method-assign]
 
 
 def _check_place(config: DictConfig) -> None:
@@ -70,6 +90,13 @@ def _check_place(config: DictConfig) -> None:
         parts = name.split("/")
         if not all(parts) or {".", ".."} & set(parts) or name != name.strip():
             raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
+
+
+def _check_values(config: DictConfig) -> None:
+    """Check values before anything heavy is imported; `ldt.build.check_config` does it again."""
+    from ldt.config.values import check_against_schema
+
+    check_against_schema(as_dict(config, resolve=False))
 
 
 def _check_hydra_keys(config: DictConfig) -> None:
@@ -162,6 +189,7 @@ def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
 
 def _check_job(config: DictConfig) -> None:
     """Check what needs neither data nor model, nor the machine that another launcher would use."""
+    _check_values(config)
     from ldt.build import check_processes
     from ldt.experiment import check, without_hydra
 
@@ -195,8 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = Job([f"--{o.replace('_', '-')}={v}" for o in options if (v := getattr(given, o))])
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
-        if given.help:  # Hydra deep-copies all schemas per listed group, which takes a second
-            copyreg.pickle(ConfigStore, lambda _: (ConfigStore.instance, ()))
         try:
             utils._run_hydra(given, parser, job, str(conf_dir()), "config")
         except Exception as error:  # composing may fail with any type, e.g. of PyYAML

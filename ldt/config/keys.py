@@ -60,7 +60,7 @@ def check_keys(config: DictConfig) -> None:
     """
     plain = as_dict(config, resolve=False)
     plain.pop("hydra", None)
-    schema = _dataset_schema(plain)
+    schema = dataset_schema(plain)
     unknown = dict(_unknown(plain, Config, schema))
     if unknown:
         known = [*known_keys(schema), *_paths(plain, unknown)]
@@ -149,7 +149,7 @@ def explain_key(error: Exception) -> str | None:
     return refusal(key, given, [*(siblings if group else ()), *known_keys()], where)
 
 
-def _dataset_schema(plain: Mapping[str, Any]) -> type | None:
+def dataset_schema(plain: Mapping[str, Any]) -> type | None:
     """Return the dataclass of a built-in data set; None for a custom one."""
     dataset = plain.get("dataset")
     return DATASETS.get(dataset.get("_target_", "")) if isinstance(dataset, Mapping) else None

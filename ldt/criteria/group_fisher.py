@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldt.config.kinds import Cost
 from ldt.config.values import checked
 from ldt.criteria.base import Batch, GroupCriterion, Target
 from ldt.pruning.costs import CostModel
 from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS, width_of
-
-Cost = Literal["memory", "flops", "none"]
 
 
 class GroupFisherCriterion(GroupCriterion):

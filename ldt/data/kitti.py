@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 
+from ldt.config.kinds import Grouping
 from ldt.config.values import check_value
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
 from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
@@ -53,7 +54,7 @@ def check_classes(classes: Sequence[str], grouping: str) -> None:
 
     Names that are not KITTI's are one's own.
     """
-    check_value("dataset.grouping", grouping, Literal[tuple(GROUPINGS)])
+    check_value("dataset.grouping", grouping, Grouping)
     merged = GROUPINGS[grouping]
     allowed = [name for name in TYPES if name != "DontCare" and name not in merged]
     for name in classes:

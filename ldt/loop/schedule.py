@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Gt, Le
-
+from ldt.config.kinds import Budget, LayerShare, Ranking, Repair
 from ldt.config.values import (
     Count,
     NaturalNumber,
@@ -15,8 +14,8 @@ from ldt.config.values import (
     check_fields,
     check_value,
 )
-from ldt.pruning.budget import RANKINGS, Limits
-from ldt.pruning.costs import Budget, parse_budget
+from ldt.pruning.budget import Limits
+from ldt.pruning.costs import parse_budget
 
 KEYS = {  # what the user types for each field
     "rate": "prune.rate",
@@ -29,7 +28,6 @@ KEYS = {  # what the user types for each field
     "retrain_lr": "recipe.retrain_lr",
     "repair": "prune.repair",
 }
-Repair = Literal["bn", "none"]
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,10 @@ class PruningSchedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))
         check_fields(self, KEYS, {"rate": 0.5, "rounds": 2, "base_epochs": 9, "retrain_epochs": 2})
-        check_value("method.ranking", self.ranking, Literal[RANKINGS])
+        check_value("method.ranking", self.ranking, Ranking)
         limits, default = self.limits, Limits()
         most, least = limits.max_layer_rate, limits.min_channels
-        allowed = Annotated[float, Gt(0), Le(1)]
-        check_value("prune.max_layer_rate", most, allowed, default.max_layer_rate)
+        check_value("prune.max_layer_rate", most, LayerShare, default.max_layer_rate)
         check_value("prune.min_channels", least, Count, default.min_channels)
         if not self.rounds and not self.base_epochs:
             raise ValueError(

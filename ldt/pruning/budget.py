@@ -4,15 +4,17 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from torch import Tensor
 
+from ldt.config.kinds import Ranking
 from ldt.pruning.costs import CostModel
 from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
 
-RANKINGS = ("global", "global_per_cost", "global_normalised", "uniform")
+RANKINGS = get_args(Ranking)
 TOLERANCE = 0.005  # of the unpruned model's budget
 
 

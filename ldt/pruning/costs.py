@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from torch import nn
 
+from ldt.config.kinds import Budget
 from ldt.pruning.dependency import depthwise
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.runs.identity import BUDGET_ALIASES, canonical_budget
 
-Budget = Literal["params", "macs"]
 UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
 
 
