@@ -59,6 +59,7 @@ ARGUMENTS = {  # what messages about keys of the configuration name here
     "prune.budget": "budget",
     "prune.max_layer_rate": "limits.max_layer_rate",
     "prune.min_channels": "limits.min_channels",
+    "prune.round_to": "limits.round_to",
     "detector.neck": "neck",
     "detector.predictors": "predictors",
     "detector.config": "config",

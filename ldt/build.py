@@ -166,7 +166,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
         ranking=config.method.ranking,
         inner_rounds=config.method.inner_rounds,
         scope=tuple(prune.scope),
-        limits=Limits(prune.max_layer_rate, prune.min_channels),
+        limits=Limits(prune.max_layer_rate, prune.min_channels, prune.round_to),
         images=prune.images,
         batch_size=prune.batch_size,
         retrain_lr=recipe.retrain_lr,

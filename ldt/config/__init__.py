@@ -105,6 +105,7 @@ class PruneConfig:
     scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])
     max_layer_rate: float = 0.95  # maximum share of a layer that is removed
     min_channels: int = 4  # minimum number of channels kept per layer
+    round_to: int = 0  # what a pruned layer keeps is a multiple of it: 8, 16; 0: any number
     images: int = 128  # calibration images
     batch_size: int = 16  # calibration images per forward pass
     repair: str = "none"  # bn | none: re-estimate the statistics of batch norms after pruning

@@ -320,6 +320,8 @@ class PruneRetrain(L.Callback):
         if gradual is None or not gradual.done:
             return
         graph, record = gradual.graph, RoundRecord()
+        total = self._unpruned.costs[self.schedule.budget]
+        record.left = self.schedule.left_share(self.round) * total + gradual.short
         channels = gradual.end()
         with eval_with_gradients(module.detector):
             graph.remove(channels)
@@ -333,7 +335,7 @@ class PruneRetrain(L.Callback):
         check_same_channels(trainer, record)
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
-        check_rate(module.adapter, self.schedule, self.round, self._unpruned)
+        check_rate(module.adapter, self.schedule, self.round, self._unpruned, record)
         repair(module.adapter, self._calibration(trainer, module), self.schedule)
         thaw(module.detector, self.schedule.scope)
         module.phase_epochs = self.schedule.retrain_epochs

@@ -95,10 +95,12 @@ def prune_round(
                 arguments["tolerance"] = unpruned.costs[schedule.budget]
             with _rate_in_message(schedule, round_):
                 channels = select_channels(graph, scores, **arguments)
+            short = arguments["save"] - arguments["costs"].saved(channels)
+            record.left = schedule.left_share(after) * unpruned.costs[schedule.budget] + short
             graph.remove(channels)
             record.add(scores, channels)
     record.excluded = dict(graph.excluded)
-    check_rate(detector, schedule, round_, unpruned)
+    check_rate(detector, schedule, round_, unpruned, record)
     return record
 
 
@@ -178,16 +180,18 @@ def _log_excluded(graph: PruningGraph, except_for: Container[str] = ()) -> None:
 
 
 def check_rate(
-    detector: Detector, schedule: PruningSchedule, round_: int, unpruned: Unpruned
+    detector: Detector,
+    schedule: PruningSchedule,
+    round_: int,
+    unpruned: Unpruned,
+    record: RoundRecord,
 ) -> None:
-    """Raise RuntimeError unless a round has removed what was requested."""
-    budget = schedule.budget
-    achieved = 1 - count_params_and_macs(detector)[budget] / unpruned.costs[budget]
-    requested = schedule.removed_share(round_)
-    if abs(achieved - requested) > TOLERANCE:
+    """Raise RuntimeError unless a round has removed what the cost model said."""
+    total, left = unpruned.costs[schedule.budget], count_params_and_macs(detector)[schedule.budget]
+    if abs(left - record.left) > TOLERANCE * total:
         raise RuntimeError(
-            f"round {round_} removed {achieved:.2%} of the {budget}, not the requested "
-            f"{requested:.2%}: the cost model and the pruned network disagree"
+            f"round {round_} removed {1 - left / total:.2%} of the {schedule.budget}, not the "
+            f"{1 - record.left / total:.2%} of the cost model: it and the pruned network disagree"
         )
 
 

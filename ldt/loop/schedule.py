@@ -78,6 +78,7 @@ class PruningSchedule:
         allowed = Annotated[float, Gt(0), Le(1)]
         check_value("prune.max_layer_rate", most, allowed, default.max_layer_rate)
         check_value("prune.min_channels", least, Count, default.min_channels)
+        check_value("prune.round_to", limits.round_to, NaturalNumber, 8)
         if not self.rounds and not self.base_epochs:
             raise ValueError(
                 "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"
@@ -109,4 +110,8 @@ class PruningSchedule:
 
         Inner rounds are fractions of a round, so they follow an exponential schedule too.
         """
-        return 1 - (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 0.0
+        return 1 - self.left_share(round_)
+
+    def left_share(self, round_: float) -> float:
+        """Return the share of the unpruned budget that is left after a round."""
+        return (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 1.0

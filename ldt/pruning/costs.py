@@ -1,6 +1,6 @@
 """The cost of each layer, and the saving of removing channels, without changing the network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -79,7 +79,7 @@ class CostModel:
             for m in group.members
         }
 
-    def saved(self, removed: Mapping[str, np.ndarray]) -> float:
+    def saved(self, removed: Mapping[str, Sequence[int] | np.ndarray]) -> float:
         """Return the parameters or MACs saved by removing these channels of each group."""
         counts: dict[str, list[int]] = {name: [0, 0] for name in self._costs}
         for name, channels in removed.items():
@@ -92,3 +92,12 @@ class CostModel:
             self._costs[name].saved(0 if self._costs[name].ins == 1 else ins, outs)
             for name, (ins, outs) in counts.items()
         )
+
+    def price(self, name: str, channels: np.ndarray) -> float:
+        """Return what a channel of each part of a group costs, for rankings per cost.
+
+        Args:
+            name: the group.
+            channels: what may be removed of it, in order, [channels of each part, parts].
+        """
+        return max(self.saved({name: channels[0]}), 1.0)

@@ -63,6 +63,7 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "dataset.max_detections": 100,
     "method.inner_rounds": 1,
     "prune.repair": "none",
+    "prune.round_to": 0,
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
