@@ -21,7 +21,7 @@ LEVELS = (  # a package or module imports from its own level and from those belo
     ("ldt.build",),
     ("ldt.api", "ldt.loop", "ldt.callbacks"),
     ("ldt.module",),
-    ("ldt.evaluation", "ldt.data", "ldt.pruned"),
+    ("ldt.evaluation", "ldt.data", "ldt.runtimes", "ldt.pruned"),
     ("ldt.detectors", "ldt.criteria"),
     ("ldt.pruning",),
     ("ldt.runs",),

@@ -190,6 +190,10 @@ class Detector:
         """Return the raw output maps of images [N, 3, H, W] as a flat list."""
         return raw_forward(self.model, images)
 
+    def network_input(self, batch: RawBatch) -> Tensor:
+        """Return a collated batch's images as in testing: [N, 3, H, W], normalised and padded."""
+        return self._preprocess(batch, False)["inputs"]
+
     def predict(self, batch: RawBatch) -> list[DetDataSample]:
         """Return samples with ``pred_instances`` in pixels of the original images."""
         return self.model(**self._preprocess(batch, False), mode="predict")
