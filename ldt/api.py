@@ -29,7 +29,7 @@ from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
-from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
+from ldt.loop.pruning_round import Unpruned, check_schedule, latency_table, prune_round, repair
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import Limits
@@ -262,7 +262,8 @@ def _prune(
 ) -> PruningResult:
     calibration = Calibration(detector, batches)
     before = layers(detector.model, detector.input_size)
-    unpruned = Unpruned.of(detector)
+    unpruned = Unpruned.of(detector, latency_table(schedule, detector.example().device))
+    schedule = schedule.aimed(unpruned.costs.get("latency", 0.0))
     check_schedule(detector, schedule, unpruned)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

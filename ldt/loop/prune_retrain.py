@@ -2,10 +2,12 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.ema import ExponentialMovingAverage
@@ -34,6 +36,7 @@ from ldt.loop.pruning_round import (
     check_prunable,
     check_rate,
     check_schedule,
+    latency_table,
     prune_round,
     repair,
     selection_arguments,
@@ -43,6 +46,7 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.runs import files
 from ldt.runs.identity import canonical_budget
+from ldt.runtimes.latency_table import LatencyTable
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ class PruneRetrain(L.Callback):
         self.rows: list[dict[str, Any]] = []
         self.excluded: dict[str, str] = {}
         self._unpruned = Unpruned({}, {})
+        self._latency: dict[str, float] = {}
         self._started = time.perf_counter()
         self._metrics: dict[str, float] = {}
         self._notes: dict[str, float] = {}
@@ -102,6 +107,7 @@ class PruneRetrain(L.Callback):
             "rows": self.rows,
             "left_whole": self.excluded,
             "notes": self._notes,
+            "latency": self._latency,
             "masking_epochs": self._masking_epochs,
             "masks": self.gradual.state_dict() if self.gradual else {},
             "unpruned": self._unpruned.costs,
@@ -114,9 +120,10 @@ class PruneRetrain(L.Callback):
         self.round, self.rows = state_dict["round"], state_dict["rows"]
         self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
-        costs: dict[str, int] = state_dict["unpruned"]  # earlier versions wrote "flops"
+        costs: dict[str, float] = state_dict["unpruned"]  # earlier versions wrote "flops"
         costs = {canonical_budget(key): cost for key, cost in costs.items()}
-        self._unpruned = Unpruned(costs, state_dict["channels"])
+        self._unpruned = Unpruned(costs, state_dict["channels"], self.table)
+        self._latency = state_dict.get("latency", {})
         self._started = time.perf_counter() - state_dict["seconds"]
 
     # Hooks: when to validate, record and prune --------------------------------------------
@@ -127,14 +134,34 @@ class PruneRetrain(L.Callback):
         if not self._unpruned.costs:
             self.check(pl_module.adapter)
 
-    def check(self, detector: Detector) -> None:
+    @property
+    def table(self) -> LatencyTable | None:
+        """The times that a latency budget goes by, once :meth:`check` has been called."""
+        return self._unpruned.table
+
+    def check(
+        self,
+        detector: Detector,
+        device: torch.device | None = None,
+        known: Mapping[str, float] | None = None,
+    ) -> None:
         """Measure the unpruned detector's size, and check that it can be pruned as asked.
+
+        Args:
+            detector: the detector.
+            device: where it will be; None: where it is.
+            known: times of a run that is resumed, for a latency budget.
 
         Raises:
             ValueError: it has no part of a name in the scope, or the rate is not reachable.
+            ImportError: the runtime of a latency budget is not installed.
         """
-        self._unpruned = Unpruned.of(detector)
-        if self.criterion is not None:
+        prunes, here = self.criterion is not None, device or detector.example().device
+        table = latency_table(self.schedule, here, known) if prunes else None
+        self._unpruned = Unpruned.of(detector, table)
+        if table is not None:
+            self.schedule = self.schedule.aimed(self._unpruned.costs["latency"])
+        if prunes:
             self.excluded = check_schedule(detector, self.schedule, self._unpruned)
 
     def is_last_epoch(self, epoch: int) -> bool:
@@ -241,12 +268,16 @@ class PruneRetrain(L.Callback):
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
         row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
-        row["rate"] = 1 - counts[self.schedule.budget] / unpruned[self.schedule.budget]
+        row["rate"] = 0.0
+        if self.schedule.budget in unpruned:  # no latency where nothing is pruned
+            left = self._unpruned.left(module.adapter, self.schedule.budget)
+            row["rate"] = 1 - left / unpruned[self.schedule.budget]
         row["params_rate"] = 1 - counts["params"] / unpruned["params"]
         row["multiply_adds_rate"] = 1 - counts["macs"] / unpruned["macs"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
             row.update(measure_latency(module.adapter, self.latency_runs))
+        row.update({f"latency/{key}": value for key, value in self._latency.items()})
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
@@ -296,6 +327,7 @@ class PruneRetrain(L.Callback):
         )
         self.excluded = record.excluded
         self._notes = dict(getattr(self.criterion, "notes", {}))
+        self._latency = record.latency
         self._begin_retraining(trainer, module, record)
 
     def _calibration(self, trainer: L.Trainer, module: DetectorModule) -> Calibration:

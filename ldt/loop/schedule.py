@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
@@ -17,6 +17,7 @@ from ldt.config.values import (
 )
 from ldt.pruning.budget import RANKINGS, Limits
 from ldt.pruning.costs import Budget, parse_budget
+from ldt.runtimes.latency_table import LatencyTarget
 
 KEYS = {  # what the user types for each field
     "rate": "prune.rate",
@@ -39,7 +40,7 @@ class PruningSchedule:
     Attributes:
         rate: share of the unpruned model's budget to remove in total, in (0, 1).
         rounds: number of pruning rounds; 0 trains only.
-        budget: ``params`` or ``macs``.
+        budget: ``params``, ``macs`` or ``latency``.
         base_epochs: epochs before the first round; 0 prunes before any training.
         retrain_epochs: epochs after each round's pruning; 0 evaluates the pruned detector as it is.
         ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
@@ -50,6 +51,7 @@ class PruningSchedule:
         batch_size: calibration images per forward pass.
         retrain_lr: factor on the learning rate after pruning.
         repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
+        latency: where the latency is measured, and how much of it is to be left.
 
     Raises:
         ValueError: a value is not allowed; the message names its key.
@@ -68,6 +70,7 @@ class PruningSchedule:
     batch_size: Count = 16
     retrain_lr: Positive = 1.0
     repair: Repair = "bn"
+    latency: LatencyTarget = field(default_factory=LatencyTarget)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))
@@ -83,6 +86,25 @@ class PruningSchedule:
             raise ValueError(
                 "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"
             )
+
+    def aimed(self, base_ms: float) -> PruningSchedule:
+        """Return the schedule with the rate that leaves the latency asked for, if one was.
+
+        Args:
+            base_ms: latency of the unpruned detector.
+
+        Raises:
+            ValueError: it is not above the latency asked for.
+        """
+        target, runtime = self.latency.target_ms, self.latency.runtime
+        if self.budget != "latency" or target is None:
+            return self
+        if target >= base_ms:
+            raise ValueError(
+                f"prune.latency.target_ms={target:g}: the unpruned detector takes {base_ms:.3g} ms "
+                f"in {runtime}; type a smaller one, e.g. prune.latency.target_ms={base_ms / 2:.3g}"
+            )
+        return replace(self, rate=1 - target / base_ms)
 
     @classmethod
     def one_shot(cls, rate: float, **options: Any) -> PruningSchedule:

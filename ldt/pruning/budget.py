@@ -136,8 +136,9 @@ def select_channels(
     if abs(saved - save) > max(tolerance, last / 2 * (limits.round_to > 1)):
         check_reachable(graph, costs, save, limits, original)
         raise UnreachableRateError(
-            f"{save:,.0f} {costs.unit} must be removed, the nearest possible is {saved:,.0f}: "
-            f"single channels exceed the tolerance of {tolerance:,.0f}. Choose another prune.rate"
+            f"{costs.told(save)} must be removed, the nearest possible is {costs.told(saved)}: "
+            f"single channels exceed the tolerance of {costs.told(tolerance)}. Choose another "
+            "prune.rate"
         )
     return {name: sorted(map(int, found)) for name, found in _channels(steps, best).items()}
 
@@ -170,7 +171,7 @@ def check_reachable(
     most = costs.saved({name: np.arange(count) for name, count in counts.items()})
     if most < save:
         raise UnreachableRateError(
-            f"{save:,.0f} {costs.unit} must be removed, {most:,.0f} can be: {limits}, and "
+            f"{costs.told(save)} must be removed, {costs.told(most)} can be: {limits}, and "
             f"{len(graph.excluded)} layers of the scope are excluded. Choose a smaller "
             "prune.rate or widen prune.scope"
         )

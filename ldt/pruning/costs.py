@@ -12,8 +12,9 @@ from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.runs.identity import BUDGET_ALIASES, canonical_budget
 
-Budget = Literal["params", "macs"]
-UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
+Budget = Literal["params", "macs", "latency"]
+Counted = Literal["params", "macs"]
+UNITS: dict[Counted, str] = {"params": "parameters", "macs": "MACs"}
 
 
 def parse_budget(name: str) -> Budget:
@@ -44,7 +45,7 @@ class LayerCost:
         return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
 
 
-def _cost(layer: nn.Module, budget: Budget, positions: int) -> LayerCost:
+def _cost(layer: nn.Module, budget: Counted, positions: int) -> LayerCost:
     if not isinstance(layer, CONVOLUTIONS):
         learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
         has_weight = getattr(layer, "weight", None) is not None
@@ -64,20 +65,21 @@ class CostModel:
 
     Args:
         graph: the coupled groups.
-        budget: ``params`` or ``macs``.
-
-    Attributes:
-        unit: name of the unit of the saving, for messages.
+        budget: ``params`` or ``macs``; :class:`ldt.pruning.latency.LatencyModel` is for latency.
     """
 
-    def __init__(self, graph: PruningGraph, budget: Budget) -> None:
-        self.groups, self.unit = graph.groups, UNITS[budget]
+    def __init__(self, graph: PruningGraph, budget: Counted) -> None:
+        self.groups, self._unit = graph.groups, UNITS[budget]
         positions = graph.positions if budget == "macs" else {}
         self._costs = {
             m.name: _cost(m.layer, budget, positions.get(m.name, 0))
             for group in graph.groups.values()
             for m in group.members
         }
+
+    def told(self, amount: float) -> str:
+        """Format a saving for messages."""
+        return f"{amount:,.0f} {self._unit}"
 
     def saved(self, removed: Mapping[str, Sequence[int] | np.ndarray]) -> float:
         """Return the parameters or MACs saved by removing these channels of each group."""
