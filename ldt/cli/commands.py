@@ -1,7 +1,7 @@
 """The commands of `ldt`; imports are deferred to each command to keep `--help` fast."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+EXPORTS = ("mmdet", "onnx", "openvino")
 TRUST = click.option(
     "--trust",
     is_flag=True,
@@ -289,22 +290,41 @@ def prune(
 
 @ldt.command()
 @click.argument("checkpoint", type=PATH)
-@click.argument("folder", type=PATH)
+@click.argument("out", type=PATH)
+@click.option(
+    "--format", "form", type=click.Choice(EXPORTS), default=EXPORTS[0], show_default=True
+)
+@click.option("--int8", is_flag=True, help="Weights and feature maps of 8 bits.")
+@click.option("--images", type=PATH, help="Folder of images to check the file, and calibrate int8.")
+@click.option("--data", type=PATH, help="Data in COCO's or KITTI's layout [default: the run's].")
+@click.option("--raw", is_flag=True, help="Output the head's maps, not boxes.")
+@click.option("--size", metavar="HxW", help="Of the input [default: that of the training].")
+@click.option(
+    "--max-detections",
+    type=click.IntRange(1, 100_000),
+    metavar="K",
+    help="Of an image [default: the detector's limit, or 100].",
+)
+@click.option("--force", is_flag=True, help="Write int8 whatever AP it loses.")
 @TRUST
-def export(checkpoint: Path, folder: Path, trust: bool) -> None:
-    """Write the pruned detector of CHECKPOINT into FOLDER: config.py and weights.pth for mmdet.
+def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
+    """Write the pruned detector of CHECKPOINT for mmdet, ONNX Runtime or OpenVINO.
+
+    For mmdet, OUT is a folder, for config.py and weights.pth. For the others it is a file, .onnx
+    or .xml, that takes an image of fixed size and gives boxes, scores and labels. It is written
+    only if it detects what the detector detects.
 
     \b
-    Example:
+    Examples:
       ldt export runs/default/<run>/round-2.ckpt exported
+      ldt export runs/default/<run>/round-2.ckpt detector.onnx --format onnx
+      ldt export runs/default/<run>/round-2.ckpt detector.xml --format openvino --int8
     """
-    from ldt.deployment import to_mmdet
+    from ldt.cli import exporting
     from ldt.detectors.models import quiet
 
     quiet()
-    with refusing():
-        written = to_mmdet.export(checkpoint, folder, trust)
-    click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
+    exporting.run(checkpoint, out, form, **options)
 
 
 @ldt.command()
@@ -336,11 +356,12 @@ def predict(
 ) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
 
-    Images that cannot be read are named at the end, after the results of the others are written.
+    CHECKPOINT may also be an exported file, .onnx or .xml. Images that cannot be read are named at the end, after the results of the others are written.
 
     \b
     Example:
       ldt predict runs/default/<run>/round-2.ckpt photos --out predictions --threshold 0.5
+      ldt predict detector.onnx photos
     """
     from torch.cuda import is_available
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from ldt.api import calibration_batches, evaluate, prune
 from ldt.criteria.methods import find_method
-from ldt.data.coco import CocoDataModule
 from ldt.data.datamodule import DetectionDataModule
-from ldt.data.kitti import KittiDataModule
+from ldt.data.folders import open_folder
 from ldt.detectors.models import input_settings
 from ldt.detectors.opening import class_count, open_detector
 from ldt.loop.schedule import PruningSchedule
@@ -55,7 +54,7 @@ def run(
     """
     with refusing():
         _check_options(out, **options)
-        module = _open_data(data, input_settings(config), files)
+        module = open_folder(data, input_settings(config), files)
         module.setup("fit")
         detector = open_detector(config, weights).model
         _check_classes(detector, module)
@@ -82,16 +81,6 @@ def _check_options(
     PruningSchedule.one_shot(rate, budget=budget)
     if out is not None:
         check_folder_of(out)
-
-
-def _open_data(
-    folder: Path, settings: dict[str, Any], files: dict[str, str]
-) -> DetectionDataModule:
-    settings = {"root": str(folder), **settings}
-    if (folder / "training" / "label_2").is_dir():
-        return KittiDataModule(**settings)
-    settings |= files
-    return CocoDataModule(**settings)
 
 
 def _check_classes(detector: nn.Module, data: DetectionDataModule) -> None:

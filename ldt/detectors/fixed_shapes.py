@@ -140,7 +140,7 @@ def _best(
     scores = torch.where(scores > score_thr, scores, 0).flatten()
     count = rows * classes if topk < 0 else min(topk, rows * classes)
     scores, found = scores.topk(count)
-    keep = torch.div(found, classes, rounding_mode="floor")
+    keep = torch.div(found, classes, rounding_mode="trunc")
     if isinstance(results, dict):
         results = {key: value[keep] for key, value in results.items()}
     elif isinstance(results, list):

@@ -88,7 +88,8 @@ class DetectionGraph(RawGraph):
             lacking = self.most - count
             boxes = F.pad(boxes, (0, 0, 0, lacking))
             scores, labels = F.pad(scores, (0, lacking)), F.pad(labels, (0, lacking), value=-1)
-            return boxes[None], scores[None], labels[None]
+            rows = (1, self.most)  # as numbers, so that a file's outputs have fixed shapes
+            return boxes.view(*rows, 4), scores.view(rows), labels.view(rows)
 
     def output_names(self, outputs: tuple[Tensor, ...]) -> list[str]:
         """Return a name for each output."""
