@@ -96,16 +96,27 @@ class MethodConfig:
 
 
 @dataclass
+class LatencyConfig:
+    """Where the latency of budget=latency is measured."""
+
+    runtime: str = "onnxruntime"  # eager | onnxruntime | openvino
+    precision: str = "f32"
+    threads: int = 1
+    target_ms: float | None = None  # to reach after the last round, instead of prune.rate
+
+
+@dataclass
 class PruneConfig:
     """How much is removed, in how many rounds, and where."""
 
     rate: float = MISSING  # share of the unpruned model's budget removed after the last round
     rounds: int = MISSING
-    budget: str = "params"  # params | flops
+    budget: str = "params"  # params | flops | latency
     scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])
     max_layer_rate: float = 0.95  # maximum share of a layer that is removed
     min_channels: int = 4  # minimum number of channels kept per layer
-    round_to: int = 0  # what a pruned layer keeps is a multiple of it: 8, 16; 0: any number
+    round_to: Any = 0  # a pruned layer keeps a multiple: 8, 16; 0: any; auto: 0, with latency 16
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     images: int = 128  # calibration images
     batch_size: int = 16  # calibration images per forward pass
     repair: str = "none"  # bn | none: re-estimate the statistics of batch norms after pruning
@@ -206,6 +217,7 @@ class ReportConfig:
     """What is measured and drawn."""
 
     latency_runs: int = 30  # 0 = do not measure
+    runtimes: list[str] = field(default_factory=list)  # eager, onnxruntime, openvino: timed too
     pictures: int = 8  # validation images drawn; 0: no detector is run for pictures
 
 

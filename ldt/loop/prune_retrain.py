@@ -143,14 +143,14 @@ class PruneRetrain(L.Callback):
         self,
         detector: Detector,
         device: torch.device | None = None,
-        known: Mapping[str, float] | None = None,
+        known: Mapping[str, Any] | None = None,
     ) -> None:
         """Measure the unpruned detector's size, and check that it can be pruned as asked.
 
         Args:
             detector: the detector.
             device: where it will be; None: where it is.
-            known: times of a run that is resumed, for a latency budget.
+            known: the table of a run that is resumed, for a latency budget.
 
         Raises:
             ValueError: it has no part of a name in the scope, or the rate is not reachable.

@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_pruning.pruner.importance import Importance
@@ -32,7 +33,7 @@ from ldt.runtimes.latency_table import LatencyTable
 
 log = logging.getLogger(__name__)
 
-TRIALS = 4  # selections that are measured before channels are removed
+TRIALS = 6  # selections that are measured before channels are removed
 NEAR, FAR = 0.01, 0.05  # of the latency asked for: no further trial; a warning
 Scores = dict[str, Tensor]
 
@@ -79,14 +80,14 @@ def _costs_of(detector: Detector, table: LatencyTable | None) -> dict[str, float
 
 
 def latency_table(
-    schedule: PruningSchedule, device: torch.device, known: Mapping[str, float] | None = None
+    schedule: PruningSchedule, device: torch.device, known: Mapping[str, Any] | None = None
 ) -> LatencyTable | None:
     """Return the table that a schedule's budget needs; None if it needs none.
 
     Args:
         schedule: how much is pruned.
         device: of the detector.
-        known: times of a run that is resumed.
+        known: the table of a run that is resumed.
 
     Raises:
         ImportError: the runtime is not installed.
@@ -158,13 +159,14 @@ def _corrected(
     """Select channels that save the time asked for as measured, not as the table predicts.
 
     What a selection saves is measured on the network without these channels, which gets them back;
-    the next selection asks the table for more or less in proportion.
+    the next selection asks the table for more or less, between the nearest on both sides.
     """
     costs, table = arguments["costs"], unpruned.table
     assert isinstance(costs, LatencyModel)
     assert table is not None
     now, save = costs.network_ms, arguments["save"]
-    asked, found = save, {}
+    low, high, asked = (0.0, 0.0), None, save  # (asked, measured) savings on both sides of `save`
+    found: dict[float, tuple[dict[str, list[int]], float]] = {}
     for _ in range(TRIALS):
         try:
             channels = select_channels(graph, scores, **{**arguments, "save": asked})
@@ -175,10 +177,15 @@ def _corrected(
         with restored(detector.model):
             graph.remove(channels)
             measured = table.network_ms(detector)
-        found[abs(now - save - measured)] = channels, measured
-        if abs(now - measured - save) <= NEAR * (now - save):
+        found.setdefault(abs(now - save - measured), (channels, measured))
+        if abs(now - save - measured) <= NEAR * (now - save):
             break
-        asked *= min(max(save / max(now - measured, save / 2), 0.5), 2.0)
+        if now - measured < save:
+            low = asked, now - measured
+        else:
+            high = asked, now - measured
+        ends = (low, high or (2 * asked, 2 * max(now - measured, save / 2)))
+        asked = float(np.interp(save, [end[1] for end in ends], [end[0] for end in ends]))
     channels, measured = found[min(found)]
     record.latency = {
         "asked_ms": now - save, "predicted_ms": now - costs.saved(channels), "measured_ms": measured
@@ -238,7 +245,7 @@ def check_schedule(
     check_prunable(graph, schedule)
     save = (schedule.rate - TOLERANCE) * unpruned.costs[schedule.budget]
     if unpruned.table is not None:
-        unpruned.table.prepare(graph)
+        unpruned.table.prepare(detector, graph)
     costs = unpruned.cost_model(detector, graph, schedule.budget)
     with _rate_in_message(schedule, schedule.rounds):
         check_reachable(graph, costs, save, schedule.limits, unpruned.channels)

@@ -18,6 +18,7 @@ from ldt.config.values import (
 from ldt.pruning.budget import RANKINGS, Limits
 from ldt.pruning.costs import Budget, parse_budget
 from ldt.runtimes.latency_table import LatencyTarget
+from ldt.runtimes.timing import ROUND_TO, Runtime
 
 KEYS = {  # what the user types for each field
     "rate": "prune.rate",
@@ -31,6 +32,15 @@ KEYS = {  # what the user types for each field
     "repair": "prune.repair",
 }
 Repair = Literal["bn", "none"]
+
+
+def default_round_to(budget: Budget, runtime: Runtime) -> int:
+    """Return what widths are multiples of by default; 0: any number.
+
+    Only a latency budget rounds: the kernels of the runtimes compute in blocks of channels
+    (``benchmarks/latency_budget.py``).
+    """
+    return ROUND_TO[runtime.runtime] if budget == "latency" else 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
 KITTI = ("kitti_easy", "kitti_moderate", "kitti_hard")  # in rounds on KITTI only
-BUDGETS = {"params": "parameters", "macs": "multiply-adds", "flops": "multiply-adds"}
+BUDGETS = {
+    "params": "parameters",
+    "macs": "multiply-adds",
+    "flops": "multiply-adds",
+    "latency": "latency",
+}
 PLAIN_WIDTH = 200  # characters if the output is not a terminal, so that nothing is truncated
 
 

@@ -22,14 +22,17 @@ from rich.progress import track
 from ldt.config.values import Positive
 from ldt.detectors.adapter import Detector
 from ldt.pruning.graph import PruningGraph
-from ldt.pruning.latency import LatencyModel, LayerTime, Point, Unit, layer_times
-from ldt.runs import files, inputs
+from ldt.pruning.latency import LatencyModel, LayerTime, Point, Unit, half_of, layer_times
+from ldt.pruning.trial import restored
+from ldt.runs import files, inputs, records
+from ldt.runs.differences import differences
 from ldt.runtimes.timing import Call, Runtime, time_in_turns
 
 log = logging.getLogger(__name__)
 SPAN_MS = 40.0  # a network is timed about so long
 FEWEST_RUNS, MOST_RUNS = 3, 40
 SLOW_MS = 20.0  # a network that takes longer is called once before it is timed
+STEEPNESS = (0.5, 2.0)  # limits of what a network saves where its layers save 1 ms
 Open = Callable[[], AbstractContextManager[Call]]
 
 
@@ -50,7 +53,7 @@ class LatencyTable:
     Args:
         runtime: what executes the networks.
         device: where eager networks are timed; others are on the processor.
-        known: times of a run that is resumed, which count instead of those in the cache.
+        known: the :meth:`content` of a run that is resumed, which counts instead of the cache.
 
     Attributes:
         place: what the times depend on besides the network.
@@ -59,14 +62,22 @@ class LatencyTable:
 
     Raises:
         ImportError: the runtime is not installed.
+        ValueError: the known times are those of another place.
     """
 
     def __init__(
-        self, runtime: Runtime, device: torch.device, known: Mapping[str, float] | None = None
+        self, runtime: Runtime, device: torch.device, known: Mapping[str, Any] | None = None
     ) -> None:
         self.runtime, self.device, self.place = runtime, device, runtime.place(device)
-        self.times: dict[str, float] = dict(known or {})
+        if known and (found := differences(known["place"], self.place)):
+            told = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in found)
+            raise ValueError(
+                f"the run goes by times that were measured elsewhere ({told}): go on with it "
+                "there, or type study=<name> to start it anew"
+            )
+        self.times: dict[str, float] = dict(known["times"] if known else {})
         self.layers: dict[str, LayerTime] = {}
+        self._slope = 1.0
 
     def network_ms(self, detector: Detector) -> float:
         """Return the time of a detector's raw maps of one image, in ms."""
@@ -75,8 +86,8 @@ class LatencyTable:
         self._look_up({name: lambda: self.runtime.opened(detector, self.device)})
         return self.times[name]
 
-    def prepare(self, graph: PruningGraph) -> None:
-        """Measure the layers of an unpruned network, or look their times up."""
+    def prepare(self, detector: Detector, graph: PruningGraph) -> None:
+        """Measure the layers of an unpruned detector, or look their times up."""
         wanted: list[tuple[Unit, Point]] = []
 
         def ask(unit: Unit, point: Point) -> float:
@@ -86,10 +97,20 @@ class LatencyTable:
         layer_times(graph, ask)
         self._look_up({_name(*each): partial(self._opened_unit, *each) for each in wanted})
         self.layers = layer_times(graph, self._unit_ms)
+        whole, half = self.network_ms(detector), half_of(graph)
+        saved = LatencyModel(graph, self.layers, whole).saved(half)
+        with restored(detector.model):
+            graph.remove(half)
+            part = self.network_ms(detector)
+        self._slope = min(max((whole - part) / max(saved, 1e-9), STEEPNESS[0]), STEEPNESS[1])
 
     def model(self, detector: Detector, graph: PruningGraph) -> LatencyModel:
         """Return what removing channels saves of a detector's time as it is now."""
-        return LatencyModel(graph, self.layers, self.network_ms(detector))
+        return LatencyModel(graph, self.layers, self.network_ms(detector), self._slope)
+
+    def content(self) -> dict[str, Any]:
+        """Return the times looked up so far and where they were measured, as plain data."""
+        return {"place": self.place, "times": dict(sorted(self.times.items()))}
 
     def _unit_ms(self, unit: Unit, point: Point) -> float:
         before, behind = (self.times[_name(*end)] for end in unit.ends(point))
@@ -132,6 +153,24 @@ class LatencyTable:
         runs = min(max(round(SPAN_MS / max(first, 1e-3)), FEWEST_RUNS), MOST_RUNS)
         timing = time_in_turns({0: call}, runs, self.device, warmup=int(first < SLOW_MS))[0]
         return round(timing.latency_ms(self.runtime.threads), 5)
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Return the table of a run, as :meth:`LatencyTable.content` gave it; empty if it has none.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
+    file = folder / files.LATENCY_TABLE
+    if found := files.read_json(file):
+        records.check(file, records.TIMES, found)
+    return found
+
+
+def fingerprint(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where the times of a table were measured, and a hash of them: an input of a run."""
+    times = inputs.digest([json.dumps(content["times"], sort_keys=True)])
+    return {**content["place"], "times": times}
 
 
 def _name(unit: Unit, point: Point) -> str:

@@ -9,6 +9,7 @@ of the processor's clock concerns all of them.
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,16 +25,14 @@ from torch import Tensor, nn
 from ldt.config.values import Count, check_fields
 from ldt.detectors.adapter import Detector
 from ldt.runs.provenance import cpu_name
-from ldt.runtimes.graph import _quiet, evaluating, to_onnx
+from ldt.runtimes.graph import evaluating, to_onnx
+from ldt.runtimes.packages import need
+from ldt.runtimes.sessions import F32
 
 RuntimeName = Literal["eager", "onnxruntime", "openvino"]
 Precision = Literal["f32", "int8"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
-PACKAGES: dict[RuntimeName, str] = {
-    "eager": "torch",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-}
+ROUND_TO: dict[RuntimeName, int] = {"eager": 16, "onnxruntime": 16, "openvino": 16}
 WARMUP = 3  # calls before the first one that is timed
 Key = TypeVar("Key")
 Call = Callable[[], object]
@@ -70,13 +69,9 @@ class Runtime:
         Raises:
             ImportError: it is not installed.
         """
-        package = PACKAGES[self.runtime]
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise ImportError(
-                f"{package} is not installed; run pip install 'ldt[deploy]'"
-            ) from None
+        package = "torch" if self.runtime == "eager" else self.runtime
+        need(package)
+        return metadata.version(package)
 
     def place(self, device: torch.device) -> dict[str, Any]:
         """Return what times depend on besides the network, as plain data.
@@ -99,7 +94,8 @@ class Runtime:
             return partial(self._eager, network, image)
         with tempfile.TemporaryDirectory(prefix="ldt-") as folder:
             file = Path(folder) / "network.onnx"
-            with _quiet(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # of the exporter's age
                 torch.onnx.export(network, (image,), str(file), dynamo=False)
             return self.opened_file(file)
 
@@ -120,7 +116,6 @@ class Runtime:
             with evaluating(detector.model):
                 yield partial(self._eager, detector.raw_maps, detector.example())
             return
-        self.version()
         with tempfile.TemporaryDirectory(prefix="ldt-") as folder:
             file = to_onnx(detector, Path(folder) / "raw.onnx", detector.input_size)
             call = self.opened_file(file)
@@ -136,11 +131,10 @@ class Runtime:
             torch.set_num_threads(before)
 
     def opened_file(self, file: Path) -> Call:
-        """Return a function that runs an ONNX or OpenVINO file on zeros.
+        """Return a function that runs an ONNX file of our own on zeros.
 
         Raises:
             ImportError: the runtime is not installed.
-            ValueError: it cannot open the file.
         """
         if self.runtime == "openvino":
             return _openvino(file, self.threads)
@@ -148,8 +142,7 @@ class Runtime:
 
 
 def _onnxruntime(file: Path, threads: int) -> Call:
-    import onnxruntime
-
+    onnxruntime = need("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -160,14 +153,8 @@ def _onnxruntime(file: Path, threads: int) -> Call:
 
 
 def _openvino(file: Path, threads: int) -> Call:
-    import openvino
-
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # by default bfloat16, where the processor has it
-    }
-    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    settings = {**F32, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    compiled = need("openvino").Core().compile_model(str(file), "CPU", settings)
     inputs = [torch.zeros(tuple(each.shape)).numpy() for each in compiled.inputs]
     return partial(compiled.create_infer_request().infer, inputs)
 
