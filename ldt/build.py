@@ -197,6 +197,7 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         folder,
         gradual=GradualPruning(**method.gradual) if method.gradual else None,
         latency_runs=config.report.latency_runs,
+        runtimes=config.report.get("runtimes", ()),
         validate_every=config.trainer.validate_every,
     )
 

@@ -20,6 +20,7 @@ TRUST = click.option(
     is_flag=True,
     help="Import the code that the author of these files has written. It can do anything.",
 )
+RUNTIMES = ("eager", "onnxruntime", "openvino")
 LISTED = 5  # maximum number of runs listed in a message
 
 
@@ -223,14 +224,21 @@ def figures(
 @click.argument("config")
 @click.argument("weights", type=PATH)
 @click.argument("data", type=PATH)
-@click.option("--rate", type=float, required=True, help="Share of the budget to remove: 0.3.")
+@click.option("--rate", type=float, help="Share of the budget to remove: 0.3.")
 @click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
 @click.option(
     "--budget",
     default="params",
     show_default=True,
-    help="Unit of the rate: params or macs.",
+    help="Unit of the rate: params, macs or latency.",
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    help="Of the latency [default: onnxruntime].",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the latency [default: 1].")
+@click.option("--target-ms", type=float, help="Latency to reach, instead of --rate.")
 @click.option(
     "--ranking",
     help="How scores of different layers are compared [default: the method's own].",
@@ -250,9 +258,12 @@ def prune(
     config: str,
     weights: Path,
     data: Path,
-    rate: float,
+    rate: float | None,
     criterion: str,
     budget: str,
+    runtime: str | None,
+    threads: int | None,
+    target_ms: float | None,
     ranking: str | None,
     images: int,
     val: int,
@@ -284,6 +295,7 @@ def prune(
             rate=rate,
             criterion=criterion,
             budget=budget,
+            latency={"runtime": runtime, "threads": threads, "target_ms": target_ms},
             ranking=ranking,
         )
 
@@ -373,6 +385,49 @@ def predict(
     with renaming({"dataset.max_pixels=": "--max-pixels "}):
         prediction.predict(checkpoint, images, out, threshold, device, max_pixels, trust)
     click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
+
+
+@ldt.command()
+@click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(RUNTIMES),
+    multiple=True,
+    help="Of checkpoints; repeat it [default: all].",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), multiple=True, default=(1,), help="Repeat it [default: 1]."
+)
+@click.option(
+    "--runs", type=click.IntRange(3), default=30, show_default=True, help="Timed calls of each."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with the deciles too.")
+@TRUST
+def benchmark(
+    files: tuple[Path, ...],
+    runtimes: tuple[str, ...],
+    threads: tuple[int, ...],
+    runs: int,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Time detectors side by side, one call of each after the other.
+
+    A FILE is a checkpoint, of which the raw maps are timed in every runtime, or an exported file
+    (.onnx, .xml). Times are medians; with one thread CPU time counts, which other programs on the
+    machine hardly change.
+
+    \b
+    Examples:
+      ldt benchmark runs/default/<run>/round-0.ckpt runs/default/<run>/round-2.ckpt
+      ldt benchmark round-2.ckpt detector.onnx detector.xml --threads 1 --threads 4 --json
+    """
+    from ldt.cli import benchmarking
+    from ldt.detectors.models import quiet
+
+    quiet()
+    benchmarking.run(files, runtimes or RUNTIMES, threads, runs, as_json, trust)  # type: ignore[arg-type]
 
 
 @ldt.command()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from ldt.module import DetectorModule
 from ldt.runs import files
 from ldt.runs.identity import canonical_budget
 from ldt.runtimes.latency_table import LatencyTable
+from ldt.runtimes.timing import Runtime, RuntimeName, measure_runtimes
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class PruneRetrain(L.Callback):
         folder: the run's directory.
         latency_runs: timed forward passes, at least 30; 0 does not measure the latency.
         validate_every: epochs between validations within a phase; 0 validates at its end only.
+        runtimes: in which the latency is measured besides (:data:`ldt.runtimes.timing.RUNTIMES`).
         gradual: mask channels while training, in additional epochs before each round's retraining,
             instead of pruning at once; the criterion is not used then.
 
@@ -79,6 +81,7 @@ class PruneRetrain(L.Callback):
         latency_runs: int = 30,
         validate_every: int = 0,
         gradual: GradualPruning | None = None,
+        runtimes: Sequence[RuntimeName] = (),
     ) -> None:
         if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
             raise ValueError(
@@ -88,7 +91,7 @@ class PruneRetrain(L.Callback):
         check_importance(criterion)
         self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
-        self.gradual = gradual
+        self.gradual, self.runtimes = gradual, tuple(runtimes)
         self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
         self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
         self.round = 0
@@ -154,8 +157,10 @@ class PruneRetrain(L.Callback):
 
         Raises:
             ValueError: it has no part of a name in the scope, or the rate is not reachable.
-            ImportError: the runtime of a latency budget is not installed.
+            ImportError: a runtime is not installed.
         """
+        for name in self.runtimes:
+            Runtime(name).version()
         prunes, here = self.criterion is not None, device or detector.example().device
         table = latency_table(self.schedule, here, known) if prunes else None
         self._unpruned = Unpruned.of(detector, table)
@@ -277,6 +282,9 @@ class PruneRetrain(L.Callback):
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
             row.update(measure_latency(module.adapter, self.latency_runs))
+        if self.runtimes:
+            runs = self.latency_runs or profiling.MINIMUM_RUNS
+            row.update(measure_runtimes(module.adapter, self.runtimes, runs))
         row.update({f"latency/{key}": value for key, value in self._latency.items()})
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)

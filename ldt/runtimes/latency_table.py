@@ -26,14 +26,14 @@ from ldt.pruning.latency import LatencyModel, LayerTime, Point, Unit, half_of, l
 from ldt.pruning.trial import restored
 from ldt.runs import files, inputs, records
 from ldt.runs.differences import differences
-from ldt.runtimes.timing import Call, Runtime, time_in_turns
+from ldt.runtimes.timing import Network, Runtime, time_in_turns
 
 log = logging.getLogger(__name__)
 SPAN_MS = 40.0  # a network is timed about so long
 FEWEST_RUNS, MOST_RUNS = 3, 40
 SLOW_MS = 20.0  # a network that takes longer is called once before it is timed
 STEEPNESS = (0.5, 2.0)  # limits of what a network saves where its layers save 1 ms
-Open = Callable[[], AbstractContextManager[Call]]
+Open = Callable[[], AbstractContextManager[Network]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class LatencyTable:
         return max(self.times[_name(unit, point)] - (before + behind) / 2, 0.0)
 
     @contextmanager
-    def _opened_unit(self, unit: Unit, point: Point) -> Iterator[Call]:
+    def _opened_unit(self, unit: Unit, point: Point) -> Iterator[Network]:
         network, image = unit.network(point)
         device = self.device if self.runtime.runtime == "eager" else torch.device("cpu")
         yield self.runtime.opened_network(network.to(device), image.to(device))
@@ -140,18 +140,18 @@ class LatencyTable:
             for name in track(
                 todo, "timing layers", console=Console(stderr=True), disable=not shown
             ):
-                with missing[name]() as call:
-                    cached[name] = self._measured(call)
+                with missing[name]() as network:
+                    cached[name] = self._measured(network)
             if todo:
                 files.write_json(file, {"place": self.place, "times": cached})
         self.times.update({name: cached[name] for name in missing})
 
-    def _measured(self, call: Call) -> float:
-        """Return the median time of a call in ms."""
-        call()
-        first = time_in_turns({0: call}, 1, self.device, warmup=0)[0].cpu_ms
+    def _measured(self, network: Network) -> float:
+        """Return the median time of a network in ms."""
+        network()
+        first = time_in_turns({0: network}, 1, warmup=0)[0].cpu_ms
         runs = min(max(round(SPAN_MS / max(first, 1e-3)), FEWEST_RUNS), MOST_RUNS)
-        timing = time_in_turns({0: call}, runs, self.device, warmup=int(first < SLOW_MS))[0]
+        timing = time_in_turns({0: network}, runs, warmup=int(first < SLOW_MS))[0]
         return round(timing.latency_ms(self.runtime.threads), 5)
 
 

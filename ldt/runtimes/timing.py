@@ -6,12 +6,13 @@ time, and on a GPU it is taken by CUDA events. Several networks are timed in tur
 of the processor's clock concerns all of them.
 """
 
+import os
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
@@ -36,6 +37,25 @@ ROUND_TO: dict[RuntimeName, int] = {"eager": 16, "onnxruntime": 16, "openvino": 
 WARMUP = 3  # calls before the first one that is timed
 Key = TypeVar("Key")
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that is ready to run.
+
+    Attributes:
+        call: runs it on an image.
+        file_bytes: size of the file that the runtime has read; 0: it has read none.
+        gpu: the GPU that it computes on; None: the processor.
+    """
+
+    call: Call
+    file_bytes: int = 0
+    gpu: torch.device | None = None
+
+    def __call__(self) -> object:
+        """Run the network on an image."""
+        return self.call()
 
 
 @dataclass(frozen=True)
@@ -88,20 +108,20 @@ class Runtime:
             "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         }
 
-    def opened_network(self, network: nn.Module, image: Tensor) -> Call:
-        """Return a function that runs a network, which is in eval mode, on an image."""
+    def opened_network(self, network: nn.Module, image: Tensor) -> Network:
+        """Return what runs a network, which is in eval mode, on an image."""
         if self.runtime == "eager":
-            return partial(self._eager, network, image)
+            return self._eagerly(network, image)
         with tempfile.TemporaryDirectory(prefix="ldt-") as folder:
             file = Path(folder) / "network.onnx"
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # of the exporter's age
                 torch.onnx.export(network, (image,), str(file), dynamo=False)
-            return self.opened_file(file)
+            return Network(self.opened_file(file), file.stat().st_size)
 
     @contextmanager
-    def opened(self, detector: Detector, device: torch.device | None = None) -> Iterator[Call]:
-        """Yield a function that computes the detector's raw maps of one image.
+    def opened(self, detector: Detector, device: torch.device | None = None) -> Iterator[Network]:
+        """Yield what computes the detector's raw maps of one image.
 
         The detector must not change within the context; it is in eval mode there.
 
@@ -114,12 +134,16 @@ class Runtime:
                 detector = deepcopy(detector)
                 detector.model.to(device)
             with evaluating(detector.model):
-                yield partial(self._eager, detector.raw_maps, detector.example())
+                yield self._eagerly(detector.raw_maps, detector.example())
             return
         with tempfile.TemporaryDirectory(prefix="ldt-") as folder:
             file = to_onnx(detector, Path(folder) / "raw.onnx", detector.input_size)
-            call = self.opened_file(file)
-        yield call
+            network = Network(self.opened_file(file), file.stat().st_size)
+        yield network
+
+    def _eagerly(self, forward: Callable[[Tensor], object], image: Tensor) -> Network:
+        gpu = image.device if image.device.type == "cuda" else None
+        return Network(partial(self._eager, forward, image), gpu=gpu)
 
     @torch.inference_mode()
     def _eager(self, forward: Callable[[Tensor], object], image: Tensor) -> object:
@@ -180,24 +204,22 @@ class Timing:
 
 
 def time_in_turns(
-    calls: Mapping[Key, Call], runs: int, device: torch.device | None = None, warmup: int = WARMUP
+    networks: Mapping[Key, Network], runs: int, warmup: int = WARMUP
 ) -> dict[Key, Timing]:
-    """Time several functions, one call of each after the other, ``runs`` times.
+    """Time several networks, one call of each after the other, ``runs`` times.
 
     Args:
-        calls: the functions.
+        networks: the networks.
         runs: timed calls of each.
-        device: a GPU that they compute on; None: none.
         warmup: calls of each before those that are timed.
     """
-    gpu = device if device is not None and device.type == "cuda" else None
-    for call in calls.values():
+    for network in networks.values():
         for _ in range(warmup):
-            call()
-    times = {key: [] for key in calls}
+            network()
+    times = {key: [] for key in networks}
     for _ in range(runs):
-        for key, call in calls.items():
-            times[key].append(_milliseconds(call, gpu))
+        for key, network in networks.items():
+            times[key].append(_milliseconds(network))
     return {key: _timing(found) for key, found in times.items()}
 
 
@@ -207,17 +229,56 @@ def _timing(times: list[tuple[float, float]]) -> Timing:
     return Timing(statistics.median(cpu), statistics.median(wall), deciles[0], deciles[-1])
 
 
-def _milliseconds(call: Call, gpu: torch.device | None) -> tuple[float, float]:
+def _milliseconds(network: Network) -> tuple[float, float]:
     """Return CPU time (on a GPU: that between CUDA events) and wall time of a call."""
-    if gpu is not None:
-        with torch.cuda.device(gpu):
+    if network.gpu is not None:
+        with torch.cuda.device(network.gpu):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            call()
+            network()
             end.record()
             end.synchronize()
         return begin.elapsed_time(end), begin.elapsed_time(end)
     wall, cpu = time.perf_counter_ns(), time.process_time_ns()
-    call()
+    network()
     cpu_ms, wall_ms = time.process_time_ns() - cpu, time.perf_counter_ns() - wall
     return cpu_ms / 1e6, wall_ms / 1e6
+
+
+def measure_runtimes(
+    detector: Detector, runtimes: Sequence[RuntimeName], runs: int
+) -> dict[str, float]:
+    """Time a detector's raw maps of one image in several runtimes, in turns.
+
+    Args:
+        detector: the detector; it is timed where it is, in other runtimes on the processor.
+        runtimes: some of :data:`RUNTIMES`.
+        runs: timed calls of each.
+
+    Returns:
+        By ``<runtime>/<what>``: ``cpu_ms`` and ``wall_ms`` of one thread, ``threaded_cpu_ms`` and
+        ``threaded_wall_ms`` of ``threads``, all medians, and ``file_bytes`` where there is a file.
+    """
+    found: dict[str, float] = {}
+    many = available_cpus()
+    with ExitStack() as stack:
+        networks = {
+            (name, count): stack.enter_context(Runtime(name, threads=count).opened(detector))
+            for name in runtimes
+            for count in sorted({1, many})
+        }
+        timings = time_in_turns(networks, runs)
+    for name in runtimes:
+        for what, count in (("", 1), ("threaded_", many)):
+            found[f"{name}/{what}cpu_ms"] = round(timings[name, count].cpu_ms, 3)
+            found[f"{name}/{what}wall_ms"] = round(timings[name, count].wall_ms, 3)
+        found[f"{name}/threads"] = many
+        if size := networks[name, 1].file_bytes:
+            found[f"{name}/file_bytes"] = size
+    return found
+
+
+def available_cpus() -> int:
+    """Return the number of processors that this process may use."""
+    found = getattr(os, "sched_getaffinity", None)
+    return len(found(0)) if found else os.cpu_count() or 1
