@@ -31,11 +31,12 @@ LEVELS = (  # a package or module imports from its own level and from those belo
 )
 ALLOWED = {
     "mmdet": (
-        "ldt.detectors", "ldt.data", "ldt.evaluation", "ldt.pruned", "ldt.deployment", "ldt.runtimes",
-        "ldt.pruning.dependency",
+        "ldt.detectors", "ldt.data", "ldt.evaluation", "ldt.pruned", "ldt.deployment",
+        "ldt.runtimes", "ldt.pruning.dependency",
     ),
     "mmengine": (
-        "ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment", "ldt.runtimes",
+        "ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment",
+        "ldt.runtimes",
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "openvino", "nncf"), ("ldt.runtimes",)),
     "click": ("ldt.cli",),

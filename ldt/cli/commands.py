@@ -303,9 +303,7 @@ def prune(
 @ldt.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
-@click.option(
-    "--format", "form", type=click.Choice(EXPORTS), default=EXPORTS[0], show_default=True
-)
+@click.option("--format", "form", type=click.Choice(EXPORTS), default=EXPORTS[0], show_default=True)
 @click.option("--int8", is_flag=True, help="Weights and feature maps of 8 bits.")
 @click.option("--images", type=PATH, help="Folder of images to check the file, and calibrate int8.")
 @click.option("--data", type=PATH, help="Data in COCO's or KITTI's layout [default: the run's].")
@@ -315,7 +313,7 @@ def prune(
     "--max-detections",
     type=click.IntRange(1, 100_000),
     metavar="K",
-    help="Of an image [default: the detector's limit, or 100].",
+    help="Of an image [default: the detector's limit, or 300].",
 )
 @click.option("--force", is_flag=True, help="Write int8 whatever AP it loses.")
 @TRUST
@@ -368,7 +366,8 @@ def predict(
 ) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
 
-    CHECKPOINT may also be an exported file, .onnx or .xml. Images that cannot be read are named at the end, after the results of the others are written.
+    CHECKPOINT may also be an exported file, .onnx or .xml. Images that cannot be read are named
+    at the end, after the results of the others are written.
 
     \b
     Example:

@@ -21,4 +21,5 @@ def open_folder(
     settings = {"root": str(folder), **settings}
     if (folder / "training" / "label_2").is_dir():
         return KittiDataModule(**settings)
-    return CocoDataModule(**settings, **files)
+    settings |= files
+    return CocoDataModule(**settings)

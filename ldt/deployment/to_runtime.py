@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from mmengine.dataset import Compose
 from torch import Tensor
 
@@ -78,7 +77,7 @@ def export_file(
         form: ``onnx`` or ``openvino``.
         raw: leave out decoding and suppression.
         size: (height, width) of the input; by default the one of the training.
-        max_detections: by default the detector's own limit, or 100.
+        max_detections: by default the detector's own limit, or 300.
         quantised: to int8.
         images: that the file is checked on and calibrated with; by default scenes are drawn.
         force: also write an int8 file that loses more than 1 AP, or whose AP is unknown.
@@ -136,9 +135,7 @@ def adapter_of(content: dict[str, Any], size: tuple[int, int] | None = None) -> 
     return Detector(detector_of(content), (height, width), neck, predictors)
 
 
-def resized(
-    steps: Sequence[dict[str, Any]], size: tuple[int, int] | None
-) -> list[dict[str, Any]]:
+def resized(steps: Sequence[dict[str, Any]], size: tuple[int, int] | None) -> list[dict[str, Any]]:
     """Return the transforms that prepare images for another size (height, width).
 
     Raises:
@@ -172,8 +169,9 @@ def _check_int8(quantised: bool, raw: bool, images: Images, force: bool) -> None
     if (raw or images.data is None) and not force:
         raise ValueError(
             "--int8 is checked by AP, for which labelled images are missing: type --data DATA, or "
-            "--force to do without" if not raw else "--int8 is checked by AP, which --raw has not: "
-            "type --force to do without"
+            "--force to do without"
+            if not raw
+            else "--int8 is checked by AP, which --raw has not: type --force to do without"
         )
 
 

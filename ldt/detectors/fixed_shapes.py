@@ -3,6 +3,7 @@
 mmdet drops rows: candidates below a score, boxes of no size, boxes that another one suppresses.
 Within :func:`fixed_shapes` they stay, with score 0. Scores, boxes and labels of what is left are
 mmdet's own, bit for bit, since greedy suppression does not depend on candidates of lower score.
+A second stage is given the best proposal once more in place of a suppressed one.
 """
 
 import sys
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 import torchvision
 from mmcv.ops import nms as greedy_nms
 from mmcv.ops.deform_conv import deform_conv2d
+from mmcv.ops.masked_conv import masked_conv2d
 from mmcv.ops.modulated_deform_conv import modulated_deform_conv2d
 from mmcv.ops.nms import batched_nms
+from mmcv.ops.roi_align import roi_align
 from mmdet.models.layers import bbox_nms
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.utils import filter_scores_and_topk
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -61,6 +65,9 @@ def _replacements(most: int, candidates: int | None) -> dict[Any, Any]:
         bbox_nms.multiclass_nms: _suppress_classes,
         deform_conv2d: _deform_conv,
         modulated_deform_conv2d: _modulated_deform_conv,
+        masked_conv2d: _unmasked_conv,
+        roi_align: _roi_align,
+        SingleRoIExtractor.forward: _regions,
         torch.onnx.is_in_onnx_export: lambda: False,  # mmdet 3.3 then imports what it has not
     }
 
@@ -73,8 +80,8 @@ def _replaced(replacements: Mapping[Any, Any]) -> Iterator[None]:
         for name, module in list(sys.modules.items())
         if name.startswith(PACKAGES) or name == "torch.onnx"
     ]
-    places = []
-    for module in modules:
+    places: list[tuple[Any, str, Any]] = []
+    for module in [*modules, SingleRoIExtractor]:
         for name, value in list(vars(module).items()):
             if callable(value) and _hashable(value) and value in replacements:
                 places.append((module, name, value))
@@ -107,7 +114,11 @@ class _RowsStay(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__getitem__:
-            tensor, index = args
+            tensor: Tensor = args[0]
+            index: Any = args[1]
+            if isinstance(index, tuple) and _is_row_mask(index[0]):
+                rows = index[0].view(-1, *[1] * (tensor.ndim - 1))
+                return torch.where(rows, tensor, 0)[(slice(None), *index[1:])]
             if _is_row_mask(index):
                 return torch.where(index, tensor, 0) if _are_scores(tensor) else tensor.clone()
             part = func(*args)
@@ -116,6 +127,8 @@ class _RowsStay(TorchFunctionMode):
             return part
         if func is Tensor.all and _is_row_mask(args[0]) and not (args[1:] or kwargs):
             return False  # `if not mask.all(): x = x[mask]`, which the traced image must not decide
+        if func is Tensor.sum and _is_row_mask(args[0]) and not (args[1:] or kwargs):
+            return int(args[0].shape[0])  # `if mask.sum() == 0: continue`, likewise
         if func is Tensor.clamp_:
             for part, tensor, index in self._slices:
                 if part is args[0]:
@@ -174,6 +187,7 @@ def _suppress(
         scores = scores * _survivors(boxes, scores, idxs, options, class_agnostic)
     limit = options.get("max_num", -1)
     scores, best = scores.topk(min(count, most, limit if limit > 0 else most))
+    best = torch.where(scores > 0, best, best[0])
     return torch.cat([boxes[best], scores[:, None]], -1), order[best]
 
 
@@ -216,11 +230,59 @@ def _suppress_classes(
     if score_factors is not None:
         scores = scores * score_factors.view(-1, 1)
     labels = labels.reshape(-1)
-    nms = bbox_nms.batched_nms  # as it is replaced now
+    nms: Any = bbox_nms.batched_nms  # as it is replaced now
     dets, keep = nms(boxes.reshape(-1, box_dim), scores.reshape(-1), labels, nms_cfg)
     if max_num > 0:
         dets, keep = dets[:max_num], keep[:max_num]
     return (dets, labels[keep], keep) if return_inds else (dets, labels[keep])
+
+
+def _unmasked_conv(
+    features: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int | Pair = 0,
+    stride: int | Pair = 1,
+) -> Tensor:
+    """Convolve everywhere: what lies outside of the mask is left out later."""
+    return F.conv2d(features, weight, bias, stride, padding)
+
+
+def _roi_align(
+    input: Tensor,
+    rois: Tensor,
+    output_size: Any,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    pool_mode: str = "avg",
+    aligned: bool = True,
+) -> Tensor:
+    """RoI align with mmcv's arguments."""
+    if pool_mode != "avg":
+        raise ValueError(f"its RoI align pools by {pool_mode}")
+    return torchvision.ops.roi_align(
+        input, rois, output_size, spatial_scale, sampling_ratio, aligned
+    )
+
+
+def _regions(
+    self: SingleRoIExtractor,
+    feats: tuple[Tensor, ...],
+    rois: Tensor,
+    roi_scale_factor: float | None = None,
+) -> Tensor:
+    """Return the features of every region: taken from all scales, of which its own one counts."""
+    if len(feats) == 1:
+        return self.roi_layers[0](feats[0], rois)
+    scales = self.map_roi_levels(rois, len(feats))
+    if roi_scale_factor is not None:
+        rois = self.roi_rescale(rois, roi_scale_factor)
+    parts = [
+        torch.where((scales == index).view(-1, 1, 1, 1), layer(maps, rois), 0)
+        for index, (layer, maps) in enumerate(zip(self.roi_layers, feats, strict=False))
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def _deform_conv(

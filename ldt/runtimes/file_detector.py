@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class FileDetector:
         pairs = zip(batch["inputs"], batch["data_samples"], strict=True)
         return [self._detect(image, sample) for image, sample in pairs]
 
-    def _detect(self, image: Tensor, sample: DetDataSample) -> DetDataSample:
+    def _detect(self, image: Tensor, sample: Any) -> DetDataSample:
         about = self.session.about
         canvas, shrunk = to_canvas(image, about.shape, about.pad_value)
         boxes, scores, labels = (

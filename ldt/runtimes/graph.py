@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from ldt.objects import corners
 
 OPSET = 17
 INPUT, OUTPUTS = "image", ("boxes", "scores", "labels")
-MOST = 100  # detections of an image, where the detector has no limit
+MOST = 300  # detections of an image, where the detector has no limit
 CANDIDATES = 1000  # boxes of an image that suppress one another
 
 
@@ -66,6 +67,7 @@ class DetectionGraph(RawGraph):
     ) -> None:
         super().__init__(detector, size)
         self.most, self.candidates = most, candidates
+        self._regions = _regions(detector.model)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detect objects, best first; what is no detection has score 0, label -1 and no box.
@@ -76,9 +78,13 @@ class DetectionGraph(RawGraph):
         Returns:
             boxes [1, K, 4] as (x1, y1, x2, y2) in pixels, scores [1, K], labels [1, K].
         """
-        with fixed_shapes(self.most, self.candidates):
+        check_exportable(self.model)
+        candidates = self.candidates and max(self.candidates, 2 * self._regions)
+        with fixed_shapes(max(self.most, self._regions), candidates):
             (sample,) = self.detector.predict(one_image(image[0], self.size))
-            found = sample.pred_instances
+            found: Any = sample.pred_instances
+            if "masks" in found or "bboxes" not in found:
+                raise ValueError("it detects masks; only boxes can be exported")
             count = min(int(found.scores.shape[0]), self.most)
             scores, order = found.scores.topk(count)
             boxes, labels = corners(found)[order], found.labels[order]
@@ -134,6 +140,25 @@ def to_onnx(
             dynamo=False,
         )
     return Path(path)
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Check that a detector's detections can be computed by a graph.
+
+    Raises:
+        ValueError: in one line, why not.
+    """
+    parts = dict(model.named_children())
+    if {"mask_head", "panoptic_head"} & parts.keys() or getattr(model, "with_mask", False):
+        raise ValueError("it detects masks; a graph has boxes only")
+    if getattr(parts.get("bbox_head"), "with_score_voting", False):
+        raise ValueError("its boxes are averaged over their neighbours, class by class")
+
+
+def _regions(model: nn.Module) -> int:
+    """Return the number of regions that a second stage looks at; 0 without one."""
+    config: Any = getattr(model, "test_cfg", None) or {}
+    return (config.get("rpn") or {}).get("max_per_img", 0) if hasattr(model, "roi_head") else 0
 
 
 @contextmanager

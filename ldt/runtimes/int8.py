@@ -75,12 +75,8 @@ def _after(edges: dict[str, list[str]], layers: list[str]) -> set[str]:
 
 
 def _module(node: str) -> str:
-    """Return the dotted name of the module that a node belongs to, with the operator at its end."""
+    """Return the dotted name of the module of a node, and its operator: ``model.neck.Conv.``."""
     parts = node.strip("/").split("/")
-    kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=True) if not _repeats(part, after)]
-    return ".".join(kept) + "."
-
-
-def _repeats(part: str, after: str) -> bool:
-    """Return whether the next part has this one in it: `convs/convs.0` is one module."""
-    return after.startswith(f"{part}.")
+    # `convs/convs.0` is one module
+    pairs = zip(parts, [*parts[1:], ""], strict=True)
+    return ".".join(part for part, after in pairs if not after.startswith(f"{part}.")) + "."

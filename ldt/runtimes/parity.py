@@ -1,7 +1,7 @@
 """Compare the detections of an exported file with mmdet's."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,9 +46,7 @@ class Differences:
     @property
     def small(self) -> bool:
         """Whether the file computes the same."""
-        return (
-            self.box <= BOX and self.score <= SCORE and self.ties <= max(1, TIES * self.boxes)
-        )
+        return self.box <= BOX and self.score <= SCORE and self.ties <= max(1, TIES * self.boxes)
 
     def __str__(self) -> str:
         told = f"{self.images} images: largest difference of a score {self.score:.1e}"
@@ -122,7 +120,7 @@ def detected(detector: Detector, image: Tensor, most: int) -> Found:
     """Return mmdet's own detections in an image [1, 3, H, W], in pixels of it."""
     size = (int(image.shape[2]), int(image.shape[3]))
     (sample,) = detector.predict(one_image(image[0], size))
-    found = sample.pred_instances
+    found: Any = sample.pred_instances
     order = found.scores.argsort(descending=True)[:most]
     chosen = (corners(found)[order], found.scores[order], found.labels[order])
     return Found(*(each.numpy() for each in chosen))

@@ -132,7 +132,7 @@ def checked_onnx(content: bytes) -> About:
     return about
 
 
-def _GRAPHS(onnx: Any) -> set[int]:  # noqa: N802
+def _GRAPHS(onnx: Any) -> set[int]:
     return {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
 
 
