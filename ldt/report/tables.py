@@ -86,9 +86,8 @@ def _plus_minus(means: dict[str, Any], column: Column) -> str:
     mean, deviation = (
         number(means[key], column.digits, column.scale) for key in (column.key, f"{column.key}_std")
     )
-    constant = column in (*SIZES, *TARGETS) and not deviation.strip(
-        "0."
-    )  # sizes are often equal for all seeds
+    sizes = (*SIZES, *TARGETS)  # often equal for all seeds
+    constant = column in sizes and not deviation.strip("0.")
     return mean if deviation == "-" or constant else f"{mean} ± {deviation}"
 
 
