@@ -123,6 +123,11 @@ class PruningResult:
                 ("multiply_adds", 1e9, "GMACs"),
             )
         ]
+        if latency := self.record.latency:
+            told.append(
+                f"{latency['measured_ms']:.2f} ms ({latency['asked_ms']:.2f} asked for, "
+                f"{latency['predicted_ms']:.2f} by the table of its layers)"
+            )
         return f"{type(self.detector).__name__}: {', '.join(told)}\n{self.table().to_string()}"
 
     def save(self, path: str | Path) -> Path:

@@ -125,10 +125,10 @@ def _of_checkpoint(
 
 def _of_file(path: Path, threads: Sequence[int]) -> list[Entry]:
     entries = []
-    weights = path.with_suffix(".bin")
-    size = path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
     for count in threads:
         session = open_session(path, count)
+        read_too = [path.with_suffix(".bin")] * (path.suffix == ".xml")
+        size = sum(file.stat().st_size for file in (path, *read_too))
         about = session.about
         image = np.zeros((1, 3, *about.shape), np.float32)
         network = Network(partial(session, image), size)

@@ -197,7 +197,9 @@ def fingerprint(inputs: Mapping[str, Any]) -> str | None:
     """Return one hash of a run's recorded inputs; None if they were not recorded."""
     if not inputs:
         return None
-    parts = [inputs[part] for part in PARTS] + [inputs[LATENCY]] * (LATENCY in inputs)
+    parts = [inputs[part] for part in PARTS]
+    if LATENCY in inputs:
+        parts.append(inputs[LATENCY])
     return digest([json.dumps(parts, sort_keys=True)])
 
 
