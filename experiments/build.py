@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import ROOT, SMALL, TableRow, differing, fill, load_cells, load_runs
+from cells import ROOT, RUNTIMES, SMALL, TableRow, differing, fill, load_cells, load_runs
 
 from ldt.runs import files
 from ldt.runs.files import write_rows, write_text
@@ -38,6 +38,9 @@ TITLES = {
     "params_M": "parameters (M)",
     "cpu_ms": "latency on the CPU (ms)",
     "gpu_ms": "latency on the GPU (ms)",
+    "eager_ms": "CPU time of one thread in eager PyTorch (ms)",
+    "onnxruntime_ms": "CPU time of one thread in ONNX Runtime (ms)",
+    "openvino_ms": "CPU time of one thread in OpenVINO (ms)",
 }
 HEADS = {
     "paper": "paper",
@@ -66,7 +69,11 @@ def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dic
         metric: a key of :data:`cells.METRICS`.
         comparable: whether the detector is the paper's, so that the difference is meaningful.
     """
-    paper, values, before = cell.paper[metric], cell.values(metric), cell.values(metric, "base_")
+    paper, values, before = (
+        cell.paper.get(metric),
+        cell.values(metric),
+        cell.values(metric, "base_"),
+    )
     ours = statistics.mean(values) if values else None
     line: dict[str, Any] = cell.keys | {"metric": metric, "paper": paper, "ours": _round(ours)}
     line["deviation"] = _round(statistics.stdev(values)) if len(values) > 1 else None
@@ -77,7 +84,7 @@ def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dic
         line["unpruned"] = _round(statistics.mean(before)) if before else None
         if base.config["method.name"] == "none":
             originals = base.values(metric)
-            line["paper_of_base"] = _share(paper, base.paper[metric])
+            line["paper_of_base"] = _share(paper, base.paper.get(metric))
             line["ours_of_base"] = _share(ours, statistics.mean(originals) if originals else None)
     return line | {"runs": " ".join(run.folder.name for _, run in sorted(cell.runs.items()))}
 
@@ -86,6 +93,12 @@ def results(size: str, cells: Sequence[TableRow], metric: str) -> list[dict[str,
     """Build the lines of one metric."""
     pairs = zip(cells, bases(cells), strict=True)
     return [result(cell, base, metric, size == "full") for cell, base in pairs]
+
+
+def metrics(cells: Sequence[TableRow]) -> list[str]:
+    """Return the paper's metrics, and those of runtimes that were measured besides."""
+    besides = [name for name in RUNTIMES if any(cell.values(name) for cell in cells)]
+    return [*cells[0].paper, *besides]
 
 
 def _round(value: float | None) -> float | None:
@@ -165,7 +178,7 @@ def report(name: str, size: str, cells: Sequence[TableRow], runs: Sequence[Run])
     if size == "small":
         parts.append(_stand_ins(cells))
     keys = list(cells[0].keys)
-    for metric in cells[0].paper:
+    for metric in metrics(cells):
         lines = results(size, cells, metric)
         parts.append(f"## {TITLES[metric]}\n\n{table(lines, keys)}")
     parts += [_missing(name, size, cells), _near_misses(cells, runs)]
@@ -271,7 +284,7 @@ def build(
     runs = list(load_runs(studies or [own] * own.is_dir()))
     fill(cells, runs)
     suffix = "" if size == "full" else "_small"
-    rows = [line for metric in cells[0].paper for line in results(size, cells, metric)]
+    rows = [line for metric in metrics(cells) for line in results(size, cells, metric)]
     folder.mkdir(exist_ok=True)
     write_rows(folder / f"results{suffix}.csv", rows)
     text = report(name, size, cells, runs)

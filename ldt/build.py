@@ -39,13 +39,15 @@ from ldt.detectors.models import input_settings, model_config, quiet, raise_max_
 from ldt.evaluation.metrics import MAX_DETECTIONS
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
-from ldt.loop.schedule import PruningSchedule
+from ldt.loop.schedule import PruningSchedule, default_round_to
 from ldt.module import DetectorModule, find_optimizer, restored
 from ldt.pruning.budget import Limits
+from ldt.pruning.costs import parse_budget
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch, set_keys
 from ldt.runs import files, inputs
 from ldt.runs.identity import canonical_precision
 from ldt.runs.run import Run, load_config
+from ldt.runtimes.latency_table import LatencyTarget
 
 log = logging.getLogger(__name__)
 LABELS_OF_DATA = (
@@ -147,12 +149,20 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
         ranking=config.method.ranking,
         inner_rounds=config.method.inner_rounds,
         scope=tuple(prune.scope),
-        limits=Limits(prune.max_layer_rate, prune.min_channels),
+        limits=Limits(prune.max_layer_rate, prune.min_channels, _round_to(prune)),
         images=prune.images,
         batch_size=prune.batch_size,
         retrain_lr=recipe.retrain_lr,
         repair=prune.repair,
+        latency=LatencyTarget(**prune.latency),
     )
+
+
+def _round_to(prune: Any) -> int:
+    """Return the number that widths are multiples of."""
+    if prune.round_to != "auto":
+        return prune.round_to
+    return default_round_to(parse_budget(prune.budget), LatencyTarget(**prune.latency))
 
 
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
@@ -165,6 +175,7 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         folder,
         gradual=GradualPruning(**method.gradual) if method.gradual else None,
         latency_runs=config.report.latency_runs,
+        runtimes=config.report.get("runtimes", ()),
         validate_every=config.trainer.validate_every,
     )
 

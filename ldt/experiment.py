@@ -52,6 +52,8 @@ from ldt.runs.records import stored_config
 from ldt.runs.refusal import KINDS, Failed, Refused, is_refusal, one_line, refusing
 from ldt.runs.run import Run, open_run
 from ldt.runs.signals import interrupting
+from ldt.runtimes import latency_table
+from ldt.runtimes.latency_table import LatencyTable
 
 log = logging.getLogger(__name__)
 REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # user errors during setup
@@ -187,15 +189,22 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
     """Raise if the run used different inputs; all ranks check, only rank zero records them."""
     place = inputs.place_of(plain)
     try:
-        now = read_inputs(plain, build_data(config))
+        now = read_inputs(plain, build_data(config)) | _times_of(folder)
     except (*REFUSALS, OSError) as error:
         if not finished or place is None or Path(place).exists():
             raise  # something of it is there and cannot be read: that is a change
         log.warning("%s: the data of the run cannot be checked: %s", folder, error)
-        inputs.check(folder, read_inputs_without_data(plain, open_run(folder)))
+        now = read_inputs_without_data(plain, open_run(folder))
+        inputs.check(folder, now | _times_of(folder))
     else:
         writes = rank_zero_only.rank == 0 and os.access(folder, os.W_OK)
         inputs.settle(folder, now, place, finished, writes)
+
+
+def _times_of(folder: Path) -> inputs.Inputs:
+    """Return the fingerprint of a started run's table of times, as a part of its inputs."""
+    content = latency_table.stored(folder)
+    return {inputs.LATENCY: latency_table.fingerprint(content)} if content else {}
 
 
 def _execute(
@@ -230,7 +239,7 @@ def _train(
         plan = build_schedule(config)
         loop, trainer, data, module = _set_up(config, plan, folder)
         trainer.loggers = [*trainer.loggers, *open_log()]
-        about = _claim(claimed, data, folder)
+        about = _claim(claimed, data, folder, loop.table)
     resume = resumable(folder)
     try:
         if plan.base_epochs == 0 and resume is None:
@@ -268,7 +277,7 @@ def _summary(
         "ldt": config.ldt.enabled,
         "metric": config.dataset.metric,
         "seed": config.seed,
-        "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": config.prune.budget},
+        "plan": {"rate": loop.schedule.rate, "rounds": plan.rounds, "budget": config.prune.budget},
         "rounds": loop.rows,
         "left_whole": loop.excluded,
         "checkpoint": files.round_checkpoint(plan.rounds),
@@ -291,11 +300,13 @@ def _set_up(
     data.prepare_data()
     data.setup("fit")
     module = build_module(config, plain, data)
-    loop.check(module.adapter)
+    loop.check(module.adapter, trainer.strategy.root_device, latency_table.stored(folder))
     return loop, trainer, data, module
 
 
-def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> dict[str, Any]:
+def _claim(
+    plain: dict[str, Any], data: DetectionDataModule, folder: Path, table: LatencyTable | None
+) -> dict[str, Any]:
     """Claim the folder for a run that is about to start: write what it is and what it reads.
 
     Returns:
@@ -304,7 +315,11 @@ def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> di
     about = provenance.about(Path(__file__).parent)
     if rank_zero_only.rank == 0:
         if not files.has_checkpoint(folder):  # otherwise already checked and recorded
-            inputs.write(folder, read_inputs(plain, data), inputs.place_of(plain))
+            now = read_inputs(plain, data)
+            if table is not None:
+                write_json(folder / files.LATENCY_TABLE, content := table.content())
+                now[inputs.LATENCY] = latency_table.fingerprint(content)
+            inputs.write(folder, now, inputs.place_of(plain))
         write_json(folder / files.SPLIT, data.split_ids())
         provenance.add_start(folder, about)
         _write_config(plain, folder)

@@ -21,7 +21,7 @@ LEVELS = (  # a package or module imports from its own level and from those belo
     ("ldt.build",),
     ("ldt.api", "ldt.loop", "ldt.callbacks"),
     ("ldt.module",),
-    ("ldt.evaluation", "ldt.data", "ldt.pruned"),
+    ("ldt.evaluation", "ldt.data", "ldt.runtimes", "ldt.pruned"),
     ("ldt.detectors", "ldt.criteria"),
     ("ldt.pruning",),
     ("ldt.runs",),
@@ -32,9 +32,13 @@ LEVELS = (  # a package or module imports from its own level and from those belo
 ALLOWED = {
     "mmdet": (
         "ldt.detectors", "ldt.data", "ldt.evaluation", "ldt.pruned", "ldt.deployment",
-        "ldt.pruning.dependency",
+        "ldt.runtimes", "ldt.pruning.dependency",
     ),
-    "mmengine": ("ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment"),
+    "mmengine": (
+        "ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment",
+        "ldt.runtimes",
+    ),
+    **dict.fromkeys(("onnx", "onnxruntime", "openvino", "nncf"), ("ldt.runtimes",)),
     "click": ("ldt.cli",),
     "hydra": ("ldt.cli", "ldt.experiment", "ldt.build", "ldt.config"),
     "lightning": (

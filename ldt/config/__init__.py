@@ -109,6 +109,16 @@ class MethodConfig:
 
 
 @dataclass
+class LatencyConfig:
+    """Where the latency of budget=latency is measured."""
+
+    runtime: Annotated[str, kinds.RuntimeName] = "onnxruntime"  # what executes the network
+    precision: Annotated[str, kinds.Precision] = "f32"  # of its arithmetic
+    threads: Count = 1  # of the runtime
+    target_ms: Positive | None = None  # to reach after the last round, instead of prune.rate
+
+
+@dataclass
 class PruneConfig:
     """How much is removed, in how many rounds, and where."""
 
@@ -118,6 +128,9 @@ class PruneConfig:
     scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])  # modules to prune
     max_layer_rate: kinds.LayerShare = 0.95  # maximum share of a layer that is removed
     min_channels: Count = 4  # minimum number of channels kept per layer
+    # a pruned layer keeps a multiple: 8, 16; 0: any; auto: 16 with budget=latency
+    round_to: kinds.RoundTo = 0
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     images: Count = 128  # calibration images
     batch_size: Count = 16  # calibration images per forward pass
     repair: Annotated[str, kinds.Repair] = "none"  # bn: estimate batch norms' statistics again
@@ -222,6 +235,8 @@ class ReportConfig:
     """What is measured and drawn."""
 
     latency_runs: NaturalNumber = 30  # 0: do not measure; else at least 30
+    # in which a detector's latency is measured, besides latency_ms
+    runtimes: Annotated[list[str], list[kinds.RuntimeName]] = field(default_factory=list)
     pictures: NaturalNumber = 8  # validation images drawn; 0: no detector is run for pictures
 
 

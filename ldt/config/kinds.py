@@ -4,7 +4,7 @@ They annotate the schema (:mod:`ldt.config`) and the classes that take the same 
 by :mod:`ldt.config.values` and shown by :mod:`ldt.config.reference`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import AllowInfNan
@@ -25,8 +25,12 @@ Weight = NotNegative | Literal["auto"]
 Cosine = Annotated[list[Ratio], MinLen(3), MaxLen(3)] | Annotated[list, MaxLen(0)]
 
 Augment = Literal["none", "flip", "shift", "mosaic", "config"]
-Budget = Literal["params", "macs"]
-BudgetName = Literal["params", "macs", "flops"]
+Budget = Literal["params", "macs", "latency"]
+Counted = Literal["params", "macs"]
+BudgetName = Literal["params", "macs", "flops", "latency"]
+RuntimeName = Literal["eager", "onnxruntime", "openvino"]
+Precision = Literal["f32", "int8"]
+RoundTo = Annotated[Any, NaturalNumber | Literal["auto"]]
 Cost = Literal["memory", "flops", "none"]
 Covariance = Literal["mean", "sum", "correlation"]
 Grouping = Literal["merged", "strict"]

@@ -18,7 +18,7 @@ from ldt.detectors.forward import (
     neck_maps,
     raw_forward,
 )
-from ldt.detectors.mmengine_internals import copy_without_waiting
+from ldt.detectors.mmengine_internals import copy_without_waiting, swaps_channels
 from ldt.objects import Objects, background_boxes, labelled_objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
@@ -189,6 +189,19 @@ class Detector:
     def raw_maps(self, images: Tensor) -> list[Tensor]:
         """Return the raw output maps of images [N, 3, H, W] as a flat list."""
         return raw_forward(self.model, images)
+
+    def network_input(self, batch: RawBatch) -> Tensor:
+        """Return a collated batch's images as in testing: [N, 3, H, W], normalised and padded."""
+        return self._preprocess(batch, False)["inputs"]
+
+    def pad_pixel(self) -> list[float]:
+        """Return what the network sees as padding, as pixel values of a loaded image's channels."""
+        preprocessor: Any = self.model.data_preprocessor
+        pixel = torch.full((3,), float(getattr(preprocessor, "pad_value", 0)))
+        if getattr(preprocessor, "mean", None) is not None:
+            mean, std = preprocessor.mean.flatten().cpu(), preprocessor.std.flatten().cpu()
+            pixel = pixel * std + mean
+        return (pixel.flip(0) if swaps_channels(preprocessor) else pixel).tolist()
 
     def predict(self, batch: RawBatch) -> list[DetDataSample]:
         """Return samples with ``pred_instances`` in pixels of the original images."""

@@ -46,6 +46,11 @@ def copy_without_waiting(preprocessor: BaseDataPreprocessor) -> None:
     preprocessor._non_blocking = True
 
 
+def swaps_channels(preprocessor: BaseDataPreprocessor) -> bool:
+    """Return whether a preprocessor reverses the order of an image's channels."""
+    return bool(getattr(preprocessor, "_channel_conversion", False))
+
+
 def package_folder(package: str) -> str:
     """Return the folder of an installed package.
 

@@ -102,8 +102,7 @@ def checked(checkpoint: Mapping[str, Any], trust: bool = False) -> dict[str, Any
     use_mmdet()
     _import(model, trust)
     check_parts({k: v for k, v in model.items() if k != "custom_imports"}, "model")
-    for step in record.get("resize", ()):
-        _check_step(step)
+    checked_steps(record.get("resize", ()))
     return {**checkpoint, "ldt": {**record, "model": model}}
 
 
@@ -241,6 +240,19 @@ def _registered(registry: Registry, name: str) -> type | None:
     if scope not in ("", *SCOPES):
         places = [places[-1].children[scope]] if scope in places[-1].children else []
     return next((place.module_dict[own] for place in places if own in place.module_dict), None)
+
+
+def checked_steps(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the transforms that resize an image, which are usual ones with plain arguments.
+
+    Raises:
+        ValueError: in one line, what is not allowed.
+    """
+    _check_plain(steps)
+    use_mmdet()
+    for step in steps:
+        _check_step(step)
+    return list(steps)
 
 
 def _check_step(step: Mapping[str, Any]) -> None:

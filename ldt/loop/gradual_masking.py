@@ -134,6 +134,11 @@ class GradualPruning:
         fisher.mask(self.removed)
         fisher.clear()
 
+    @property
+    def short(self) -> float:
+        """What the masked channels save less than was asked for, in the cost model's unit."""
+        return self._save - self._costs.saved(self.removed)
+
     def end(self) -> dict[str, list[int]]:
         """Stop masking and return the channels to remove."""
         self._recording.close()

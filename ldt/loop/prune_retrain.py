@@ -2,10 +2,12 @@
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.ema import ExponentialMovingAverage
@@ -34,6 +36,7 @@ from ldt.loop.pruning_round import (
     check_prunable,
     check_rate,
     check_schedule,
+    latency_table,
     prune_round,
     repair,
     selection_arguments,
@@ -43,6 +46,8 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.runs import files
 from ldt.runs.identity import canonical_budget
+from ldt.runtimes.latency_table import LatencyTable
+from ldt.runtimes.timing import Runtime, RuntimeName, measure_runtimes
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,7 @@ class PruneRetrain(L.Callback):
         folder: the run's directory.
         latency_runs: timed forward passes, at least 30; 0 does not measure the latency.
         validate_every: epochs between validations within a phase; 0 validates at its end only.
+        runtimes: in which the latency is measured besides (:data:`ldt.runtimes.timing.RUNTIMES`).
         gradual: mask channels while training, in additional epochs before each round's retraining,
             instead of pruning at once; the criterion is not used then.
 
@@ -75,6 +81,7 @@ class PruneRetrain(L.Callback):
         latency_runs: int = 30,
         validate_every: int = 0,
         gradual: GradualPruning | None = None,
+        runtimes: Sequence[RuntimeName] = (),
     ) -> None:
         if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
             raise ValueError(
@@ -84,13 +91,14 @@ class PruneRetrain(L.Callback):
         check_importance(criterion)
         self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
-        self.gradual = gradual
+        self.gradual, self.runtimes = gradual, tuple(runtimes)
         self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
         self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
         self.round = 0
         self.rows: list[dict[str, Any]] = []
         self.excluded: dict[str, str] = {}
         self._unpruned = Unpruned({}, {})
+        self._latency: dict[str, float] = {}
         self._started = time.perf_counter()
         self._metrics: dict[str, float] = {}
         self._notes: dict[str, float] = {}
@@ -102,6 +110,7 @@ class PruneRetrain(L.Callback):
             "rows": self.rows,
             "left_whole": self.excluded,
             "notes": self._notes,
+            "latency": self._latency,
             "masking_epochs": self._masking_epochs,
             "masks": self.gradual.state_dict() if self.gradual else {},
             "unpruned": self._unpruned.costs,
@@ -114,9 +123,10 @@ class PruneRetrain(L.Callback):
         self.round, self.rows = state_dict["round"], state_dict["rows"]
         self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
-        costs: dict[str, int] = state_dict["unpruned"]  # earlier versions wrote "flops"
+        costs: dict[str, float] = state_dict["unpruned"]  # earlier versions wrote "flops"
         costs = {canonical_budget(key): cost for key, cost in costs.items()}
-        self._unpruned = Unpruned(costs, state_dict["channels"])
+        self._unpruned = Unpruned(costs, state_dict["channels"], self.table)
+        self._latency = state_dict.get("latency", {})
         self._started = time.perf_counter() - state_dict["seconds"]
 
     # Hooks: when to validate, record and prune --------------------------------------------
@@ -127,14 +137,36 @@ class PruneRetrain(L.Callback):
         if not self._unpruned.costs:
             self.check(pl_module.adapter)
 
-    def check(self, detector: Detector) -> None:
+    @property
+    def table(self) -> LatencyTable | None:
+        """The times that a latency budget goes by, once :meth:`check` has been called."""
+        return self._unpruned.table
+
+    def check(
+        self,
+        detector: Detector,
+        device: torch.device | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
         """Measure the unpruned detector's size, and check that it can be pruned as asked.
+
+        Args:
+            detector: the detector.
+            device: where it will be; None: where it is.
+            known: the table of a run that is resumed, for a latency budget.
 
         Raises:
             ValueError: it has no part of a name in the scope, or the rate is not reachable.
+            ImportError: a runtime is not installed.
         """
-        self._unpruned = Unpruned.of(detector)
-        if self.criterion is not None:
+        for name in self.runtimes:
+            Runtime(name).version()
+        prunes, here = self.criterion is not None, device or detector.example().device
+        table = latency_table(self.schedule, here, known) if prunes else None
+        self._unpruned = Unpruned.of(detector, table)
+        if table is not None:
+            self.schedule = self.schedule.aimed(self._unpruned.costs["latency"])
+        if prunes:
             self.excluded = check_schedule(detector, self.schedule, self._unpruned)
 
     def is_last_epoch(self, epoch: int) -> bool:
@@ -241,12 +273,19 @@ class PruneRetrain(L.Callback):
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
         row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
-        row["rate"] = 1 - counts[self.schedule.budget] / unpruned[self.schedule.budget]
+        row["rate"] = 0.0
+        if self.schedule.budget in unpruned:  # no latency where nothing is pruned
+            left = self._unpruned.left(module.adapter, self.schedule.budget)
+            row["rate"] = 1 - left / unpruned[self.schedule.budget]
         row["params_rate"] = 1 - counts["params"] / unpruned["params"]
         row["multiply_adds_rate"] = 1 - counts["macs"] / unpruned["macs"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
         if self.latency_runs:
             row.update(measure_latency(module.adapter, self.latency_runs))
+        if self.runtimes:
+            runs = self.latency_runs or profiling.MINIMUM_RUNS
+            row.update(measure_runtimes(module.adapter, self.runtimes, runs))
+        row.update({f"latency/{key}": value for key, value in self._latency.items()})
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
         self.rows.append(row)
@@ -296,6 +335,7 @@ class PruneRetrain(L.Callback):
         )
         self.excluded = record.excluded
         self._notes = dict(getattr(self.criterion, "notes", {}))
+        self._latency = record.latency
         self._begin_retraining(trainer, module, record)
 
     def _calibration(self, trainer: L.Trainer, module: DetectorModule) -> Calibration:
@@ -320,6 +360,8 @@ class PruneRetrain(L.Callback):
         if gradual is None or not gradual.done:
             return
         graph, record = gradual.graph, RoundRecord()
+        total = self._unpruned.costs[self.schedule.budget]
+        record.left = self.schedule.left_share(self.round) * total + gradual.short
         channels = gradual.end()
         with eval_with_gradients(module.detector):
             graph.remove(channels)
@@ -333,7 +375,7 @@ class PruneRetrain(L.Callback):
         check_same_channels(trainer, record)
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
-        check_rate(module.adapter, self.schedule, self.round, self._unpruned)
+        check_rate(module.adapter, self.schedule, self.round, self._unpruned, record)
         repair(module.adapter, self._calibration(trainer, module), self.schedule)
         thaw(module.detector, self.schedule.scope)
         module.phase_epochs = self.schedule.retrain_epochs

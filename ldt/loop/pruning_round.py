@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch_pruning.pruner.importance import Importance
 
@@ -23,11 +25,16 @@ from ldt.pruning.budget import (
     check_reachable,
     select_channels,
 )
-from ldt.pruning.costs import CostModel
+from ldt.pruning.costs import Budget, CostModel
 from ldt.pruning.graph import PruningGraph
+from ldt.pruning.latency import LatencyModel
+from ldt.pruning.trial import restored
+from ldt.runtimes.latency_table import LatencyTable
 
 log = logging.getLogger(__name__)
 
+TRIALS = 6  # selections that are measured before channels are removed
+NEAR, FAR = 0.01, 0.05  # of the latency asked for: no further trial; a warning
 Scores = dict[str, Tensor]
 
 
@@ -36,22 +43,56 @@ class Unpruned:
     """The size of the unpruned detector, to which rates and limits refer.
 
     Attributes:
-        costs: parameters and MACs, by budget.
+        costs: parameters, MACs and, where there is a table, latency in ms, by budget.
         channels: output channels of each convolution.
+        table: times of layers and networks, for the latency budget.
     """
 
-    costs: dict[str, int]
+    costs: Mapping[str, float]
     channels: dict[str, int]
+    table: LatencyTable | None = None
 
     @classmethod
-    def of(cls, detector: Detector) -> "Unpruned":
+    def of(cls, detector: Detector, table: LatencyTable | None = None) -> "Unpruned":
         """Measure the size of a detector."""
         widths = {
             name: getattr(layer, "out_channels", None)
             for name, layer in detector.model.named_modules()
         }
         channels = {name: width for name, width in widths.items() if isinstance(width, int)}
-        return cls(count_params_and_macs(detector), channels)
+        return cls(_costs_of(detector, table), channels, table)
+
+    def left(self, detector: Detector, budget: Budget) -> float:
+        """Return what a detector has of a budget now."""
+        return _costs_of(detector, self.table)[budget]
+
+    def cost_model(self, detector: Detector, graph: PruningGraph, budget: Budget) -> CostModel:
+        """Return what removing channels of a detector saves of a budget."""
+        if budget != "latency":
+            return CostModel(graph, budget)
+        assert self.table is not None
+        return self.table.model(detector, graph)
+
+
+def _costs_of(detector: Detector, table: LatencyTable | None) -> dict[str, float]:
+    counts: dict[str, float] = {**count_params_and_macs(detector)}
+    return counts | ({} if table is None else {"latency": table.network_ms(detector)})
+
+
+def latency_table(
+    schedule: PruningSchedule, device: torch.device, known: Mapping[str, Any] | None = None
+) -> LatencyTable | None:
+    """Return the table that a schedule's budget needs; None if it needs none.
+
+    Args:
+        schedule: how much is pruned.
+        device: of the detector.
+        known: the table of a run that is resumed.
+
+    Raises:
+        ImportError: the runtime is not installed.
+    """
+    return LatencyTable(schedule.latency, device, known) if schedule.budget == "latency" else None
 
 
 def prune_round(
@@ -94,12 +135,62 @@ def prune_round(
             if inner < rounds:  # only the last inner round must be exact
                 arguments["tolerance"] = unpruned.costs[schedule.budget]
             with _rate_in_message(schedule, round_):
-                channels = select_channels(graph, scores, **arguments)
+                if unpruned.table is not None and inner == rounds:
+                    channels = _corrected(detector, graph, scores, arguments, unpruned, record)
+                else:
+                    channels = select_channels(graph, scores, **arguments)
+            short = arguments["save"] - arguments["costs"].saved(channels)
+            record.left = schedule.left_share(after) * unpruned.costs[schedule.budget] + short
             graph.remove(channels)
             record.add(scores, channels)
     record.excluded = dict(graph.excluded)
-    check_rate(detector, schedule, round_, unpruned)
+    check_rate(detector, schedule, round_, unpruned, record)
     return record
+
+
+def _corrected(
+    detector: Detector,
+    graph: PruningGraph,
+    scores: Scores,
+    arguments: "SelectionArguments",
+    unpruned: Unpruned,
+    record: RoundRecord,
+) -> dict[str, list[int]]:
+    """Select channels that save the time asked for as measured, not as the table predicts.
+
+    What a selection saves is measured on the network without these channels, which gets them back;
+    the next selection asks the table for more or less, between the nearest on both sides.
+    """
+    costs, table = arguments["costs"], unpruned.table
+    assert isinstance(costs, LatencyModel)
+    assert table is not None
+    now, save = costs.network_ms, arguments["save"]
+    low, high, asked = (0.0, 0.0), None, save  # (asked, measured) savings on both sides of `save`
+    found: dict[float, tuple[dict[str, list[int]], float]] = {}
+    for _ in range(TRIALS):
+        try:
+            channels = select_channels(graph, scores, **{**arguments, "save": asked})
+        except UnreachableRateError:
+            if not found:
+                raise
+            break  # the nearest so far stays
+        with restored(detector.model):
+            graph.remove(channels)
+            measured = table.network_ms(detector)
+        found.setdefault(abs(now - save - measured), (channels, measured))
+        if abs(now - save - measured) <= NEAR * (now - save):
+            break
+        if now - measured < save:
+            low = asked, now - measured
+        else:
+            high = asked, now - measured
+        ends = (low, high or (2 * asked, 2 * max(now - measured, save / 2)))
+        asked = float(np.interp(save, [end[1] for end in ends], [end[0] for end in ends]))
+    channels, measured = found[min(found)]
+    record.latency = {
+        "asked_ms": now - save, "predicted_ms": now - costs.saved(channels), "measured_ms": measured
+    }  # fmt: skip
+    return channels
 
 
 def repair(detector: Detector, batches: Iterable[PreparedBatch], schedule: PruningSchedule) -> None:
@@ -129,9 +220,9 @@ def selection_arguments(
     """Return the arguments of ``select_channels`` that end round ``after``, possibly a fraction."""
     budget = schedule.budget
     total = unpruned.costs[budget]
-    removed = total - count_params_and_macs(detector)[budget]
+    removed = total - unpruned.left(detector, budget)
     return {
-        "costs": CostModel(graph, budget),
+        "costs": unpruned.cost_model(detector, graph, budget),
         "save": schedule.removed_share(after) * total - removed,
         "tolerance": TOLERANCE * total,
         "ranking": schedule.ranking,
@@ -153,7 +244,9 @@ def check_schedule(
         graph = detector.trace(schedule.scope)
     check_prunable(graph, schedule)
     save = (schedule.rate - TOLERANCE) * unpruned.costs[schedule.budget]
-    costs = CostModel(graph, schedule.budget)
+    if unpruned.table is not None:
+        unpruned.table.prepare(detector, graph)
+    costs = unpruned.cost_model(detector, graph, schedule.budget)
     with _rate_in_message(schedule, schedule.rounds):
         check_reachable(graph, costs, save, schedule.limits, unpruned.channels)
     return dict(graph.excluded)
@@ -178,16 +271,29 @@ def _log_excluded(graph: PruningGraph, except_for: Container[str] = ()) -> None:
 
 
 def check_rate(
-    detector: Detector, schedule: PruningSchedule, round_: int, unpruned: Unpruned
+    detector: Detector,
+    schedule: PruningSchedule,
+    round_: int,
+    unpruned: Unpruned,
+    record: RoundRecord,
 ) -> None:
-    """Raise RuntimeError unless a round has removed what was requested."""
-    budget = schedule.budget
-    achieved = 1 - count_params_and_macs(detector)[budget] / unpruned.costs[budget]
-    requested = schedule.removed_share(round_)
-    if abs(achieved - requested) > TOLERANCE:
+    """Raise RuntimeError unless a round has removed what the cost model said.
+
+    A time is only predicted: a warning tells if it is far from what was asked for.
+    """
+    budget, asked = schedule.budget, schedule.left_share(round_)
+    total, left = unpruned.costs[budget], unpruned.left(detector, budget)
+    if budget == "latency":
+        if abs(left / total / asked - 1) > FAR:
+            log.warning(
+                "round %d: %.3g ms in %s, not the %.3g ms asked for: the grid of widths "
+                "(prune.round_to) or the limits of the layers allow no nearer",
+                *(round_, left, schedule.latency.runtime, asked * total),
+            )
+    elif abs(left - record.left) > TOLERANCE * total:
         raise RuntimeError(
-            f"round {round_} removed {achieved:.2%} of the {budget}, not the requested "
-            f"{requested:.2%}: the cost model and the pruned network disagree"
+            f"round {round_} removed {1 - left / total:.2%} of the {schedule.budget}, not the "
+            f"{1 - record.left / total:.2%} of the cost model: it and the pruned network disagree"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ldt.config.kinds import Budget, LayerShare, Ranking, Repair
@@ -16,6 +16,8 @@ from ldt.config.values import (
 )
 from ldt.pruning.budget import Limits
 from ldt.pruning.costs import parse_budget
+from ldt.runtimes.latency_table import LatencyTarget
+from ldt.runtimes.timing import ROUND_TO, Runtime
 
 KEYS = {  # what the user types for each field
     "rate": "prune.rate",
@@ -30,6 +32,15 @@ KEYS = {  # what the user types for each field
 }
 
 
+def default_round_to(budget: Budget, runtime: Runtime) -> int:
+    """Return what widths are multiples of by default; 0: any number.
+
+    Only a latency budget rounds: the kernels of the runtimes compute in blocks of channels
+    (``benchmarks/latency_budget.py``).
+    """
+    return ROUND_TO[runtime.runtime] if budget == "latency" else 0
+
+
 @dataclass(frozen=True)
 class PruningSchedule:
     """How much is pruned, from which layers, and when.
@@ -37,7 +48,7 @@ class PruningSchedule:
     Attributes:
         rate: share of the unpruned model's budget to remove in total, in (0, 1).
         rounds: number of pruning rounds; 0 trains only.
-        budget: ``params`` or ``macs``.
+        budget: ``params``, ``macs`` or ``latency``.
         base_epochs: epochs before the first round; 0 prunes before any training.
         retrain_epochs: epochs after each round's pruning; 0 evaluates the pruned detector as it is.
         ranking: how scores of different layers are compared (:data:`ldt.pruning.budget.RANKINGS`).
@@ -48,6 +59,7 @@ class PruningSchedule:
         batch_size: calibration images per forward pass.
         retrain_lr: factor on the learning rate after pruning.
         repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
+        latency: where the latency is measured, and how much of it is to be left.
 
     Raises:
         ValueError: a value is not allowed; the message names its key.
@@ -66,6 +78,7 @@ class PruningSchedule:
     batch_size: Count = 16
     retrain_lr: Positive = 1.0
     repair: Repair = "bn"
+    latency: LatencyTarget = field(default_factory=LatencyTarget)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))
@@ -75,10 +88,30 @@ class PruningSchedule:
         most, least = limits.max_layer_rate, limits.min_channels
         check_value("prune.max_layer_rate", most, LayerShare, default.max_layer_rate)
         check_value("prune.min_channels", least, Count, default.min_channels)
+        check_value("prune.round_to", limits.round_to, NaturalNumber, 8)
         if not self.rounds and not self.base_epochs:
             raise ValueError(
                 "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"
             )
+
+    def aimed(self, base_ms: float) -> PruningSchedule:
+        """Return the schedule with the rate that leaves the latency asked for, if one was.
+
+        Args:
+            base_ms: latency of the unpruned detector.
+
+        Raises:
+            ValueError: it is not above the latency asked for.
+        """
+        target, runtime = self.latency.target_ms, self.latency.runtime
+        if self.budget != "latency" or target is None:
+            return self
+        if target >= base_ms:
+            raise ValueError(
+                f"prune.latency.target_ms={target:g}: the unpruned detector takes {base_ms:.3g} ms "
+                f"in {runtime}; type a smaller one, e.g. prune.latency.target_ms={base_ms / 2:.3g}"
+            )
+        return replace(self, rate=1 - target / base_ms)
 
     @classmethod
     def one_shot(cls, rate: float, **options: Any) -> PruningSchedule:
@@ -106,4 +139,8 @@ class PruningSchedule:
 
         Inner rounds are fractions of a round, so they follow an exponential schedule too.
         """
-        return 1 - (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 0.0
+        return 1 - self.left_share(round_)
+
+    def left_share(self, round_: float) -> float:
+        """Return the share of the unpruned budget that is left after a round."""
+        return (1 - self.rate) ** (round_ / self.rounds) if self.rounds else 1.0

@@ -29,7 +29,7 @@ def trial_failure(graph: PruningGraph, names: Sequence[str]) -> str | None:
     try:
         if _outputs_depend_on(graph, removed):
             return "a consumer that tracing does not see reads its channels"
-        with _restored(graph.model):
+        with restored(graph.model):
             graph.remove({name: channels.tolist() for name, channels in removed.items()})
             for group in (graph.groups[name] for name in names):
                 root = group.members[0]
@@ -69,7 +69,7 @@ def _masked_outputs(
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Undo, on exit, what was pruned within the context."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():

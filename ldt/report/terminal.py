@@ -15,7 +15,20 @@ from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
 KITTI = ("kitti_easy", "kitti_moderate", "kitti_hard")  # in rounds on KITTI only
-BUDGETS = {"params": "parameters", "macs": "multiply-adds", "flops": "multiply-adds"}
+BUDGETS = {
+    "params": "parameters",
+    "macs": "multiply-adds",
+    "flops": "multiply-adds",
+    "latency": "latency",
+}
+RUNTIME_TIMES = {  # of a round, if report.runtimes has the runtime: CPU time of one thread
+    f"{runtime}/cpu_ms": f"{runtime} (ms)" for runtime in ("eager", "onnxruntime", "openvino")
+}
+LATENCY_TARGETS = {  # of a round, if the budget is the latency
+    "latency/asked_ms": "asked (ms)",
+    "latency/predicted_ms": "predicted (ms)",
+    "latency/measured_ms": "measured (ms)",
+}
 PLAIN_WIDTH = 200  # characters if the output is not a terminal, so that nothing is truncated
 
 
@@ -71,7 +84,10 @@ def _rounds_table(summary: Mapping[str, Any]) -> Table:
         )
     budget = BUDGETS[summary["plan"]["budget"]]
     latency = f"latency (ms{_measured_on(rows)})"
-    for name in ("parameters (M)", "multiply-adds (G)", latency, f"{budget} removed (%)"):
+    more = {**RUNTIME_TIMES, **LATENCY_TARGETS}
+    more = {key: title for key, title in more.items() if any(key in row for row in rows)}
+    names = ("parameters (M)", "multiply-adds (G)", latency, *more.values())
+    for name in (*names, f"{budget} removed (%)"):
         table.add_column(Text(name), justify="right")
     for row in rows:
         table.add_row(
@@ -80,6 +96,7 @@ def _rounds_table(summary: Mapping[str, Any]) -> Table:
             number(row.get("params"), 3, 1e-6),
             number(row.get("multiply_adds"), 3, 1e-9),
             number(row.get("latency_ms"), 1),
+            *(number(row.get(key), 2) for key in more),
             number(row.get("rate"), 1, 100),
         )
     return table

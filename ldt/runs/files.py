@@ -33,6 +33,7 @@ ENVIRONMENT = "environment.json"  # versions, hardware, commit
 INPUTS = "inputs.json"  # fingerprints of the run's inputs
 STRUCTURE = "structure.json"  # layers per round, coupled groups
 LATENCY = "latency.json"  # latencies measured after the run
+LATENCY_TABLE = "latency_table.json"  # times of layers that a latency budget goes by
 LAST = "last.ckpt"  # from which an unfinished run resumes
 PREVIOUS = "last.ckpt.previous"  # the previous one, in case LAST is damaged
 INTERRUPTED = "interrupted.ckpt"  # the weights at Ctrl-C

@@ -63,6 +63,7 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "dataset.max_detections": 100,
     "method.inner_rounds": 1,
     "prune.repair": "none",
+    "prune.round_to": 0,
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
@@ -153,7 +154,9 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
     augment = (config.get("recipe") or {}).get("augment", "mosaic")
     mosaic = () if augment == "mosaic" else MOSAIC
-    return (*pruning, *mosaic, *(LDT_OFF if _off(config) else given))
+    prune = config.get("prune") or {}
+    latency = () if prune.get("budget") == "latency" else ("prune.latency",)
+    return (*pruning, *mosaic, *latency, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:
@@ -177,6 +180,8 @@ def _canonical(flat: Flat) -> Flat:
         found["detector.checkpoint"] = os.path.abspath(flat["detector.checkpoint"])
     if "::" not in (path := str(flat.get("detector.config", "::"))):  # a file, not a packaged one
         found["detector.config"] = os.path.abspath(os.path.expanduser(path))
+    if flat.get("prune.budget") != "latency" and flat["prune.round_to"] in ("auto", 1):
+        found["prune.round_to"] = 0
     if "prune.scope" in flat:
         found["prune.scope"] = sorted(flat["prune.scope"])
     return found
