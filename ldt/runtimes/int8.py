@@ -26,7 +26,7 @@ def quantise(model: Any, detector: Detector, images: Iterable[np.ndarray]) -> An
     """
     nncf = need("nncf")
     is_onnx = hasattr(model, "graph")
-    logging.getLogger("nncf").setLevel(logging.ERROR)
+    nncf.set_log_level(logging.ERROR)
     inputs = [{INPUT: image} if is_onnx else image for image in images]
     edges = _onnx_edges(model) if is_onnx else _openvino_edges(model)
     return nncf.quantize(
