@@ -313,13 +313,17 @@ def _quantised(
 def measure_ap(file: Path, data: DetectionDataModule, most: int = VALIDATED) -> float:
     """Return the AP of an exported file on at most so many validation images, evenly spread."""
     detector, metrics = FileDetector(file), DetectionMetrics(data.classes)
-    dataset: Any = data.val_dataloader().dataset
-    count = min(most, len(dataset))
-    for index in range(count):
-        item = dataset[index * len(dataset) // count]
+    for item in spread(data.val_dataloader().dataset, most):
         batch = {key: [value] for key, value in item.items()}
         metrics.update(detector.test_step(batch))
     return metrics.compute()["AP"]
+
+
+def spread(dataset: Any, most: int) -> Iterator[Any]:
+    """Yield at most so many items of a data set, evenly spread."""
+    count = min(most, len(dataset))
+    for index in range(count):
+        yield dataset[index * len(dataset) // count]
 
 
 # Images ---------------------------------------------------------------------------------------
@@ -328,9 +332,7 @@ def measure_ap(file: Path, data: DetectionDataModule, most: int = VALIDATED) -> 
 def _checked_images(images: Images, about: About) -> Iterator[Tensor]:
     """Yield images that a file is checked on, each [1, 3, H, W]."""
     if images.data is not None:
-        dataset: Any = images.data.val_dataloader().dataset
-        for index in range(min(CHECKED, len(dataset))):
-            item = dataset[index * len(dataset) // min(CHECKED, len(dataset))]
+        for item in spread(images.data.val_dataloader().dataset, CHECKED):
             yield to_canvas(item["inputs"], about.shape, about.pad_value)[0]
     elif images.folder is not None:
         yield from _of_folder(images.folder, about)
