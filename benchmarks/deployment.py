@@ -25,6 +25,7 @@ from ldt.deployment.to_runtime import (
     SUFFIX,
     VALIDATED,
     Images,
+    Runtime,
     adapter_of,
     export_file,
     measure_ap,
@@ -75,7 +76,9 @@ def main() -> None:
             return detector.predict(one_image(image[0], size))
 
     calls["eager"] = eager
-    kinds = [("onnx", False), ("openvino", False), *([("openvino", True)] if given.int8 else [])]
+    kinds: list[tuple[Runtime, bool]] = [("onnx", False), ("openvino", False)]
+    kinds += [("openvino", True)] if given.int8 else []
+    options: dict[str, Any] = {"images": Images(data=data), "force": True}
     with tempfile.TemporaryDirectory() as folder:
         for form, quantised in kinds:
             name = f"{form} int8" if quantised else form
