@@ -76,13 +76,13 @@ def main() -> None:
             return detector.predict(one_image(image[0], size))
 
     calls["eager"] = eager
-    kinds: list[tuple[Runtime, bool]] = [("onnx", False), ("openvino", False)]
-    kinds += [("openvino", True)] if given.int8 else []
-    options: dict[str, Any] = {"images": Images(data=data), "force": True}
+    forms: list[Runtime] = ["onnx", "openvino", "openvino"]
+    forms = forms if given.int8 else forms[:2]
     with tempfile.TemporaryDirectory() as folder:
-        for form, quantised in kinds:
+        for number, form in enumerate(forms):
+            quantised = number == 2
             name = f"{form} int8" if quantised else form
-            file = Path(folder) / f"{name.replace(' ', '-')}{SUFFIX[form]}"
+            file = Path(folder) / f"{number}{SUFFIX[form]}"
             images = Images(data=data)
             export_file(
                 given.checkpoint, file, form, quantised=quantised, images=images, force=True
