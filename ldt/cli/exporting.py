@@ -82,7 +82,7 @@ def find_data(
     steps, classes = resize_steps(content, checkpoint), content["ldt"]["classes"]
     if folder is None:
         try:
-            data = data_of(open_run(checkpoint), trust)
+            data = data_of(open_run(checkpoint.absolute().parent), trust)
         except FileNotFoundError:  # a run of elsewhere, without its data
             return None
     else:

@@ -118,7 +118,7 @@ def export_file(
         _check(detector, draft, shown, tell)
         if quantised:
             draft = _quantised(detector, about, draft, images, force, tell)
-        for file in (draft, draft.with_suffix(".bin")):
+        for file in (draft.with_suffix(".bin"), draft):
             if file.is_file():
                 shutil.move(file, out.parent / file.name)
     return out
@@ -222,13 +222,7 @@ def export_model(detector: Detector, about: About, file: Path) -> None:
     plain = file.with_name("plain.onnx")
     try:
         to_onnx(detector, plain, about.shape, about.outputs == "raw", about.max_detections)
-        _save(
-            need("onnx").load(plain)
-            if file.suffix == ".onnx"
-            else need("openvino").Core().read_model(plain),
-            about,
-            file,
-        )
+        _save(read_model(plain, file.suffix), about, file)
     except Exception as error:  # mmdet, torch and runtimes raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{type(detector.model).__name__} {CANNOT}: {reason}") from error
@@ -244,9 +238,9 @@ def _save(model: Any, about: About, file: Path) -> None:
         need("openvino").save_model(model, file, compress_to_fp16=False)
 
 
-def read_model(file: Path) -> Any:
-    """Return the model of the runtime of a file of ours."""
-    if file.suffix == ".onnx":
+def read_model(file: Path, suffix: str) -> Any:
+    """Return a file of ours as a model of ONNX or, for ``.xml``, of OpenVINO."""
+    if suffix == ".onnx":
         return need("onnx").load(file)
     return need("openvino").Core().read_model(file)
 
@@ -291,7 +285,8 @@ def _quantised(
     before = measure_ap(plain, images.data) if images.data is not None and known else math.nan
     loss = math.inf
     for spared in range(1, int8.TRIALS + 1):
-        _save(int8.quantise(lambda: read_model(plain), detector, shown, spared), small, file)
+        model = read_model(plain, plain.suffix)
+        _save(int8.quantise(model, detector, shown, spared), small, file)
         if images.data is None or not known:
             return file
         after = measure_ap(file, images.data)

@@ -1,7 +1,7 @@
 """Post-training quantisation to int8, by NNCF."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,19 @@ TRIALS = 3  # each leaves one part more of the backbone in float
 BACKBONE = "model.backbone."
 
 
-def quantise(
-    read: Callable[[], Any], detector: Detector, images: Sequence[np.ndarray], spared: int = 1
-) -> Any:
+def quantise(model: Any, detector: Detector, images: Sequence[np.ndarray], spared: int = 1) -> Any:
     """Return a model with weights (by channel) and feature maps of 8 bits.
 
     The layers that compute the raw maps, and all that follows them, stay in float: boxes of 8 bits
     lie on a grid. So do the first parts of the backbone, whose few channels matter most.
 
     Args:
-        read: returns the model, of OpenVINO or ONNX, which is changed.
+        model: of OpenVINO or ONNX.
         detector: what it was exported from.
         images: calibration images, each [1, 3, H, W].
         spared: number of the backbone's parts (its stem, its first stage...) that stay in float.
     """
-    nncf, model = need("nncf"), read()
+    nncf = need("nncf")
     is_onnx = hasattr(model, "graph")
     edges = (_onnx_edges if is_onnx else _openvino_edges)(model)
     kept = _after(edges, detector.predictors) | _first_parts(edges, spared)

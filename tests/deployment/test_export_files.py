@@ -196,7 +196,7 @@ def test_int8_leaves_the_last_layers_in_float_and_needs_ap(
     detector, plain = to_runtime.adapter_of(content), exported["openvino"]
     about = open_session(plain).about
     images = [each for each, _ in zip(to_runtime._calibration(Images(data=data), about), range(2))]  # noqa: B905
-    model = int8.quantise(lambda: to_runtime.read_model(plain), detector, images)
+    model = int8.quantise(to_runtime.read_model(plain, ".xml"), detector, images)
     quantised = [n for n in model.get_ops() if n.get_type_name() == "FakeQuantize"]
     assert len(quantised) > 20
     edges = int8._openvino_edges(model)
