@@ -18,7 +18,6 @@ import torch
 from latency import SCOPE, built
 
 from ldt.config import register
-from ldt.config.kinds import RuntimeName
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Detector
 from ldt.detectors.models import quiet
@@ -96,7 +95,8 @@ def measured(base: Detector, cuts: Sequence[Cut], runs: int) -> dict[Cut, Result
     macs = {cut: count_params_and_macs(each)["macs"] for cut, (each, _) in found.items()}
     whole = count_params_and_macs(base)["macs"]
     results: dict[Cut, Result] = {}
-    for name in dict.fromkeys(cut.runtime for cut in found):
+    used: list[RuntimeName] = [*dict.fromkeys(cut.runtime for cut in found)]
+    for name in used:
         with ExitStack() as stack:
             runtime = Runtime(name)
             own = {cut: each for cut, (each, _) in found.items() if cut.runtime == name}
