@@ -185,6 +185,7 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         gradual=GradualPruning(**method.gradual) if method.gradual else None,
         latency_runs=config.report.latency_runs,
         validate_every=config.trainer.validate_every,
+        keep_detections=config.report.detections,
     )
 
 

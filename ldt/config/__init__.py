@@ -153,6 +153,12 @@ class KittiConfig(DatasetConfig):
     classes: list[str] = field(default_factory=lambda: ["Car", "Pedestrian", "Cyclist"])
     train_fraction: float = 0.8
     split_seed: int = 0
+    images: str | None = None  # list of the images that take part: a file, or one of conf/images
+    folds: int = 0  # contiguous blocks of the sorted images; 0: a random split
+    fold: int = 0  # the block for validation
+    gap: int = 4  # images left out of training on either side of it
+    reserved_folds: int = 0  # so many of the last blocks are for a last, single look
+    open_reserved: bool = False  # allow `fold` to be one of these
 
 
 @dataclass
@@ -163,6 +169,8 @@ class CocoConfig(DatasetConfig):
     train_img: str = "train2017"
     val_ann: str = "annotations/instances_val2017.json"
     val_img: str = "val2017"
+    train_images: str | None = None  # list of the images that take part: a file or of conf/images
+    val_images: str | None = None
     classes: list[str] | None = None
 
 
@@ -206,6 +214,8 @@ class ReportConfig:
 
     latency_runs: int = 30  # 0 = do not measure
     pictures: int = 8  # validation images drawn; 0: no detector is run for pictures
+    figures: bool = True  # draw figures and count every layer's cost, when the run is finished
+    detections: bool = False  # keep the detections of every round's validation (detections-<t>.npz)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.batch_norm import settle_batch_norms
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.freezing import thaw
-from ldt.evaluation import profiling
+from ldt.evaluation import kept_detections, profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
 from ldt.loop.distributed import check_same_channels
 from ldt.loop.gradual_masking import GradualPruning
@@ -60,6 +60,7 @@ class PruneRetrain(L.Callback):
         folder: the run's directory.
         latency_runs: timed forward passes, at least 30; 0 does not measure the latency.
         validate_every: epochs between validations within a phase; 0 validates at its end only.
+        keep_detections: write the detections of each round's validation.
         gradual: mask channels while training, in additional epochs before each round's retraining,
             instead of pruning at once; the criterion is not used then.
 
@@ -75,6 +76,7 @@ class PruneRetrain(L.Callback):
         latency_runs: int = 30,
         validate_every: int = 0,
         gradual: GradualPruning | None = None,
+        keep_detections: bool = False,
     ) -> None:
         if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
             raise ValueError(
@@ -84,7 +86,7 @@ class PruneRetrain(L.Callback):
         check_importance(criterion)
         self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
-        self.gradual = gradual
+        self.gradual, self.keep_detections = gradual, keep_detections
         self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
         self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
         self.round = 0
@@ -252,6 +254,9 @@ class PruneRetrain(L.Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             files.write_rows(self.folder / files.ROUNDS, self.rows)
+            if self.keep_detections:
+                file = self.folder / files.detections(self.round)
+                kept_detections.save(file, module.metrics.measured, module.classes)
         if trainer.logger is not None:
             numbers = {
                 f"round/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))
