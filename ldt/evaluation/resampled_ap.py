@@ -42,7 +42,7 @@ class Matches:
     """All detections of a validation, matched with the ground truth.
 
     Attributes:
-        ids: number of the images, in their order.
+        count: number of images.
         classes: one entry per class that has objects.
     """
 
@@ -137,16 +137,25 @@ def _ap_of_class(matches: ClassMatches, weights: np.ndarray, objects: np.ndarray
     if not len(matches.images):
         return np.zeros(len(weights))
     own, total = weights[:, matches.images], np.zeros(len(weights))
-    reached = RECALLS[None, :] * np.maximum(objects, 1)[:, None] - 1e-5  # in objects
+    reached = _needed(np.maximum(objects, 1).astype(np.float64)[:, None])
     for true, false in zip(matches.true, matches.false, strict=True):
         used = true | false
         hits, both = np.cumsum(own[:, used] * true[used], 1), np.cumsum(own[:, used], 1)
         if not hits.shape[1]:
             continue
         precision = hits / (both + TINY)
-        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for row, (found, curve) in enumerate(zip(hits, envelope, strict=True)):
-            places = np.searchsorted(found, reached[row], side="left")
-            inside = places < len(curve)
-            total[row] += curve[places[inside]].sum()
+        curve = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        # one search for all rows: each is shifted above the one before
+        above = np.arange(len(hits))[:, None] * (float(hits.max()) + objects.max() + 2)
+        places = np.searchsorted((hits + above).ravel(), (reached + above).ravel())
+        places = places.reshape(reached.shape) - np.arange(len(hits))[:, None] * hits.shape[1]
+        inside = places < hits.shape[1]
+        found = np.take_along_axis(curve, np.minimum(places, hits.shape[1] - 1), axis=1)
+        total += np.where(inside, found, 0.0).sum(axis=1)
     return total / (len(IOUS) * len(RECALLS))
+
+
+def _needed(objects: np.ndarray) -> np.ndarray:
+    """Return how many objects [B, 1] must be found for each recall, by COCO's comparison."""
+    counts = np.ceil(RECALLS * objects - 1e-6)
+    return counts + (counts / objects < RECALLS)  # where rounding makes an exact share miss
