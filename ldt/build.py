@@ -171,6 +171,8 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
         batch_size=prune.batch_size,
         retrain_lr=recipe.retrain_lr,
         repair=prune.repair,
+        channels=prune.channels,
+        weights=prune.weights,
     )
 
 

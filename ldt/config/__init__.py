@@ -108,6 +108,8 @@ class PruneConfig:
     images: int = 128  # calibration images
     batch_size: int = 16  # calibration images per forward pass
     repair: str = "none"  # bn | none: re-estimate the statistics of batch norms after pruning
+    channels: str = "scored"  # scored | random: as many of each group, at random (a control)
+    weights: str = "kept"  # kept | fresh: random weights after pruning (a control)
 
 
 @dataclass

@@ -378,7 +378,7 @@ class KittiDataModule(DetectionDataModule):
                 told.add("entries that are not images, not read", str(IMAGES / entry.name))
             elif used[entry.stem] != entry:
                 told.add("images not read, since another has their id", str(IMAGES / entry.name))
-            elif entry.stem not in listed:
+            elif entry.stem not in listed and not (self.folds or self.images):
                 told.add("images in neither list of ImageSets", str(IMAGES / entry.name))
         for entry in _entries(root / LABELS):
             if entry.suffix == ".txt" and entry.stem not in used:

@@ -25,6 +25,7 @@ from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.batch_norm import settle_batch_norms
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.freezing import thaw
+from ldt.detectors.mmengine_internals import initialise_again
 from ldt.evaluation import kept_detections, profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
 from ldt.loop.distributed import check_same_channels
@@ -339,6 +340,8 @@ class PruneRetrain(L.Callback):
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
         check_rate(module.adapter, self.schedule, self.round, self._unpruned)
+        if self.schedule.weights == "fresh":
+            initialise_again(module.detector)
         repair(module.adapter, self._calibration(trainer, module), self.schedule)
         thaw(module.detector, self.schedule.scope)
         module.phase_epochs = self.schedule.retrain_epochs

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 from torch_pruning.pruner.importance import Importance
 
@@ -87,7 +88,10 @@ def prune_round(
             if inner == 1:
                 check_prunable(graph, schedule)
             known = set(graph.excluded)
-            scores = synchronize(score_groups(criterion, detector, graph, batches))
+            scores = score_groups(criterion, detector, graph, batches)
+            if schedule.channels == "random":
+                scores = _shuffled(scores)
+            scores = synchronize(scores)
             _log_excluded(graph, except_for=known)
             after = round_ - 1 + inner / rounds
             arguments = selection_arguments(detector, graph, schedule, unpruned, after)
@@ -100,6 +104,11 @@ def prune_round(
     record.excluded = dict(graph.excluded)
     check_rate(detector, schedule, round_, unpruned)
     return record
+
+
+def _shuffled(scores: Scores) -> Scores:
+    """Return the scores of each group in random order, so that it loses as many channels."""
+    return {name: own[torch.randperm(len(own))] for name, own in scores.items()}
 
 
 def repair(detector: Detector, batches: Iterable[PreparedBatch], schedule: PruningSchedule) -> None:

@@ -28,6 +28,8 @@ KEYS = {  # what the user types for each field
     "batch_size": "prune.batch_size",
     "retrain_lr": "recipe.retrain_lr",
     "repair": "prune.repair",
+    "channels": "prune.channels",
+    "weights": "prune.weights",
 }
 Repair = Literal["bn", "none"]
 
@@ -49,6 +51,10 @@ class PruningSchedule:
         images: number of calibration images.
         batch_size: calibration images per forward pass.
         retrain_lr: factor on the learning rate after pruning.
+        channels: ``random`` removes as many channels of each group as the scores say, but others: a
+            control that tells what the choice within groups gives.
+        weights: ``fresh`` gives the pruned detector random weights: a control that tells what the
+            kept ones give.
         repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
 
     Raises:
@@ -68,6 +74,8 @@ class PruningSchedule:
     batch_size: Count = 16
     retrain_lr: Positive = 1.0
     repair: Repair = "bn"
+    channels: Literal["scored", "random"] = "scored"
+    weights: Literal["kept", "fresh"] = "kept"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))

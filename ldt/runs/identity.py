@@ -66,6 +66,8 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "dataset.folds": 0,
     "method.inner_rounds": 1,
     "prune.repair": "none",
+    "prune.channels": "scored",
+    "prune.weights": "kept",
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
