@@ -23,8 +23,9 @@ class Cell:
 
     Attributes:
         kind: ``unpruned``, the base; ``light`` (cut, no training); ``full`` (cut and retrained);
-            and the controls ``longer`` (unpruned, for as long as base and retraining), ``widths`` (the score's
-            widths, random channels), ``scratch`` (the pruned architecture from random weights).
+            and the controls ``longer`` (unpruned, for as long as base and retraining), ``widths``
+            (the score's widths, random channels), ``scratch`` (its architecture from random
+            weights).
         training: of base and retraining.
         score: of a cut, else empty.
         trial: what of the score's trials, else empty.
