@@ -21,6 +21,7 @@ from benchmark.plan import (
     STAGES,
     WIDTHS,
     Cell,
+    Choices,
     Plan,
 )
 
@@ -94,11 +95,7 @@ def read(plan: Plan, stage: str, runs: Path, frozen: Mapping[str, Any]) -> Resul
     if stage == "development":
         trials = {s: {b: [trial] for b, trial in by.items()} for s, by in choices.items()}
         planned = [
-            *(
-                c
-                for c in plan.development()
-                if not c.score or choices[c.score][c.budget] == c.trial
-            ),
+            *(c for c in plan.development() if not c.score or _is_chosen(c, choices)),
             *plan.finals(trials),
             *plan.switched(choices),
         ]
@@ -120,6 +117,10 @@ def read(plan: Plan, stage: str, runs: Path, frozen: Mapping[str, Any]) -> Resul
         return None
     same = {one: stage for own in matched.values() for one in own} if plan.same_images else None
     return Results(study, stage, found, resample(matched, same, DRAWS), len(planned))
+
+
+def _is_chosen(cell: Cell, choices: Choices) -> bool:
+    return choices[cell.score][cell.budget] == cell.trial
 
 
 # Numbers --------------------------------------------------------------------------------------
@@ -175,24 +176,15 @@ def _of_budget(results: Results, kind: str, budget: str) -> Iterator[Row]:
     both = [s for s in rivals if (kind, LDT, s, budget, "") in results.cells]
     if (kind, PLAIN, SCORE, budget, "") not in results.cells or ours not in results.cells:
         return
-    of_kind = _of_kind(results.resampled, kind, budget)
+
+    def key_of(training: str, score: str) -> Id:
+        return (kind, training, score, budget, "")
+
     for rival in both:
-        for name, interval in effects(of_kind, SCORE, rival, [SCORE, *both]).items():
+        by_name = effects(results.resampled, SCORE, rival, [SCORE, *both], key=key_of)
+        for name, interval in by_name.items():
             about = {"what": f"effect: {name}", "kind": kind, "budget": budget}
             yield _row(results, about | {"of": SCORE, "and": rival}, interval)
-
-
-def _of_kind(resampled: Resampled, kind: str, budget: str) -> Resampled:
-    """Return the cells of one kind and budget as (training, score)."""
-    values, draws = (
-        {
-            (training, score): own
-            for (k, training, score, b, switch), own in part.items()
-            if (k, b, switch) == (kind, budget, "")
-        }
-        for part in (resampled.values, resampled.draws)
-    )
-    return Resampled(values, draws, resampled.seed)
 
 
 def _against(results: Results, what: str, budget: str, one: Id, other: Id) -> Iterator[Row]:

@@ -5,7 +5,7 @@ resampling, replicates first and then images within them, alike for all methods,
 and folds have in common cancels in differences.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -159,8 +159,9 @@ def effects(
     rival: str,
     scores: Sequence[str],
     trainings: tuple[str, str] = ("ldt", "plain"),
+    key: Callable[[str, str], Key] = lambda training, score: (training, score),
 ) -> dict[str, Interval]:
-    """Return the three effects of the factorial whose cells are (training, score).
+    """Return the three effects of the factorial training x score.
 
     Args:
         resampled: AP of all cells.
@@ -168,6 +169,7 @@ def effects(
         rival: the one it is compared with.
         scores: those over which the training's effect is averaged.
         trainings: the one in question and the other.
+        key: the cell of a training and a score.
 
     Returns:
         ``training``: what training gives, the mean over the scores. ``score``: what the score gives
@@ -178,9 +180,9 @@ def effects(
     pair = {score: 1.0, rival: -1.0}
     each = 1 / len(scores)
     coefficients = {
-        "training": {(t, s): sign * each for t, sign in signs.items() for s in scores},
-        "score": {(t, s): sign / 2 for t in trainings for s, sign in pair.items()},
-        "interaction": {(t, s): x * y for t, x in signs.items() for s, y in pair.items()},
+        "training": {key(t, s): sign * each for t, sign in signs.items() for s in scores},
+        "score": {key(t, s): sign / 2 for t in trainings for s, sign in pair.items()},
+        "interaction": {key(t, s): x * y for t, x in signs.items() for s, y in pair.items()},
     }
     return {name: resampled.contrast(own) for name, own in coefficients.items()}
 
