@@ -13,7 +13,7 @@ EPOCH, CUT = "epoch", "cut"  # of a probe: an epoch with a training, a cut by a 
 
 
 class Clock:
-    """Seconds of cells, stored in the directory of a study.
+    """CPU seconds of cells, stored in the directory of a study.
 
     Args:
         study: the directory.

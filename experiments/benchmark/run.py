@@ -6,8 +6,9 @@ python experiments/benchmark/run.py test ...        # with the same overrides
 python experiments/benchmark/run.py test ... --plan  # the hours only
 
 Before the first cell it prints how many hours the plan takes, as measured from finished cells or a
-short probe, and which scores it drops to keep within its limit. A stopped stage goes on with the
-same command. development ends by freezing what every method has chosen, which test needs.
+short probe, and which scores it drops to keep within its limit. Times are those of the CPU, so that
+other processes do not count. A stopped stage goes on with the same command. development ends by
+freezing what every method has chosen, which test needs.
 """
 
 import os
@@ -76,8 +77,8 @@ class Stage:
         return summary["rounds"][-1].get("AP") if summary.get("status") == DONE else None
 
     def run(self, cell: Cell, study: str = "", more: Sequence[str] = ()) -> float:
-        """Run a cell, and return the seconds it took; an error of one is logged, not raised."""
-        started = time.perf_counter()
+        """Run a cell, and return the CPU seconds it took; an error is logged, not raised."""
+        started = time.process_time()
         study = study or self.study
         folder = self.folder.parent / study / cell.name
         # last, so that nobody can change it on the command line by mistake
@@ -85,7 +86,7 @@ class Stage:
         with contextlib.redirect_stdout(io.StringIO()):  # a table for each run
             config = composed(*quote_paths([*self._common(), *own]))
             run(config, folder, in_sweep=True)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     def _common(self) -> list[str]:
         """Return the overrides of all cells; those of the command come last, so that they win."""
@@ -113,10 +114,11 @@ class Stage:
         for place, cell in enumerate(unknown, 1):
             say(f"probe {place} of {len(unknown)}: {cell.sort}")
             base = Cell(BASE, cell.training, cell.replicate, self._unpruned(cell), 1)
-            self.run(base, study, ["recipe.epochs=1"])
+            whole = self.run(base, study, ["recipe.epochs=1"])
             if self.clock.measured(f"{EPOCH} {cell.training}") is None:
-                summary = files.read_json(self.folder.parent / study / base.name / files.SUMMARY)
-                self.clock.add(f"{EPOCH} {cell.training}", summary["rounds"][0]["seconds"])
+                step = replace(base, switch="step")
+                rest = self.run(step, study, ["recipe.epochs=1", "trainer.limit_train_batches=1"])
+                self.clock.add(f"{EPOCH} {cell.training}", max(whole - rest, 0.1))
             if cell.score:
                 keys = ["recipe.epochs=1", "recipe.retrain_epochs=0"]
                 self.clock.add(f"{CUT} {cell.score}", self.run(cell, study, keys))
@@ -233,19 +235,23 @@ class Stage:
             later: as many as will follow them.
         """
         total = len(done) + len(cells) + len(later)
+        began, used = time.time(), 0.0
         for place, cell in enumerate(cells):
             if self.finished(cell):
                 continue
             seconds = self.run(cell)
+            used += seconds
             if self.finished(cell):
                 self.clock.add(cell.sort, seconds)
                 self.tidy(cell)
             left = self.clock.total(self.left([*cells[place + 1 :], *later]))
-            ap, end = self.accuracy(cell), time.localtime(time.time() + left)
+            pace = (time.time() - began) / used  # other processes may use the core
+            ap = self.accuracy(cell)
+            end = time.strftime("%a %H:%M", time.localtime(time.time() + left * pace))
             say(
                 f"[{len(done) + place + 1}/{total}] {cell.name}: "
                 f"{'failed' if ap is None else f'AP {ap:.3f}'}, {seconds:.0f} s; "
-                f"{left / 3600:.2f} h left, until {time.strftime('%a %H:%M', end)}"
+                f"{left / 3600:.2f} h of one core left, at this pace until {end}"
             )
 
 
