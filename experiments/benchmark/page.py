@@ -290,7 +290,7 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         between = f"{row['AP']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
         values = [row["of"], row["and"], row["kind"], row["budget"], between, f"{row['p']:.3f}"]
-        values += [f"{row['holm']:.3f}"] * holm_too
+        values += [f"{row['holm']:.3f}"] if holm_too else []
         lines.append(f"| {' | '.join(map(str, [*values, row['verdict']]))} |")
     return "\n".join(lines) + "\n"
 
