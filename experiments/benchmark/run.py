@@ -23,9 +23,11 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,6 +41,7 @@ from ldt.runs import DONE, files
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CHOICES = HERE / "choices"
+INTERRUPTED = 130  # exit code of a run after Ctrl-C
 CHANGED = ("detector=", "dataset=")  # of the overrides, what the plan depends on
 
 
@@ -77,16 +80,24 @@ class Stage:
         return summary["rounds"][-1].get("AP") if summary.get("status") == DONE else None
 
     def run(self, cell: Cell, study: str = "", more: Sequence[str] = ()) -> float:
-        """Run a cell, and return the CPU seconds it took; an error is logged, not raised."""
-        started = time.process_time()
+        """Run a cell in a process of its own, so that nothing of it outlives it.
+
+        An error is logged, not raised.
+
+        Returns:
+            The CPU seconds it took.
+        """
         study = study or self.study
         folder = self.folder.parent / study / cell.name
         # last, so that nobody can change it on the command line by mistake
         own = [*cell.overrides, *more, f"study={study}", f"run_name={cell.name}"]
-        with contextlib.redirect_stdout(io.StringIO()):  # a table for each run
-            config = composed(*quote_paths([*self._common(), *own]))
-            run(config, folder, in_sweep=True)
-        return time.process_time() - started
+        child = os.fork()
+        if not child:
+            _end(lambda: run(composed(*quote_paths([*self._common(), *own])), folder, True))
+        _, status, used = os.wait4(child, 0)
+        if os.waitstatus_to_exitcode(status) == INTERRUPTED:
+            raise KeyboardInterrupt
+        return used.ru_utime + used.ru_stime
 
     def _common(self) -> list[str]:
         """Return the overrides of all cells; those of the command come last, so that they win."""
@@ -253,6 +264,22 @@ class Stage:
                 f"{'failed' if ap is None else f'AP {ap:.3f}'}, {seconds:.0f} s; "
                 f"{left / 3600:.2f} h of one core left, at this pace until {end}"
             )
+
+
+def _end(work: Callable[[], object]) -> NoReturn:
+    """Do the work of a forked process, and end it."""
+    code = 1
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a table for each run
+            work()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def say(text: str) -> None:

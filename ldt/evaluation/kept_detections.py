@@ -31,7 +31,8 @@ def save(path: Path, table: np.ndarray, classes: tuple[str, ...]) -> None:
         "image": np.diff(table[:, IMAGE_ID].astype(np.int64), prepend=0),  # mostly zeros
         "label": table[:, LABEL].astype(np.int16),
         "score": np.rint(table[:, SCORE] * SCORES).astype(np.uint16),
-        "box": np.rint(table[:, BOX] * STEPS).astype(np.int32),
+        # an untrained detector's boxes may be as large as floats are
+        "box": np.rint(np.clip(table[:, BOX] * STEPS, -LARGEST, LARGEST)).astype(np.int32),
         "area": table[:, AREA].astype(np.float32),
         "rest": table[:, REST].astype(np.float32),
     }
