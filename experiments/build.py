@@ -4,6 +4,7 @@ python experiments/build.py table1_coco                 # from runs/paper
 python experiments/build.py table1_coco --size small    # results_small.csv, results_small.md
 python experiments/build.py fig3_kitti --size small --runs runs/paper_small --runs runs/roadscenes
 python experiments/build.py table1_coco recipe.batch_size=4   # runs made with this override
+python experiments/build.py benchmark                   # statistics from the detections of its runs
 """
 
 import argparse
@@ -305,6 +306,12 @@ def main() -> None:
     for text in given.overrides:
         if "=" not in text:
             parser.error(f"{text!r} is no override like recipe.epochs=2; name one experiment")
+    if given.name == "benchmark":
+        from benchmark.page import build as build_benchmark
+
+        if not build_benchmark():
+            parser.error("no stage of the benchmark is finished; see experiments/benchmark")
+        return
     every = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
     for name in every if given.name == "all" else [given.name]:
         folder = ROOT / "experiments" / name

@@ -155,6 +155,8 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
         retrain_lr=recipe.retrain_lr,
         repair=prune.repair,
         latency=LatencyTarget(**prune.latency),
+        channels=prune.channels,
+        weights=prune.weights,
     )
 
 
@@ -177,6 +179,7 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         latency_runs=config.report.latency_runs,
         runtimes=config.report.get("runtimes", ()),
         validate_every=config.trainer.validate_every,
+        keep_detections=config.report.detections,
     )
 
 

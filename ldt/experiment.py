@@ -357,7 +357,8 @@ def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
     summary = read_json(base / files.SUMMARY) | {"run": folder.name, "drawn": False}
     if rank_zero_only.rank == 0:
         names = (files.round_checkpoint(0), files.ROUNDS, files.SPLIT, files.ENVIRONMENT)
-        more = [files.INPUTS] * (base / files.INPUTS).is_file()  # not written by earlier versions
+        # not written by earlier versions, or by choice
+        more = [name for name in (files.INPUTS, files.detections(0)) if (base / name).is_file()]
         for name in (*names, *more):
             with files.writing(folder / name) as draft:
                 shutil.copyfile(base / name, draft)
@@ -371,7 +372,7 @@ def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
 @rank_zero_only
 def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
     """Draw the figures of a finished run, unless already done, and print its results."""
-    if not summary.get("drawn"):
+    if config.report.figures and not summary.get("drawn"):
         data = build_data(config)
         data.prepare_data()
         data.setup("validate")

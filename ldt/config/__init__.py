@@ -134,6 +134,8 @@ class PruneConfig:
     images: Count = 128  # calibration images
     batch_size: Count = 16  # calibration images per forward pass
     repair: Annotated[str, kinds.Repair] = "none"  # bn: estimate batch norms' statistics again
+    channels: kinds.Channels = "scored"  # random: as many of each group, at random (a control)
+    weights: kinds.Weights = "kept"  # fresh: random weights after pruning (a control)
 
 
 @dataclass
@@ -182,6 +184,12 @@ class KittiConfig(DatasetConfig):
     classes: list[str] = field(default_factory=lambda: ["Car", "Pedestrian", "Cyclist"])
     train_fraction: float = 0.8  # of the images, if there is no ImageSets/train.txt and val.txt
     split_seed: int = 0  # of this split; runs with different seeds share it
+    images: str | None = None  # list of the images that take part: a file, or one of conf/images
+    folds: NaturalNumber = 0  # contiguous blocks of the sorted images; 0: a random split
+    fold: NaturalNumber = 0  # the block for validation
+    gap: Count = 4  # images left out of training on either side of it
+    reserved_folds: NaturalNumber = 0  # so many of the last blocks are for a last, single look
+    open_reserved: bool = False  # allow `fold` to be one of these
 
 
 @dataclass
@@ -192,6 +200,8 @@ class CocoConfig(DatasetConfig):
     train_img: str = "train2017"  # image folder, below dataset.root
     val_ann: str = "annotations/instances_val2017.json"  # annotation file for validation
     val_img: str = "val2017"  # image folder for validation
+    train_images: str | None = None  # list of the images that take part: a file or of conf/images
+    val_images: str | None = None  # the same for validation
     classes: list[str] | None = None  # of the file, in any order; null: the 80 of COCO
 
 
@@ -238,6 +248,9 @@ class ReportConfig:
     # in which a detector's latency is measured, besides latency_ms
     runtimes: Annotated[list[str], list[kinds.RuntimeName]] = field(default_factory=list)
     pictures: NaturalNumber = 8  # validation images drawn; 0: no detector is run for pictures
+    figures: bool = True  # draw figures and count every layer's cost, when the run is finished
+    # keep the detections of every round's validation (detections-<t>.npz)
+    detections: bool = False
 
 
 @dataclass

@@ -39,6 +39,8 @@ Profiler = Annotated[str, Literal["simple", "advanced", "pytorch"]]
 Pad = Literal["none", "square"]
 Ranking = Literal["global", "global_per_cost", "global_normalised", "uniform"]
 Repair = Literal["bn", "none"]
+Channels = Annotated[str, Literal["scored", "random"]]
+Weights = Annotated[str, Literal["kept", "fresh"]]
 Objective = Literal[
     "AP",
     "AP50",

@@ -117,12 +117,14 @@ class _RowsStay(TorchFunctionMode):
         if func is Tensor.__getitem__:
             tensor: Tensor = args[0]
             index: Any = args[1]
+            mask: Any
             if isinstance(index, tuple) and _is_row_mask(index[0]):
-                mask: Any = index[0]
+                mask = index[0]
                 rows = mask.view(-1, *[1] * (tensor.ndim - 1))
                 return torch.where(rows, tensor, 0)[(slice(None), *index[1:])]
             if _is_row_mask(index):
-                return torch.where(index, tensor, 0) if _are_scores(tensor) else tensor.clone()
+                mask = index
+                return torch.where(mask, tensor, 0) if _are_scores(tensor) else tensor.clone()
             part = func(*args)
             if isinstance(index, tuple) and any(isinstance(each, slice) for each in index):
                 self._slices.append((part, tensor, index))

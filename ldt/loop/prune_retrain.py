@@ -27,7 +27,8 @@ from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.batch_norm import settle_batch_norms
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.freezing import thaw
-from ldt.evaluation import profiling
+from ldt.detectors.mmengine_internals import initialise_again
+from ldt.evaluation import kept_detections, profiling
 from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
 from ldt.loop.distributed import check_same_channels
 from ldt.loop.gradual_masking import GradualPruning
@@ -66,6 +67,7 @@ class PruneRetrain(L.Callback):
         latency_runs: timed forward passes, at least 30; 0 does not measure the latency.
         validate_every: epochs between validations within a phase; 0 validates at its end only.
         runtimes: in which the latency is measured besides (:data:`ldt.runtimes.timing.RUNTIMES`).
+        keep_detections: write the detections of each round's validation.
         gradual: mask channels while training, in additional epochs before each round's retraining,
             instead of pruning at once; the criterion is not used then.
 
@@ -82,6 +84,7 @@ class PruneRetrain(L.Callback):
         validate_every: int = 0,
         gradual: GradualPruning | None = None,
         runtimes: Sequence[RuntimeName] = (),
+        keep_detections: bool = False,
     ) -> None:
         if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
             raise ValueError(
@@ -92,6 +95,7 @@ class PruneRetrain(L.Callback):
         self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
         self.gradual, self.runtimes = gradual, tuple(runtimes)
+        self.keep_detections = keep_detections
         self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
         self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
         self.round = 0
@@ -291,6 +295,9 @@ class PruneRetrain(L.Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             files.write_rows(self.folder / files.ROUNDS, self.rows)
+            if self.keep_detections:
+                file = self.folder / files.detections(self.round)
+                kept_detections.save(file, module.metrics.measured, module.classes)
         if trainer.logger is not None:
             numbers = {
                 f"round/{k}": float(v) for k, v in row.items() if isinstance(v, (int, float))
@@ -376,6 +383,8 @@ class PruneRetrain(L.Callback):
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
         check_rate(module.adapter, self.schedule, self.round, self._unpruned, record)
+        if self.schedule.weights == "fresh":
+            initialise_again(module.detector)
         repair(module.adapter, self._calibration(trainer, module), self.schedule)
         thaw(module.detector, self.schedule.scope)
         module.phase_epochs = self.schedule.retrain_epochs

@@ -128,7 +128,10 @@ def prune_round(
             if inner == 1:
                 check_prunable(graph, schedule)
             known = set(graph.excluded)
-            scores = synchronize(score_groups(criterion, detector, graph, batches))
+            scores = score_groups(criterion, detector, graph, batches)
+            if schedule.channels == "random":
+                scores = _shuffled(scores)
+            scores = synchronize(scores)
             _log_excluded(graph, except_for=known)
             after = round_ - 1 + inner / rounds
             arguments = selection_arguments(detector, graph, schedule, unpruned, after)
@@ -191,6 +194,11 @@ def _corrected(
         "asked_ms": now - save, "predicted_ms": now - costs.saved(channels), "measured_ms": measured
     }  # fmt: skip
     return channels
+
+
+def _shuffled(scores: Scores) -> Scores:
+    """Return the scores of each group in random order, so that it loses as many channels."""
+    return {name: own[torch.randperm(len(own))] for name, own in scores.items()}
 
 
 def repair(detector: Detector, batches: Iterable[PreparedBatch], schedule: PruningSchedule) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ldt.config.kinds import Budget, LayerShare, Ranking, Repair
+from ldt.config.kinds import Budget, Channels, LayerShare, Ranking, Repair, Weights
 from ldt.config.values import (
     Count,
     NaturalNumber,
@@ -29,6 +29,8 @@ KEYS = {  # what the user types for each field
     "batch_size": "prune.batch_size",
     "retrain_lr": "recipe.retrain_lr",
     "repair": "prune.repair",
+    "channels": "prune.channels",
+    "weights": "prune.weights",
 }
 
 
@@ -58,6 +60,10 @@ class PruningSchedule:
         images: number of calibration images.
         batch_size: calibration images per forward pass.
         retrain_lr: factor on the learning rate after pruning.
+        channels: ``random`` removes as many channels of each group as the scores say, but others: a
+            control that tells what the choice within groups gives.
+        weights: ``fresh`` gives the pruned detector random weights: a control that tells what the
+            kept ones give.
         repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
         latency: where the latency is measured, and how much of it is to be left.
 
@@ -79,6 +85,8 @@ class PruningSchedule:
     retrain_lr: Positive = 1.0
     repair: Repair = "bn"
     latency: LatencyTarget = field(default_factory=LatencyTarget)
+    channels: Channels = "scored"
+    weights: Weights = "kept"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_budget(self.budget))

@@ -107,6 +107,11 @@ def scores(round_: int) -> str:
     return f"scores-{round_}.npz"
 
 
+def detections(round_: int) -> str:
+    """Return the name of the file with the detections of a round's validation."""
+    return f"detections-{round_}.npz"
+
+
 def score_files(folder: Path) -> dict[int, Path]:
     """Return the files with scores and removed channels, by round."""
     return _numbered(folder, "scores-*.npz")

@@ -32,7 +32,7 @@ FREE = (  # keys, and groups of keys, that are not part of the identity: results
     # locations
     *("dataset.root", "dataset.cache", "trainer.default_root_dir"),
     # limits of what is accepted
-    "dataset.max_pixels",
+    *("dataset.max_pixels", "dataset.open_reserved"),
     # hardware and speed
     *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
@@ -55,15 +55,20 @@ LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
     *("ldt.alpha_share", "ldt.beta_share", "ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
 )
+FOLDS_OFF = ("dataset.fold", "dataset.gap", "dataset.reserved_folds")  # without effect, folds=0
+FOLDS_ON = ("dataset.reserved_folds", "dataset.train_fraction", "dataset.split_seed")  # with folds
 MOSAIC = ("detector.mosaic_scale", "detector.mixup")  # keys without effect on other images
 REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
     "ldt.background": "auto",
     "dataset.max_detections": 100,
+    "dataset.folds": 0,
     "method.inner_rounds": 1,
     "prune.repair": "none",
     "prune.round_to": 0,
+    "prune.channels": "scored",
+    "prune.weights": "kept",
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
@@ -156,7 +161,8 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     mosaic = () if augment == "mosaic" else MOSAIC
     prune = config.get("prune") or {}
     latency = () if prune.get("budget") == "latency" else ("prune.latency",)
-    return (*pruning, *mosaic, *latency, *(LDT_OFF if _off(config) else given))
+    folds = FOLDS_ON if (config.get("dataset") or {}).get("folds") else FOLDS_OFF
+    return (*pruning, *mosaic, *latency, *folds, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:
