@@ -122,7 +122,8 @@ class _RowsStay(TorchFunctionMode):
                 rows = mask.view(-1, *[1] * (tensor.ndim - 1))
                 return torch.where(rows, tensor, 0)[(slice(None), *index[1:])]
             if _is_row_mask(index):
-                return torch.where(index, tensor, 0) if _are_scores(tensor) else tensor.clone()
+                kept: Tensor = index
+                return torch.where(kept, tensor, 0) if _are_scores(tensor) else tensor.clone()
             part = func(*args)
             if isinstance(index, tuple) and any(isinstance(each, slice) for each in index):
                 self._slices.append((part, tensor, index))
