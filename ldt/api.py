@@ -29,9 +29,10 @@ from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
-from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
+from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round
+from ldt.loop.pruning_round import repair as repair_norms
 from ldt.loop.round_record import RoundRecord
-from ldt.loop.schedule import PruningSchedule
+from ldt.loop.schedule import PruningSchedule, Repair
 from ldt.pruning.budget import Limits
 from ldt.runs.files import check_folder_of, writing
 from ldt.runs.refusal import renaming
@@ -57,6 +58,7 @@ ARGUMENTS = {  # what messages about keys of the configuration name here
     "prune.rate": "rate",
     "prune.scope": "scope",
     "prune.budget": "budget",
+    "prune.repair": "repair",
     "prune.max_layer_rate": "limits.max_layer_rate",
     "prune.min_channels": "limits.min_channels",
     "detector.neck": "neck",
@@ -161,7 +163,7 @@ def prune(
     input_size: tuple[int, int] | None = None,
     neck: str | None = None,
     predictors: Sequence[str] | None = None,
-    reestimate_bn: bool = True,
+    repair: Repair = "bn",
     inplace: bool = False,
     seed: int = 0,
     trust: bool = False,
@@ -193,7 +195,9 @@ def prune(
         input_size: (height, width) that MACs are counted for; that of the first batch by default.
         neck: name of the module whose output feeds the head; found by itself.
         predictors: layers whose outputs are never pruned; found by themselves.
-        reestimate_bn: re-estimate the statistics of batch norms on the same images.
+        repair: what is adapted to the removal, on the same images: ``none``, ``bn`` (statistics of
+            batch norms) or ``lstsq`` (also the weights that read removed channels, by least
+            squares).
         inplace: prune the given detector itself, not a copy.
         seed: of what criteria draw at random.
         trust: of a checkpoint, see :func:`ldt.load_pruned`.
@@ -236,7 +240,7 @@ def prune(
         limits=limits or Limits(),
         images=calibration_images,
         batch_size=batch_size,
-        repair="bn" if reestimate_bn else "none",
+        repair=repair,
     )
     names = classes or getattr(images, "classes", None)
     opened = open_detector(detector, weights, names, config, trust)
@@ -266,7 +270,7 @@ def _prune(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         record = prune_round(detector, criterion, calibration, schedule, 1, unpruned)
-    repair(detector, calibration, schedule)
+    repair_norms(detector, calibration, schedule)
     about = None
     if opened.config is not None:
         resize = opened.record.get("resize", ())

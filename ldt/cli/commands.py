@@ -235,6 +235,12 @@ def figures(
     help="How scores of different layers are compared [default: the method's own].",
 )
 @click.option(
+    "--repair",
+    default="bn",
+    show_default=True,
+    help="After the removal: none, bn (batch norms) or lstsq (weights too).",
+)
+@click.option(
     "--images", type=click.IntRange(1), default=32, show_default=True, help="Calibration images."
 )
 @click.option(
@@ -253,6 +259,7 @@ def prune(
     criterion: str,
     budget: str,
     ranking: str | None,
+    repair: str,
     images: int,
     val: int,
     out: Path | None,
@@ -284,6 +291,7 @@ def prune(
             criterion=criterion,
             budget=budget,
             ranking=ranking,
+            repair=repair,
         )
 
 

@@ -20,6 +20,7 @@ from ldt.runs.refusal import refusing
 OPTIONS = {  # what messages about keys of the configuration name here
     "prune.rate": "--rate",
     "prune.budget": "--budget",
+    "prune.repair": "--repair",
     "detector.config": "CONFIG",
     "detector.checkpoint": "WEIGHTS",
     "dataset.root": "DATA",
@@ -51,7 +52,7 @@ def run(
         val: validation images that AP is measured on; 0 does not measure.
         out: the checkpoint to write, or None.
         files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of one's own COCO files.
-        options: ``rate``, ``criterion``, ``budget`` and ``ranking`` of :func:`ldt.prune`.
+        options: ``rate``, ``criterion``, ``budget``, ``ranking``, ``repair`` of :func:`ldt.prune`.
     """
     with refusing():
         _check_options(out, **options)
@@ -75,11 +76,11 @@ def run(
 
 
 def _check_options(
-    out: Path | None, rate: float, criterion: str, budget: str, ranking: str | None
+    out: Path | None, rate: float, criterion: str, budget: str, ranking: str | None, repair: Any
 ) -> None:
     """Check what needs no image, before anything is measured."""
     find_method(criterion, ranking)
-    PruningSchedule.one_shot(rate, budget=budget)
+    PruningSchedule.one_shot(rate, budget=budget, repair=repair)
     if out is not None:
         check_folder_of(out)
 

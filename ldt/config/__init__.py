@@ -107,7 +107,7 @@ class PruneConfig:
     min_channels: int = 4  # minimum number of channels kept per layer
     images: int = 128  # calibration images
     batch_size: int = 16  # calibration images per forward pass
-    repair: str = "none"  # bn | none: re-estimate the statistics of batch norms after pruning
+    repair: str = "none"  # after pruning; none | bn (batch norms) | lstsq (weights too)
 
 
 @dataclass

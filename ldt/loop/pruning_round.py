@@ -25,6 +25,7 @@ from ldt.pruning.budget import (
 )
 from ldt.pruning.costs import CostModel
 from ldt.pruning.graph import PruningGraph
+from ldt.pruning.refit import refit_consumers
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def prune_round(
 ) -> RoundRecord:
     """Score, select and remove channels in place, once per inner round of the schedule.
 
+    With ``lstsq`` the layers that read removed channels are refitted; :func:`repair` does the rest.
+
     Args:
         detector: the detector to prune.
         criterion: one of ours or any importance of Torch-Pruning.
@@ -95,6 +98,8 @@ def prune_round(
                 arguments["tolerance"] = unpruned.costs[schedule.budget]
             with _rate_in_message(schedule, round_):
                 channels = select_channels(graph, scores, **arguments)
+            if schedule.repair == "lstsq":
+                refit_consumers(graph, channels, batches)
             graph.remove(channels)
             record.add(scores, channels)
     record.excluded = dict(graph.excluded)
@@ -103,8 +108,8 @@ def prune_round(
 
 
 def repair(detector: Detector, batches: Iterable[PreparedBatch], schedule: PruningSchedule) -> None:
-    """Adapt a pruned detector to its new inputs, without training, as the schedule says."""
-    if schedule.repair == "bn":
+    """Adapt the batch norms of a pruned detector to their new inputs, if the schedule says so."""
+    if schedule.repair != "none":
         reestimate_batch_norms(detector, batches)
 
 

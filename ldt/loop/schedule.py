@@ -29,7 +29,7 @@ KEYS = {  # what the user types for each field
     "retrain_lr": "recipe.retrain_lr",
     "repair": "prune.repair",
 }
-Repair = Literal["bn", "none"]
+Repair = Literal["none", "bn", "lstsq"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class PruningSchedule:
         images: number of calibration images.
         batch_size: calibration images per forward pass.
         retrain_lr: factor on the learning rate after pruning.
-        repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
+        repair: after each pruning, ``bn`` re-estimates the statistics of batch norms; ``lstsq``
+            refits the weights that read removed channels first.
 
     Raises:
         ValueError: a value is not allowed; the message names its key.
