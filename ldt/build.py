@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
+from ldt.callbacks.distillation import Distillation, check_head
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.lightning_internals import (
@@ -80,6 +81,8 @@ def check_config(config: DictConfig) -> None:
     method, recipe = plain["method"], plain["recipe"]
     check_recipe(recipe)
     check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
+    given = plain.get("distill") or {}  # not in the configuration of an earlier version
+    check_arguments("distill", Distillation, given, not_these=["folder", "scope"])
     check_value("base", plain["base"], Literal["own", "shared"])
     check_value("seed", plain["seed"], Seed, 0)
     check_value("report.pictures", plain["report"]["pictures"], NaturalNumber, 8)
@@ -174,6 +177,12 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
     )
 
 
+def distilled(plain: dict[str, Any]) -> dict[str, float]:
+    """Return the keys of distillation; none if it is off."""
+    keys = plain.get("distill") or {}
+    return keys if keys.get("neck") or keys.get("head") else {}
+
+
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """Build the prune-retrain loop and its criterion."""
     method = config.method
@@ -243,6 +252,8 @@ def build_module(
         max_detections=_max_detections(plain),
         compiled=bool(plain["trainer"].get("compile")),
     )
+    if distilled(plain).get("head"):
+        check_head(module.adapter)
     if module.untrained and plain["recipe"]["epochs"] == 0:
         _check_untrained(build_schedule(config), str(detector["checkpoint"]), data.classes)
     return module
@@ -462,6 +473,8 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
         others = ("enabled", "background")
         terms = {key: value for key, value in config.ldt.items() if key not in others}
         callbacks.append(LDTLoss(**terms))
+    if distill := distilled(as_dict(config)):
+        callbacks.append(Distillation(folder, loop.schedule.scope, **distill))
     if config.recipe.ema is not None:
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
     callbacks.append(loop)

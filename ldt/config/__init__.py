@@ -111,6 +111,15 @@ class PruneConfig:
 
 
 @dataclass
+class DistillConfig:
+    """What retraining takes over from the unpruned base (:mod:`ldt.callbacks.distillation`)."""
+
+    neck: float = 0.0  # weight of the divergence of the neck's maps; 0: off
+    head: float = 0.0  # weight of the divergence of the predictors' outputs; 0: off
+    temperature: float = 1.0  # of the softmax over positions
+
+
+@dataclass
 class DatasetConfig:
     """Keys shared by all data sets; ``_target_`` is the LightningDataModule."""
 
@@ -217,6 +226,7 @@ class Config:
     ldt: LDTConfig = field(default_factory=LDTConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     dataset: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
