@@ -44,7 +44,9 @@ def accuracy(detector: Detector, data: DetectionDataModule, images: int) -> floa
 
 def measure(options: argparse.Namespace) -> None:
     """Write a row for the unpruned detector, and one for each criterion, cut and repair."""
-    data = _open_data(options.data, input_settings(options.config), {})
+    side = options.square
+    given = {"scale": (side, side), "keep_ratio": True, "pad": "square"} if side else {}
+    data = _open_data(options.data, given or input_settings(options.config), {})
     data.setup("fit")
     name, out = Path(options.config).stem, options.out
     known = pd.read_csv(out)[KEYS].to_numpy().tolist() if out.exists() else []
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--criteria", nargs="*", default=["ldt", "l1", "random"])
     parser.add_argument("--cuts", nargs="*", default=CUTS)
+    parser.add_argument("--square", type=int, help="input size of a config without test pipeline")
     parser.add_argument("--images", type=int, default=64, help="calibration images")
     parser.add_argument("--val", type=int, default=82, help="validation images")
     parser.add_argument("--out", type=Path, default=Path("results.csv"))
