@@ -64,7 +64,7 @@ def test_scores_and_removed_channels_are_those_of_one_process(base, tmp_path, me
 
 
 def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
-    more = [*TWO, "recipe.retrain_epochs=2"]
+    more = [*TWO, "recipe.retrain_epochs=2", "distill.neck=0.5", "distill.head=0.5"]
     whole = finished(tmp_path, "whole", *more)
     arguments, out = options(tmp_path, "killed", *more), tmp_path / "killed.out"
     process = forked.Forked([str(ROOT / "run.py"), *arguments], tmp_path, out, out)
