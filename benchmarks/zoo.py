@@ -404,7 +404,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
         scope=model.scope,
         input_size=(model.size, model.size),
         neck=model.neck,
-        reestimate_bn=False,
+        repair="none",
         inplace=True,
     )
     achieved = (whole - count_parameters(detector)) / in_scope

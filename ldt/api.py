@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch_pruning.pruner.importance import Importance
 
+from ldt.config.kinds import Repair
 from ldt.config.values import Count, Seed, Share, check_arguments, check_value, check_values
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
@@ -29,7 +30,8 @@ from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
-from ldt.loop.pruning_round import Unpruned, check_schedule, latency_table, prune_round, repair
+from ldt.loop.pruning_round import Unpruned, check_schedule, latency_table, prune_round
+from ldt.loop.pruning_round import repair as repair_norms
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule, default_round_to
 from ldt.pruning.budget import Limits
@@ -59,6 +61,7 @@ ARGUMENTS = {  # what messages about keys of the configuration name here
     "prune.rate": "rate",
     "prune.scope": "scope",
     "prune.budget": "budget",
+    "prune.repair": "repair",
     "prune.max_layer_rate": "limits.max_layer_rate",
     "prune.min_channels": "limits.min_channels",
     "prune.round_to": "limits.round_to",
@@ -171,7 +174,7 @@ def prune(
     input_size: tuple[int, int] | None = None,
     neck: str | None = None,
     predictors: Sequence[str] | None = None,
-    reestimate_bn: bool = True,
+    repair: Repair = "bn",
     inplace: bool = False,
     seed: int = 0,
     trust: bool = False,
@@ -206,7 +209,9 @@ def prune(
         input_size: (height, width) that MACs are counted for; that of the first batch by default.
         neck: name of the module whose output feeds the head; found by itself.
         predictors: layers whose outputs are never pruned; found by themselves.
-        reestimate_bn: re-estimate the statistics of batch norms on the same images.
+        repair: what is adapted to the removal, on the same images: ``none``, ``bn`` (statistics of
+            batch norms) or ``lstsq`` (also the weights that read removed channels, by least
+            squares).
         inplace: prune the given detector itself, not a copy.
         seed: of what criteria draw at random.
         trust: of a checkpoint, see :func:`ldt.load_pruned`.
@@ -252,7 +257,7 @@ def prune(
         limits=limits or Limits(round_to=multiple),
         images=calibration_images,
         batch_size=batch_size,
-        repair="bn" if reestimate_bn else "none",
+        repair=repair,
     )
     names = classes or getattr(images, "classes", None)
     opened = open_detector(detector, weights, names, config, trust)
@@ -283,7 +288,7 @@ def _prune(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         record = prune_round(detector, criterion, calibration, schedule, 1, unpruned)
-    repair(detector, calibration, schedule)
+    repair_norms(detector, calibration, schedule)
     about = None
     if opened.config is not None:
         resize = opened.record.get("resize", ())

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
+from ldt.callbacks.distillation import Distillation, check_head
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.lightning_internals import (
@@ -167,6 +168,12 @@ def _round_to(prune: Any) -> int:
     return default_round_to(parse_budget(prune.budget), LatencyTarget(**prune.latency))
 
 
+def distilled(plain: dict[str, Any]) -> dict[str, float]:
+    """Return the keys of distillation; none if it is off."""
+    keys = plain.get("distill") or {}
+    return keys if keys.get("neck") or keys.get("head") else {}
+
+
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
     """Build the prune-retrain loop and its criterion."""
     method = config.method
@@ -238,6 +245,8 @@ def build_module(
         max_detections=_max_detections(plain),
         compiled=bool(plain["trainer"].get("compile")),
     )
+    if distilled(plain).get("head"):
+        check_head(module.adapter)
     if module.untrained and plain["recipe"]["epochs"] == 0:
         _check_untrained(build_schedule(config), str(detector["checkpoint"]), data.classes)
     return module
@@ -457,6 +466,8 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
         others = ("enabled", "background")
         terms = {key: value for key, value in config.ldt.items() if key not in others}
         callbacks.append(LDTLoss(**terms))
+    if distill := distilled(as_dict(config)):
+        callbacks.append(Distillation(folder, loop.schedule.scope, **distill))
     if config.recipe.ema is not None:
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
     callbacks.append(loop)

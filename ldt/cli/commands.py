@@ -255,6 +255,12 @@ def figures(
     help="How scores of different layers are compared [default: the method's own].",
 )
 @click.option(
+    "--repair",
+    default="bn",
+    show_default=True,
+    help="After the removal: none, bn (batch norms) or lstsq (weights too).",
+)
+@click.option(
     "--images", type=click.IntRange(1), default=32, show_default=True, help="Calibration images."
 )
 @click.option(
@@ -276,6 +282,7 @@ def prune(
     threads: int | None,
     target_ms: float | None,
     ranking: str | None,
+    repair: str,
     images: int,
     val: int,
     out: Path | None,
@@ -308,6 +315,7 @@ def prune(
             budget=budget,
             latency={"runtime": runtime, "threads": threads, "target_ms": target_ms},
             ranking=ranking,
+            repair=repair,
         )
 
 

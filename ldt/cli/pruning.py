@@ -23,6 +23,7 @@ OPTIONS = {  # what messages about keys of the configuration name here
     "prune.latency.target_ms": "--target-ms",
     "prune.latency.runtime": "--runtime",
     "prune.latency.threads": "--threads",
+    "prune.repair": "--repair",
     "detector.config": "CONFIG",
     "detector.checkpoint": "WEIGHTS",
     "dataset.root": "DATA",
@@ -56,7 +57,7 @@ def run(
         out: the checkpoint to write, or None.
         files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of one's own COCO files.
         latency: that of :func:`ldt.prune`; null: not given.
-        options: ``rate``, ``criterion``, ``budget`` and ``ranking`` of :func:`ldt.prune`.
+        options: ``rate``, ``criterion``, ``budget``, ``ranking``, ``repair`` of :func:`ldt.prune`.
     """
     options["latency"] = {key: value for key, value in latency.items() if value is not None}
     with refusing():
@@ -86,6 +87,7 @@ def _check_options(
     criterion: str,
     budget: str,
     ranking: str | None,
+    repair: Any,
     latency: dict[str, Any],
 ) -> None:
     """Check what needs no image, before anything is measured."""
@@ -97,7 +99,9 @@ def _check_options(
         either = " or, with --budget latency, --target-ms (the latency to reach)"
         raise ValueError(f"give either --rate (the share to remove){either}")
     target = LatencyTarget(**latency)
-    PruningSchedule.one_shot(0.5 if rate is None else rate, budget=budget, latency=target)
+    PruningSchedule.one_shot(
+        0.5 if rate is None else rate, budget=budget, repair=repair, latency=target
+    )
     if out is not None:
         check_folder_of(out)
 

@@ -133,9 +133,19 @@ class PruneConfig:
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     images: Count = 128  # calibration images
     batch_size: Count = 16  # calibration images per forward pass
-    repair: Annotated[str, kinds.Repair] = "none"  # bn: estimate batch norms' statistics again
+    # bn: estimate batch norms' statistics again; lstsq: refit the weights that read them before
+    repair: Annotated[str, kinds.Repair] = "none"
     channels: kinds.Channels = "scored"  # random: as many of each group, at random (a control)
     weights: kinds.Weights = "kept"  # fresh: random weights after pruning (a control)
+
+
+@dataclass
+class DistillConfig:
+    """What retraining takes over from the unpruned base (:mod:`ldt.callbacks.distillation`)."""
+
+    neck: NotNegative = 0.0  # weight of the divergence of the neck's maps; 0: off
+    head: NotNegative = 0.0  # weight of the divergence of the predictors' outputs; 0: off
+    temperature: Positive = 1.0  # of the softmax over positions
 
 
 @dataclass
@@ -262,6 +272,7 @@ class Config:
     ldt: LDTConfig = field(default_factory=LDTConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     dataset: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

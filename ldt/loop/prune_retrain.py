@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch_pruning.pruner.importance import Importance
 
+from ldt.callbacks.distillation import Distillation
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.lightning_internals import (
@@ -380,6 +381,8 @@ class PruneRetrain(L.Callback):
         self, trainer: L.Trainer, module: DetectorModule, record: RoundRecord
     ) -> None:
         check_same_channels(trainer, record)
+        for distillation in _distillations(trainer):
+            distillation.cut(record)
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
         check_rate(module.adapter, self.schedule, self.round, self._unpruned, record)
@@ -416,6 +419,10 @@ def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
 
 def _ldt_losses(trainer: L.Trainer) -> list[LDTLoss]:
     return [c for c in callbacks_of(trainer) if isinstance(c, LDTLoss)]
+
+
+def _distillations(trainer: L.Trainer) -> list[Distillation]:
+    return [c for c in callbacks_of(trainer) if isinstance(c, Distillation)]
 
 
 def _data(trainer: L.Trainer) -> DetectionDataModule:

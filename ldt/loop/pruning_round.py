@@ -28,6 +28,7 @@ from ldt.pruning.budget import (
 from ldt.pruning.costs import Budget, CostModel
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.latency import LatencyModel
+from ldt.pruning.refit import refit_consumers
 from ldt.pruning.trial import restored
 from ldt.runtimes.latency_table import LatencyTable
 
@@ -106,6 +107,8 @@ def prune_round(
 ) -> RoundRecord:
     """Score, select and remove channels in place, once per inner round of the schedule.
 
+    With ``lstsq`` the layers that read removed channels are refitted; :func:`repair` does the rest.
+
     Args:
         detector: the detector to prune.
         criterion: one of ours or any importance of Torch-Pruning.
@@ -144,6 +147,8 @@ def prune_round(
                     channels = select_channels(graph, scores, **arguments)
             short = arguments["save"] - arguments["costs"].saved(channels)
             record.left = schedule.left_share(after) * unpruned.costs[schedule.budget] + short
+            if schedule.repair == "lstsq":
+                refit_consumers(graph, channels, batches)
             graph.remove(channels)
             record.add(scores, channels)
     record.excluded = dict(graph.excluded)
@@ -202,8 +207,8 @@ def _shuffled(scores: Scores) -> Scores:
 
 
 def repair(detector: Detector, batches: Iterable[PreparedBatch], schedule: PruningSchedule) -> None:
-    """Adapt a pruned detector to its new inputs, without training, as the schedule says."""
-    if schedule.repair == "bn":
+    """Adapt the batch norms of a pruned detector to their new inputs, if the schedule says so."""
+    if schedule.repair != "none":
         reestimate_batch_norms(detector, batches)
 
 

@@ -64,7 +64,8 @@ class PruningSchedule:
             control that tells what the choice within groups gives.
         weights: ``fresh`` gives the pruned detector random weights: a control that tells what the
             kept ones give.
-        repair: ``bn`` re-estimates the statistics of batch norms after each pruning.
+        repair: after each pruning, ``bn`` re-estimates the statistics of batch norms; ``lstsq``
+            refits the weights that read removed channels first.
         latency: where the latency is measured, and how much of it is to be left.
 
     Raises:

@@ -73,6 +73,13 @@ class CoupledGroup:
             m for m in self.members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)
         )
 
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The convolutions whose input channels are the group's channels."""
+        return tuple(
+            m for m in self.members if m.side != "out" and isinstance(m.layer, CONVOLUTIONS)
+        )
+
 
 def tied_roots(raw: Group) -> list[int]:
     """Return a number for each of the root layer's channels; tied channels have the same.

@@ -48,7 +48,7 @@ SOURCES = (  # keys interpolated by others (dataset.scale, ldt.enabled), which a
     *("dataset.scales", "detector.size", "method.ldt"),
 )
 UNPRUNED = (  # keys without effect if nothing is pruned
-    *("prune", "recipe.retrain_epochs", "recipe.retrain_lr", "method.ranking"),
+    *("prune", "distill", "recipe.retrain_epochs", "recipe.retrain_lr", "method.ranking"),
     *("method.inner_rounds", "method.criterion", "method.gradual"),
 )
 LDT_OFF = (  # keys without effect if the detector is trained without LDT
@@ -69,6 +69,9 @@ BEFORE: Flat = {  # values of keys that older configurations lack
     "prune.round_to": 0,
     "prune.channels": "scored",
     "prune.weights": "kept",
+    "distill.neck": 0,
+    "distill.head": 0,
+    "distill.temperature": 1,
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
@@ -159,10 +162,11 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
     augment = (config.get("recipe") or {}).get("augment", "mosaic")
     mosaic = () if augment == "mosaic" else MOSAIC
-    prune = config.get("prune") or {}
+    prune, distill = config.get("prune") or {}, config.get("distill") or {}
     latency = () if prune.get("budget") == "latency" else ("prune.latency",)
     folds = FOLDS_ON if (config.get("dataset") or {}).get("folds") else FOLDS_OFF
-    return (*pruning, *mosaic, *latency, *folds, *(LDT_OFF if _off(config) else given))
+    off = () if distill.get("neck") or distill.get("head") else ("distill.temperature",)
+    return (*pruning, *mosaic, *latency, *folds, *off, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:
@@ -301,7 +305,8 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
     rate, seed = root.prune.rate, root.seed
     budget = IN_NAMES.get(root.prune.budget, root.prune.budget)
     stem = f"{stem}-{budget}{rate}-s{seed}"
-    groups = ("method", "prune", "ldt", "trainer")  # the complete configuration contains the name
+    # not all groups: the complete configuration contains the name
+    groups = ("method", "prune", "distill", "ldt", "trainer")
     config = {g: as_dict(root[g]) for g in groups}
     names = [stem + suffix for suffix in (suffix_of(given, config), _suffix_before(given))]
     study = RUNS / root.study

@@ -69,7 +69,7 @@ def test_phases_tile_the_run(base, retrain, rounds):
             {"retrain_epochs": -1},
             r"recipe.retrain_epochs=-1; allowed: a whole number of",
         ),
-        ({"repair": "gn"}, r"prune.repair='gn'; allowed: bn, none"),
+        ({"repair": "gn"}, r"prune.repair='gn'; allowed: none, bn, lstsq"),
         ({"rounds": 0, "base_epochs": 0}, r"nothing to do"),
         ({"ranking": "local"}, r"method.ranking='local'; allowed: global,"),
         ({"inner_rounds": 0}, r"method.inner_rounds=0; allowed: a whole number of at least 1"),
