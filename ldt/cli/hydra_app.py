@@ -21,6 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ldt import progress
 from ldt.cli.exit_codes import exit_codes
 from ldt.cli.study_table import exit_sweep
 from ldt.config import conf_dir, register
@@ -119,7 +120,10 @@ class Job:
         """
         self.begun = True
         job = HydraConfig.get()
-        with exit_codes(explained):  # before Hydra prints its own error message
+        with (
+            exit_codes(explained),  # before Hydra prints its own error message
+            progress.running("loading PyTorch and mmdet"),
+        ):
             from ldt.experiment import run
 
             folder, in_sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN

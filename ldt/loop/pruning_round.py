@@ -9,6 +9,7 @@ from typing import TypedDict
 from torch import Tensor
 from torch_pruning.pruner.importance import Importance
 
+from ldt import progress
 from ldt.criteria.base import score_groups
 from ldt.detectors.adapter import Detector, PreparedBatch
 from ldt.detectors.batch_norm import reestimate_batch_norms
@@ -16,6 +17,7 @@ from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
+from ldt.progress.steps import CUT
 from ldt.pruning.budget import (
     TOLERANCE,
     Limits,
@@ -46,12 +48,14 @@ class Unpruned:
     @classmethod
     def of(cls, detector: Detector) -> "Unpruned":
         """Measure the size of a detector."""
-        widths = {
-            name: getattr(layer, "out_channels", None)
-            for name, layer in detector.model.named_modules()
-        }
-        channels = {name: width for name, width in widths.items() if isinstance(width, int)}
-        return cls(count_params_and_macs(detector), channels)
+        return cls(count_params_and_macs(detector), layer_channels(detector))
+
+
+def layer_channels(detector: Detector) -> dict[str, int]:
+    """Return the output channels of each convolution by its name."""
+    named = detector.model.named_modules()
+    widths = {name: getattr(layer, "out_channels", None) for name, layer in named}
+    return {name: width for name, width in widths.items() if isinstance(width, int)}
 
 
 def prune_round(
@@ -93,6 +97,8 @@ def prune_round(
             arguments = selection_arguments(detector, graph, schedule, unpruned, after)
             if inner < rounds:  # only the last inner round must be exact
                 arguments["tolerance"] = unpruned.costs[schedule.budget]
+            else:
+                progress.begin(CUT, round_)
             with _rate_in_message(schedule, round_):
                 channels = select_channels(graph, scores, **arguments)
             graph.remove(channels)
@@ -179,16 +185,17 @@ def _log_excluded(graph: PruningGraph, except_for: Container[str] = ()) -> None:
 
 def check_rate(
     detector: Detector, schedule: PruningSchedule, round_: int, unpruned: Unpruned
-) -> None:
-    """Raise RuntimeError unless a round has removed what was requested."""
-    budget = schedule.budget
-    achieved = 1 - count_params_and_macs(detector)[budget] / unpruned.costs[budget]
+) -> dict[str, int]:
+    """Raise RuntimeError unless a round has removed what was requested; return what is left."""
+    budget, counts = schedule.budget, count_params_and_macs(detector)
+    achieved = 1 - counts[budget] / unpruned.costs[budget]
     requested = schedule.removed_share(round_)
     if abs(achieved - requested) > TOLERANCE:
         raise RuntimeError(
             f"round {round_} removed {achieved:.2%} of the {budget}, not the requested "
             f"{requested:.2%}: the cost model and the pruned network disagree"
         )
+    return counts
 
 
 @contextmanager
