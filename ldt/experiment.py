@@ -241,6 +241,7 @@ def _train(
         about = _claim(claimed, data, folder)
         _announce(config, plan, loop, trainer, data, folder)
     resume = resumable(folder)
+    progress.status(f"starting {trainer.world_size} process{'es' * (trainer.world_size > 1)}")
     progress.show(build_steps(config, plan, data))
     try:
         if plan.base_epochs == 0 and resume is None:

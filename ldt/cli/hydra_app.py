@@ -4,6 +4,8 @@
 """
 
 import copyreg
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -23,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldt import progress
 from ldt.cli.exit_codes import exit_codes
-from ldt.cli.study_table import exit_sweep
+from ldt.cli.study_table import StudyTable, end_sweep
 from ldt.config import conf_dir, register
 from ldt.config.keys import check_keys, check_names
 from ldt.config.messages import explained
@@ -120,6 +122,8 @@ class Job:
         """
         self.begun = True
         job = HydraConfig.get()
+        logging.captureWarnings(True)  # into the log, above the display
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings that bypass it
         with (
             exit_codes(explained),  # before Hydra prints its own error message
             progress.running("loading PyTorch and mmdet"),
@@ -130,6 +134,7 @@ class Job:
             if in_sweep and _starts_processes(config):
                 from ldt.cli.job_process import run_apart
 
+                progress.pause()  # the job has a display of its own
                 return run_apart(config, folder, self.flags)
             return run(config, folder, in_sweep)
         raise AssertionError("exit_codes ends the process after an error")
@@ -151,6 +156,7 @@ COMPOSE_ALL = Sweeper.validate_batch_is_legal
 def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
     """Compose the jobs of a sweep; raise if one mistake is in all of them, before any begins."""
     COMPOSE_ALL(sweeper, batch)
+    StudyTable.progress.add(batch)
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     errors: dict[str, Exception] = {}
@@ -208,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
         if given.multirun and StrictLoader.study is not None:
-            exit_sweep(StrictLoader.study, Job.returned)
+            end_sweep(StrictLoader.study, Job.returned or StudyTable.jobs)
 
 
 def _wrong_flag(message: str) -> NoReturn:

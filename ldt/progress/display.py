@@ -228,6 +228,11 @@ def running(text: str = "") -> Iterator[None]:
             here.close()
 
 
+def pause() -> None:
+    """Show nothing until the end of the outermost block."""
+    _display.close()
+
+
 def status(text: str) -> None:
     """Say what is being done before the steps of a run are known."""
     _display.status = text

@@ -1,7 +1,7 @@
 """Terminal tables printed at the end of a run or study."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
 KITTI = ("kitti_easy", "kitti_moderate", "kitti_hard")  # in rounds on KITTI only
+LEAST_NAME = 27  # characters of a run's name in a line, and the space after it
 BUDGETS = {"params": "parameters", "macs": "multiply-adds", "flops": "multiply-adds"}
 
 
@@ -64,17 +65,20 @@ def _rounds_table(summary: Mapping[str, Any], out: Console) -> Table:
     names = [summary["metric"], *(name for name in names if name != summary["metric"])]
     while True:
         table = _table_of(summary, names)
-        if len(names) == 1 or Measurement.get(out, out.options, table).maximum <= out.width:
+        if len(names) == 1 or _width(out, table) <= out.width:
             return table
         names.pop()
+
+
+def _width(out: Console, table: Table) -> int:
+    """Return the width of a table in which nothing is cut."""
+    return Measurement.get(out, out.options.update(max_width=10_000), table).maximum
 
 
 def _table_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     rows, headline = summary["rounds"], summary["metric"]
     base = rows[0]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("round")
-    columns: dict[str, list[str]] = {}
+    columns = {"round": ["base" if row["round"] == 0 else str(row["round"]) for row in rows]}
     for name in metrics:
         columns[name] = [number(row.get(name), 3) for row in rows]
         if name == headline:
@@ -84,13 +88,7 @@ def _table_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     columns["removed (%)"] = [number(row.get("rate"), 1, 100) for row in rows]
     columns["latency (ms)"] = [number(row.get("latency_ms"), 1) for row in rows]
     columns["speed-up"] = [_speed_up(row, base) for row in rows]
-    for name in columns:
-        style = "bold" if name == headline else ""
-        head = Text(name.replace(" ", "\n"))
-        table.add_column(head, justify="right", style=style, no_wrap=True)
-    for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
-        table.add_row("base" if row["round"] == 0 else str(row["round"]), *cells)
-    return table
+    return _table(columns, ["round"], bold=headline)
 
 
 def _change(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
@@ -130,51 +128,87 @@ def _measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(found))
 
 
-def print_study(study: Path) -> int:
+def print_study(study: Path, labels: Mapping[str, str] | None = None) -> int:
     """Print one line per run of a study, failed and damaged ones last and in red.
 
+    Args:
+        study: directory with the runs' directories.
+        labels: what to call the runs that are printed, by their names; default: all, by name.
+
     Returns:
-        The number of failed and damaged runs; unfinished ones are not counted.
+        The number of printed runs that are failed or damaged; unfinished ones are not counted.
 
     Raises:
         FileNotFoundError: there is no such directory.
     """
-    rows = load_study(study)
+    everything = load_study(study)
+    named = {row["run"]: row["run"] for row in everything} if labels is None else labels
+    rows = [row for row in everything if row["run"] in named]
     failed = [row for row in rows if row["status"] in ("failed", DAMAGED)]
     out = console()
-    table = Table(box=box.SIMPLE_HEAD, title=Text(str(study)), title_justify="left")
-    for name in ("run", "status", "metric"):
-        table.add_column(name, overflow="fold")
-    for name in ("base", "last", "parameters (M)", "multiply-adds (G)", "removed (%)"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in rows:
-        if row not in failed:
-            table.add_row(*_study_cells(row))
-    if table.row_count:
-        out.print(table)
+    out.print()
+    out.print(Text(str(study), style="bold"), soft_wrap=True)
+    if good := [row for row in rows if row not in failed]:
+        out.print(_study_table(good, named, out))
     for row in failed:
         first_line = (row["error"].splitlines() or ["no message"])[0]
-        line = Text(f"{row['run']}  {row['status']}  {first_line}", style="red")
+        line = Text(f"{named[row['run']]}  {row['status']}  {first_line}", style="red")
         out.print(line, soft_wrap=True)
     states = [row["status"] for row in rows]
     shown = [state for state in STATES if state in states or state != DAMAGED]
-    counts = (f"{states.count(state)} {state}" for state in shown)
-    out.print(", ".join(counts))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
+    others = len(everything) - len(rows)
+    out.print(counts + (f"; the study has {others} more runs" if others else ""))
+    out.print(Text(f"next:  ldt report {_typed(study)}"), soft_wrap=True)
     return len(failed)
 
 
-def _study_cells(row: Mapping[str, Any]) -> Sequence[Text]:
-    if row["status"] == "unfinished":
-        return [Text(row["run"]), Text(row["status"], style="yellow")]
-    height, width = row["input_size"]
-    cells = (
-        row["run"],
-        row["status"],
-        row["metric"],
-        number(row.get(f"base_{row['metric']}"), 3),
-        number(row.get(row["metric"]), 3),
-        number(row.get("params"), 3, 1e-6),
-        f"{number(row.get('multiply_adds'), 3, 1e-9)} at {height}x{width}",
-        f"{number(row.get('rate'), 1, 100)} {row['budget']}",
-    )
-    return [Text(cell) for cell in cells]
+def _study_table(
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], out: Console
+) -> Table:
+    """Return a table of runs; columns for which there is no room are left out."""
+    columns = {
+        "status": [str(row["status"]) for row in rows],
+        "metric": [row.get("metric", "") for row in rows],
+        "base": [number(row.get(f"base_{row.get('metric')}"), 3) for row in rows],
+        "last": [number(row.get(row.get("metric", "")), 3) for row in rows],
+        "change": [_gain(row) for row in rows],
+        "removed (%)": [number(row.get("rate"), 1, 100) for row in rows],
+        "parameters (M)": [number(row.get("params"), 3, 1e-6) for row in rows],
+        "MACs (G)": [number(row.get("multiply_adds"), 3, 1e-9) for row in rows],
+    }
+    left = ("run", "status", "metric")
+    while _width(out, _table(columns, left)) + LEAST_NAME > out.width:
+        columns.popitem()
+    return _table({"run": [labels[row["run"]] for row in rows], **columns}, left)
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    metric = row.get("metric")
+    base, last = row.get(f"base_{metric}"), row.get(metric)
+    gain = float("nan") if base is None or last is None else last - base
+    return "-" if isnan(gain) else f"{gain:+.3f}"
+
+
+def _table(
+    columns: Mapping[str, Sequence[str]], left: Collection[str], bold: str | None = None
+) -> Table:
+    """Return a table; only the cells of its first column may be broken into several lines.
+
+    Args:
+        columns: the cells of each column.
+        left: names of the columns that are not aligned to the right.
+        bold: name of a column in bold.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(
+            Text(name.replace(" ", "\n")),
+            justify="left" if name in left else "right",
+            style="bold" if name == bold else "",
+            no_wrap=i > 0,
+            overflow="fold",
+        )
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
