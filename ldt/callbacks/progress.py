@@ -47,11 +47,12 @@ class RunProgress(ProgressBar):
             return
         self._images = self.batch_size / trainer.accumulate_grad_batches
         self._set_images(trainer)
-        if trainer.current_epoch:
-            step = self._begin(trainer)
-            epoch, epochs = self._epoch(trainer), step.epochs if step else None
-            of = f" of {epochs}" if epochs else ""
-            log.info("resumed: goes on with epoch %d%s of the step %s", epoch, of, self._phase()[0])
+        step = self._begin(trainer) if trainer.current_epoch else None
+        if step is not None and (steps := progress.current_steps()) is not None:
+            of = f" of {step.epochs}" if step.epochs else ""
+            log.info(
+                "resumed: goes on with %s, epoch %d%s", steps.label(step), self._epoch(trainer), of
+            )
 
     def _set_images(self, trainer: L.Trainer) -> None:
         steps = progress.current_steps()

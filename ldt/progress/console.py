@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -23,19 +24,21 @@ def rank() -> int:
     return next((int(os.environ[key]) for key in RANKS if os.environ.get(key)), 0)
 
 
-def console() -> "Console":
-    """Return the console that prints above the display in progress.
-
-    It truncates nothing if the output is not a terminal.
-    """
-    import rich
+@cache
+def terminal() -> "Console":
+    """Return the console that displays and all that is printed share."""
     from rich.console import Console
 
-    shared = rich.get_console()
-    if shared._live_stack:
-        return shared
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    return Console(highlight=False)
+
+
+def console() -> "Console":
+    """Return the console, one that truncates nothing if the output is not a terminal."""
+    if terminal().is_terminal:
+        return terminal()
+    from rich.console import Console
+
+    return Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def print_lines(text: str) -> None:
@@ -43,15 +46,16 @@ def print_lines(text: str) -> None:
     out = console()
     if out.is_terminal:
         text = "\n".join(_wrapped(line, out.width) for line in text.splitlines())
-    out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    out.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def _wrapped(line: str, width: int) -> str:
     """Wrap a line of the log; what follows is below the message, not below the time."""
     time, gap, message = line.partition("  ")
     indent = " " * (len(time + gap) if message and time.strip() else len(line) - len(line.lstrip()))
-    if len(indent) > width // 2:
-        indent = ""
+    longest = max(map(len, line.split()), default=0)
+    if len(indent) + longest > width:  # a path, which the terminal breaks where it must
+        return line
     return textwrap.fill(
         line.expandtabs(),
         width,

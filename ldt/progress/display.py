@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ldt.progress import console as consoles
-from ldt.progress.console import console, print_lines, rank
+from ldt.progress.console import print_lines, rank
 from ldt.progress.steps import DRAW, MEASURE, SCORE, Step, Steps
 
 if TYPE_CHECKING:
@@ -52,12 +52,15 @@ class Display:
         """Start to show what there is."""
         if self._live is not None or self._thread is not None:
             return
-        import rich
-        from rich.live import Live
+        if consoles.terminal().is_interactive:
+            from rich.live import Live
 
-        if console().is_interactive and console().is_terminal:
-            rich.reconfigure(highlight=False)
-            self._live = Live(get_renderable=self.draw, refresh_per_second=FRAMES, transient=True)
+            self._live = Live(
+                console=consoles.terminal(),
+                get_renderable=self.draw,
+                refresh_per_second=FRAMES,
+                transient=True,
+            )
             self._live.start(refresh=True)
         else:
             self._over.clear()

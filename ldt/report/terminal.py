@@ -86,8 +86,9 @@ def _table_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     columns["parameters (M)"] = [number(row.get("params"), 3, 1e-6) for row in rows]
     columns["MACs (G)"] = [number(row.get("multiply_adds"), 3, 1e-9) for row in rows]
     columns["removed (%)"] = [number(row.get("rate"), 1, 100) for row in rows]
-    columns["latency (ms)"] = [number(row.get("latency_ms"), 1) for row in rows]
-    columns["speed-up"] = [_speed_up(row, base) for row in rows]
+    if any("latency_ms" in row for row in rows):
+        columns["latency (ms)"] = [number(row.get("latency_ms"), 1) for row in rows]
+        columns["speed-up"] = [_speed_up(row, base) for row in rows]
     return _table(columns, ["round"], bold=headline)
 
 
@@ -171,7 +172,7 @@ def _study_table(
         "status": [str(row["status"]) for row in rows],
         "metric": [row.get("metric", "") for row in rows],
         "base": [number(row.get(f"base_{row.get('metric')}"), 3) for row in rows],
-        "last": [number(row.get(row.get("metric", "")), 3) for row in rows],
+        "last": [number(row.get(str(row.get("metric"))), 3) for row in rows],
         "change": [_gain(row) for row in rows],
         "removed (%)": [number(row.get("rate"), 1, 100) for row in rows],
         "parameters (M)": [number(row.get("params"), 3, 1e-6) for row in rows],
@@ -184,7 +185,7 @@ def _study_table(
 
 
 def _gain(row: Mapping[str, Any]) -> str:
-    metric = row.get("metric")
+    metric = str(row.get("metric"))
     base, last = row.get(f"base_{metric}"), row.get(metric)
     gain = float("nan") if base is None or last is None else last - base
     return "-" if isnan(gain) else f"{gain:+.3f}"
