@@ -88,6 +88,7 @@ class Display:
         """Write a line where none has been written for long."""
         while not self._over.wait(SILENCE / 10):
             if (line := self.line()) and self._is_due():
+                consoles.printed = time.monotonic()  # also where nothing prints what is logged
                 log.info(line, extra=None if self.steps else consoles.CONSOLE_ONLY)
 
     def _is_due(self) -> bool:

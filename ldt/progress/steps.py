@@ -75,6 +75,7 @@ class Steps:
         val_images: float,
         score_images: float,
         masks: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Steps:
         """Return the steps of a run of the prune-retrain loop.
 
@@ -86,6 +87,7 @@ class Steps:
             val_images: in a validation.
             score_images: that a round's criterion sees.
             masks: whether channels are masked while training, instead of being scored and cut.
+            clock: returns the time in seconds.
         """
         found = [Step(BASE, 0, base_epochs * train_images, base_epochs)] if base_epochs else []
         found.append(Step(MEASURE, 0, val_images))
@@ -96,7 +98,7 @@ class Steps:
                 images = retrain_epochs * train_images
                 found.append(Step(RETRAIN, round_, images, retrain_epochs))
             found.append(Step(MEASURE, round_, val_images))
-        return cls([*found, Step(DRAW)], rounds)
+        return cls([*found, Step(DRAW)], rounds, clock)
 
     def begin(self, name: str, round_: int) -> Step:
         """End the current step and begin another; one that is not planned is put after it."""
