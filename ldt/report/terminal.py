@@ -159,7 +159,7 @@ def print_study(study: Path, labels: Mapping[str, str] | None = None) -> int:
     shown = [state for state in STATES if state in states or state != DAMAGED]
     counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
     others = len(everything) - len(rows)
-    out.print(counts + (f"; the study has {others} more runs" if others else ""))
+    out.print(counts + (f"; {others} more in the study" if others else ""))
     out.print(Text(f"next:  ldt report {_typed(study)}"), soft_wrap=True)
     return len(failed)
 

@@ -169,7 +169,7 @@ def test_a_resumed_run_shows_where_it_goes_on(tmp_path, undrawn, caplog, monkeyp
             experiment.run(config, tmp_path / "run")
     caplog.set_level("INFO")
     experiment.run(config, tmp_path / "run")
-    (resumed,) = [r.getMessage() for r in caplog.records if "resumed" in r.getMessage()]
+    (resumed,) = [t for r in caplog.records if (t := r.getMessage()).startswith("resumed")]
     assert resumed == "resumed: goes on with retrain 1/1, epoch 2 of 3"
     epochs = re.findall(r"retrain 1/1  epoch (\d)/3  loss", caplog.text)
     assert epochs == ["2", "3"]

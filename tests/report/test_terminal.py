@@ -125,7 +125,7 @@ def test_tables_fit_a_terminal_with_whole_words(tmp_path, width, in_terminal):
 def test_the_numbers_of_a_sweep_are_those_of_its_jobs(study, capsys):
     assert report.print_study(study, {"a-finished": "seed=0", "f-running": "seed=1"}) == 0
     text = capsys.readouterr().out
-    assert "1 finished, 0 failed, 1 unfinished; the study has 4 more runs" in text
+    assert "1 finished, 0 failed, 1 unfinished; 4 more in the study" in text
     assert "seed=0" in text
     assert "c-failed" not in text
 
