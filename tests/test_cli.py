@@ -1,6 +1,7 @@
 """`ldt`, `run.py` and the older addresses: help at once, and one convention of exit codes."""
 
 import json
+import os
 import pickle
 import resource
 import sys
@@ -17,7 +18,7 @@ from ldt.cli import main
 from ldt.cli.commands import ldt as commands
 from ldt.cli.exit_codes import exit_codes
 from ldt.cli.study_table import end_sweep
-from ldt.cli.sweep_progress import SweepProgress
+from ldt.cli.sweep_progress import PLACE, SweepProgress, report_of
 from ldt.criteria.methods import find_method
 from ldt.deployment import prediction, to_mmdet
 from ldt.progress import console
@@ -273,6 +274,30 @@ def test_the_table_of_a_sweep_shows_every_job_and_an_estimate(in_terminal):
         "seed=2": ["running", "0:00"],
         "seed=3": ["waiting"],
     }
+
+
+def test_jobs_of_other_processes_report_to_the_table(tmp_path, in_terminal, monkeypatch):
+    shown = in_terminal(80)
+    sweep = SweepProgress(tmp_path / ".sweep")
+    sweep.add([[f"seed={seed}"] for seed in range(3)])
+    monkeypatch.setenv(PLACE, f"1:{sweep.place}")
+    reports = [report_of(number) for number in range(2)]
+    for report in reports:
+        report.begin()
+    sweep.read()
+    assert [job.state for job in sweep.jobs] == ["running", "running", "waiting"]
+    (sweep.place / "1.err").write_text("error: seed=1 is bad\n")
+    reports[0].end("finished", 0.25)
+    reports[1].end("refused", NAN)
+    sweep.read()
+    sweep.read()
+    assert [job.state for job in sweep.jobs] == ["finished", "refused", "waiting"]
+    assert sweep.jobs[0].result == 0.25
+    assert shown.getvalue() == "error: seed=1 is bad\n"
+    sweep.close()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(PLACE, f"{os.getpid()}:{sweep.place}")
+    assert report_of(0) is None  # the sweep's own process
 
 
 # The convention -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 `hydra.main` would exit with 1 and print many lines for every error, so its internals are called.
 """
 
+import contextlib
 import copyreg
 import logging
 import os
@@ -207,9 +208,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
         if given.help:  # Hydra deep-copies all schemas per listed group, which takes a second
             copyreg.pickle(ConfigStore, lambda _: (ConfigStore.instance, ()))
+        shown = given.multirun and not (given.help or given.hydra_help or given.info)
         try:
-            utils._run_hydra(given, parser, job, str(conf_dir()), "config")
+            with progress.running() if shown else contextlib.nullcontext():
+                utils._run_hydra(given, parser, job, str(conf_dir()), "config")
+        except (KeyboardInterrupt, SystemExit):
+            StudyTable.progress.close()
+            raise
         except Exception as error:  # composing may fail with any type, e.g. of PyYAML
+            StudyTable.progress.close()
             if not job.begun and given.multirun and StrictLoader.study is not None:
                 discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)

@@ -11,7 +11,17 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ldt.cli.sweep_progress import FAILED, FINISHED, REFUSED, SweepProgress, cells
+from ldt.cli.sweep_progress import (
+    FAILED,
+    FINISHED,
+    REFUSED,
+    JobReport,
+    SweepProgress,
+    ask_for_reports,
+    cells,
+    report_of,
+)
+from ldt.progress.console import terminal
 from ldt.progress.display import display
 from ldt.runs.refusal import Failed, Refused
 
@@ -29,15 +39,26 @@ class StudyTable(Callback):
     jobs: list[JobReturn] = []
     progress = SweepProgress()
 
+    _report: JobReport | None = None
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Forget earlier sweeps; Hydra calls it in the launching process."""
-        StudyTable.jobs, StudyTable.progress = [], SweepProgress()
+        here = str(config.hydra.launcher._target_).endswith(".BasicLauncher")
+        place = None
+        if not here and terminal().is_interactive:
+            place = ask_for_reports(Path(config.hydra.sweep.dir))
+        StudyTable.jobs, StudyTable.progress = [], SweepProgress(place)
+        display().above = None if here else self.progress.draw
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Begin a job; Hydra calls it before each job."""
         if config.hydra.mode == RunMode.MULTIRUN:
+            self._report = report_of(config.hydra.job.num)
+            if self._report is not None:
+                return self._report.begin()
             display().above = self.progress.draw if self.progress.jobs else None
             self.progress.start(config.hydra.job.num)
+        return None
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Keep the result of a job; Hydra calls it after each job."""
@@ -47,7 +68,10 @@ class StudyTable(Callback):
             state = FAILED if any(_has_failed(value) for value in values) else FINISHED
             state = REFUSED if any(isinstance(value, Refused) for value in values) else state
             result = values[0] if len(values) == 1 else tuple(values)
-            self.progress.end(config.hydra.job.num, state, result)
+            if self._report is not None:
+                self._report.end(state, result)
+            else:
+                self.progress.end(config.hydra.job.num, state, result)
 
 
 def end_sweep(study: Path, jobs: Sequence[JobReturn]) -> None:
@@ -60,6 +84,7 @@ def end_sweep(study: Path, jobs: Sequence[JobReturn]) -> None:
     from ldt import report
 
     display().above = None
+    StudyTable.progress.close()
     exit_sweep(study, jobs, only_refused=True)
     with contextlib.suppress(FileNotFoundError):
         labels = zip(map(_folder, jobs), cells([job.overrides or () for job in jobs]), strict=True)
