@@ -24,8 +24,3 @@ def screen(text: str) -> list[str]:
             column += len(part)
         lines += [""] * (row + 1 - len(lines))
     return [line.rstrip() for line in lines]
-
-
-def frames(text: str) -> list[str]:
-    """What was written between two erasures of the display."""
-    return re.split(r"\x1b\[2K", text)

@@ -230,7 +230,7 @@ class JobReport:
         self.place.mkdir(parents=True, exist_ok=True)
         if sys.stdout.isatty():
             self._streams = sys.stdout, sys.stderr
-            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
             sys.stderr = (self.place / f"{self.number}.err").open("a", encoding="utf-8")
         self._write(RUNNING, None)
         threading.Thread(target=self._beat, daemon=True).start()
