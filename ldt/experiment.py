@@ -49,7 +49,7 @@ from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.progress.console import FILE_ONLY
 from ldt.progress.steps import DRAW
-from ldt.report.banner import command, print_banner
+from ldt.report.banner import command, describe_device, print_banner
 from ldt.runs import DONE, files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
 from ldt.runs.records import stored_config
@@ -242,7 +242,8 @@ def _train(
         _announce(config, plan, loop, trainer, data, folder)
     resume = resumable(folder)
     progress.status(f"starting {trainer.world_size} process{'es' * (trainer.world_size > 1)}")
-    progress.show(build_steps(config, plan, data))
+    if config.trainer.get("enable_progress_bar", True):
+        progress.show(build_steps(config, plan, data))
     try:
         if plan.base_epochs == 0 and resume is None:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -278,7 +279,9 @@ def _announce(
     """Print what the run is about to do; log the command and the configuration to its file."""
     told = f"command: {command()}\nin: {Path.cwd()}\nconfiguration:\n{OmegaConf.to_yaml(config)}"
     log.info(told, extra=FILE_ONLY)
-    print_banner(as_dict(config), plan, data, loop.unpruned, trainer, folder)
+    root, precision = trainer.strategy.root_device, str(trainer.precision)
+    device = describe_device(root, trainer.world_size, precision)
+    print_banner(as_dict(config), plan, data, loop.unpruned, device, folder)
 
 
 def _summary(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +23,7 @@ def print_banner(
     plan: PruningSchedule,
     data: DetectionDataModule,
     size: Mapping[str, int],
-    trainer: L.Trainer,
+    device: str,
     folder: Path,
 ) -> None:
     """Print what runs, on which data and device, and where its results will be.
@@ -34,7 +33,7 @@ def print_banner(
         plan: its schedule.
         data: its data.
         size: parameters and MACs of the unpruned detector.
-        trainer: its trainer.
+        device: what it runs on, see :func:`describe_device`.
         folder: the run's directory.
     """
     out = console()
@@ -42,7 +41,7 @@ def print_banner(
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in _rows(config, plan, data, size, trainer):
+    for name, text in _rows(config, plan, data, size, device):
         table.add_row(f"  {name}", Text(text))
     out.print(table)
     out.print(Text(f"  directory  {folder}"), soft_wrap=True)
@@ -53,7 +52,7 @@ def _rows(
     plan: PruningSchedule,
     data: DetectionDataModule,
     size: Mapping[str, int],
-    trainer: L.Trainer,
+    device: str,
 ) -> Iterator[tuple[str, str]]:
     for split, name in NAMES.items():
         yield ("data" if split == "train" else ""), f"{name}: {counts(summarise(data, split))}"
@@ -65,7 +64,7 @@ def _rows(
     )
     yield "method", _method(config, plan)
     yield "training", _training(config, plan)
-    yield "device", _device(trainer)
+    yield "device", device
 
 
 def _method(config: Mapping[str, Any], plan: PruningSchedule) -> str:
@@ -88,15 +87,15 @@ def _epochs(number: int) -> str:
     return "1 epoch" if number == 1 else f"{number} epochs"
 
 
-def _device(trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
+def describe_device(device: torch.device, processes: int, precision: str) -> str:
+    """Describe what a run computes on."""
     if device.type == "cuda":
         found = torch.cuda.get_device_name(device)
     else:
         threads = torch.get_num_threads()
         found = f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
-    several = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
-    return f"{several}{device.type} ({found}), precision {trainer.precision}"
+    several = f"{processes} x " if processes > 1 else ""
+    return f"{several}{device.type} ({found}), precision {precision}"
 
 
 def command() -> str:
