@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import lightning as L
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -27,7 +26,7 @@ from ldt.callbacks.lightning_internals import (
     set_max_epochs,
     starts_processes,
 )
-from ldt.callbacks.progress import LogProgress
+from ldt.callbacks.progress import RunProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config import as_dict
@@ -42,6 +41,7 @@ from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule, default_round_to
 from ldt.module import DetectorModule, find_optimizer, restored
+from ldt.progress.steps import Steps
 from ldt.pruning.budget import Limits
 from ldt.pruning.costs import parse_budget
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch, set_keys
@@ -311,6 +311,19 @@ def _max_detections(plain: dict[str, Any]) -> int:
     return plain["dataset"].get("max_detections", MAX_DETECTIONS)  # not in every data set's schema
 
 
+def build_steps(config: DictConfig, plan: PruningSchedule, data: DetectionDataModule) -> Steps:
+    """Build the steps of a run, for its display."""
+    return Steps.of_run(
+        plan.base_epochs,
+        plan.retrain_epochs,
+        plan.rounds,
+        train_images=len(data.training_set()),
+        val_images=len(data.dataset("val")),
+        score_images=plan.images * (1 + plan.inner_rounds),  # once before, for batch norms
+        masks=bool(config.method.gradual),
+    )
+
+
 def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inputs:
     """Compute the fingerprints of a run's inputs (:mod:`ldt.runs.inputs`).
 
@@ -460,7 +473,7 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
     """Build the callbacks of a run in the order in which Lightning calls them."""
     callbacks: list[L.Callback] = []
     if config.trainer.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar() if sys.stdout.isatty() else LogProgress())
+        callbacks.append(RunProgress(loop, config.recipe.batch_size))
     callbacks.append(EpochSeeds(config.seed))
     if config.ldt.enabled:
         others = ("enabled", "background")

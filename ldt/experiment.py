@@ -21,12 +21,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldt import report
+from ldt import progress, report
 from ldt.build import (
     build_data,
     build_loop,
     build_module,
     build_schedule,
+    build_steps,
     build_trainer,
     check_config,
     opened_logger,
@@ -46,6 +47,9 @@ from ldt.figures import from_runs
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
+from ldt.progress.console import FILE_ONLY
+from ldt.progress.steps import DRAW
+from ldt.report.banner import command, describe_device, print_banner
 from ldt.runs import DONE, files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
 from ldt.runs.records import stored_config
@@ -84,7 +88,11 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
             expand_home(config)
             with refusing(*REFUSALS):
                 plain = check(config)
-            with files.alone(folder, waits=rank_zero_only.rank == 0), _recording(folder):
+            with (
+                progress.running("reading the data and building the detector"),
+                files.alone(folder, waits=rank_zero_only.rank == 0),
+                _recording(folder),
+            ):
                 summary = _finish(config, plain, folder)
     except KeyboardInterrupt:
         log.warning("interrupted; the same command resumes from the last finished epoch")
@@ -235,12 +243,16 @@ def _train(
 
     The folder is ``claimed`` for a configuration that does not name the base's weights.
     """
-    with refusing(*REFUSALS):
+    with refusing(*REFUSALS), progress.held():
         plan = build_schedule(config)
         loop, trainer, data, module = _set_up(config, plan, folder)
         trainer.loggers = [*trainer.loggers, *open_log()]
         about = _claim(claimed, data, folder, loop.table)
+        _announce(config, plan, loop, trainer, data, folder)
     resume = resumable(folder)
+    progress.status(f"starting {trainer.world_size} process{'es' * (trainer.world_size > 1)}")
+    if config.trainer.get("enable_progress_bar", True):
+        progress.show(build_steps(config, plan, data))
     try:
         if plan.base_epochs == 0 and resume is None:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -262,6 +274,23 @@ def _train(
     if trainer.is_global_zero:
         write_json(folder / files.SUMMARY, summary)
     return summary
+
+
+@rank_zero_only
+def _announce(
+    config: DictConfig,
+    plan: PruningSchedule,
+    loop: PruneRetrain,
+    trainer: L.Trainer,
+    data: DetectionDataModule,
+    folder: Path,
+) -> None:
+    """Print what the run is about to do; log the command and the configuration to its file."""
+    told = f"command: {command()}\nin: {Path.cwd()}\nconfiguration:\n{OmegaConf.to_yaml(config)}"
+    log.info(told, extra=FILE_ONLY)
+    root, precision = trainer.strategy.root_device, str(trainer.precision)
+    device = describe_device(root, trainer.world_size, precision)
+    print_banner(as_dict(config), plan, data, loop.unpruned, device, folder)
 
 
 def _summary(
@@ -373,6 +402,8 @@ def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
 def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
     """Draw the figures of a finished run, unless already done, and print its results."""
     if config.report.figures and not summary.get("drawn"):
+        progress.begin(DRAW)
+        progress.status("drawing")
         data = build_data(config)
         data.prepare_data()
         data.setup("validate")

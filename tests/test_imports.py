@@ -27,6 +27,7 @@ LEVELS = (  # a package or module imports from its own level and from those belo
     ("ldt.runs",),
     (
         "ldt.discriminant", "ldt.location", "ldt.objects", "ldt.recipe", "ldt.config",
+        "ldt.progress",
     ),
 )
 ALLOWED = {

@@ -3,6 +3,9 @@
 `hydra.main` would exit with 1 and print many lines for every error, so its internals are called.
 """
 
+import contextlib
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -19,8 +22,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ldt import progress
 from ldt.cli.exit_codes import exit_codes
-from ldt.cli.study_table import exit_sweep
+from ldt.cli.study_table import StudyTable, end_sweep
 from ldt.config import as_dict, conf_dir, register
 from ldt.config.keys import check_keys, check_names
 from ldt.config.messages import explained
@@ -146,13 +150,19 @@ class Job:
         """
         self.begun = True
         job = HydraConfig.get()
-        with exit_codes(explained):  # before Hydra prints its own error message
+        logging.captureWarnings(True)  # into the log, above the display
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings that bypass it
+        with (
+            exit_codes(explained),  # before Hydra prints its own error message
+            progress.running("loading PyTorch and mmdet"),
+        ):
             from ldt.experiment import run
 
             folder, in_sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
             if in_sweep and _starts_processes(config):
                 from ldt.cli.job_process import run_apart
 
+                progress.pause()  # the job has a display of its own
                 return run_apart(config, folder, self.flags)
             return run(config, folder, in_sweep)
         raise AssertionError("exit_codes ends the process after an error")
@@ -174,6 +184,7 @@ COMPOSE_ALL = Sweeper.validate_batch_is_legal
 def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
     """Compose the jobs of a sweep; raise if one mistake is in all of them, before any begins."""
     COMPOSE_ALL(sweeper, batch)
+    StudyTable.progress.add(batch)
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     errors: dict[str, Exception] = {}
@@ -223,14 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = Job([f"--{o.replace('_', '-')}={v}" for o in options if (v := getattr(given, o))])
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
+        shown = given.multirun and not (given.help or given.hydra_help or given.info)
         try:
-            utils._run_hydra(given, parser, job, str(conf_dir()), "config")
+            with progress.running() if shown else contextlib.nullcontext():
+                utils._run_hydra(given, parser, job, str(conf_dir()), "config")
+        except (KeyboardInterrupt, SystemExit):
+            StudyTable.progress.close()
+            raise
         except Exception as error:  # composing may fail with any type, e.g. of PyYAML
+            StudyTable.progress.close()
             if not job.begun and given.multirun and StrictLoader.study is not None:
                 discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
         if given.multirun and StrictLoader.study is not None:
-            exit_sweep(StrictLoader.study, Job.returned)
+            end_sweep(StrictLoader.study, Job.returned or StudyTable.jobs)
 
 
 def _wrong_flag(message: str) -> NoReturn:

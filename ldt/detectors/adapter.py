@@ -11,6 +11,7 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
+from ldt import progress
 from ldt.detectors.forward import (
     find_neck,
     find_predictors,
@@ -233,6 +234,7 @@ class Calibration:
     def __iter__(self) -> Iterator[PreparedBatch]:
         for batch in self.loader:
             yield self.detector.prepare(batch)
+            progress.advance(len(batch["inputs"]))
 
 
 def _check_scope(scope: Sequence[str], model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch_pruning.pruner.importance import Importance
 
+from ldt import progress
 from ldt.callbacks.distillation import Distillation
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
@@ -30,7 +31,12 @@ from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.freezing import thaw
 from ldt.detectors.mmengine_internals import initialise_again
 from ldt.evaluation import kept_detections, profiling
-from ldt.evaluation.round_metrics import count_params_and_macs, format_round, measure_latency
+from ldt.evaluation.round_metrics import (
+    count_params_and_macs,
+    format_cut,
+    format_round,
+    measure_latency,
+)
 from ldt.loop.distributed import check_same_channels
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.pruning_round import (
@@ -39,6 +45,7 @@ from ldt.loop.pruning_round import (
     check_rate,
     check_schedule,
     latency_table,
+    layer_channels,
     prune_round,
     repair,
     selection_arguments,
@@ -46,6 +53,7 @@ from ldt.loop.pruning_round import (
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
+from ldt.progress.steps import CUT, SCORE
 from ldt.runs import files
 from ldt.runs.identity import canonical_budget
 from ldt.runtimes.latency_table import LatencyTable
@@ -98,6 +106,7 @@ class PruneRetrain(L.Callback):
         self.gradual, self.runtimes = gradual, tuple(runtimes)
         self.keep_detections = keep_detections
         self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
+        self._masking_before = 0  # of these, those of earlier rounds
         self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
         self.round = 0
         self.rows: list[dict[str, Any]] = []
@@ -117,6 +126,7 @@ class PruneRetrain(L.Callback):
             "notes": self._notes,
             "latency": self._latency,
             "masking_epochs": self._masking_epochs,
+            "masking_before": self._masking_before,
             "masks": self.gradual.state_dict() if self.gradual else {},
             "unpruned": self._unpruned.costs,
             "channels": self._unpruned.channels,
@@ -128,6 +138,7 @@ class PruneRetrain(L.Callback):
         self.round, self.rows = state_dict["round"], state_dict["rows"]
         self.excluded, self._notes = state_dict["left_whole"], state_dict["notes"]
         self._masking_epochs, self._masks = state_dict["masking_epochs"], state_dict["masks"]
+        self._masking_before = state_dict.get("masking_before", 0)  # not in earlier versions
         costs: dict[str, float] = state_dict["unpruned"]  # earlier versions wrote "flops"
         costs = {canonical_budget(key): cost for key, cost in costs.items()}
         self._unpruned = Unpruned(costs, state_dict["channels"], self.table)
@@ -174,12 +185,25 @@ class PruneRetrain(L.Callback):
         if prunes:
             self.excluded = check_schedule(detector, self.schedule, self._unpruned)
 
+    @property
+    def unpruned(self) -> Mapping[str, float]:
+        """Parameters, MACs and, with a latency budget, ms of the unpruned detector."""
+        return self._unpruned.costs
+
     def is_last_epoch(self, epoch: int) -> bool:
         """Return whether a phase ends with this epoch (counted from 0)."""
-        return not self._masking and self.schedule.is_last_epoch(epoch - self._masking_epochs)
+        return not self.masking and self.schedule.is_last_epoch(epoch - self._masking_epochs)
+
+    def epochs_before(self, epoch: int) -> int:
+        """Return how many epochs of the current phase come before one (counted from 0)."""
+        schedule = self.schedule
+        planned = schedule.base_epochs + (self.round - 1) * schedule.retrain_epochs
+        masked = self._masking_before if self.masking else self._masking_epochs
+        return epoch - (planned + masked if self.round else 0)
 
     @property
-    def _masking(self) -> bool:
+    def masking(self) -> bool:
+        """Whether the current phase masks channels while training."""
         return self.gradual is not None and (self.gradual.active or bool(self._masks))
 
     def on_load_checkpoint(
@@ -189,7 +213,7 @@ class PruneRetrain(L.Callback):
         assert isinstance(pl_module, DetectorModule)
         self.load_state_dict(checkpoint["callbacks"][self.state_key])
         _data(trainer).first_epoch = next_epoch(checkpoint)
-        if self.round and not self._masking:
+        if self.round and not self.masking:
             thaw(pl_module.detector, self.schedule.scope)
         self._set_end(trainer)
 
@@ -212,11 +236,11 @@ class PruneRetrain(L.Callback):
     def _set_end(self, trainer: L.Trainer) -> None:
         # while masking, the number of its epochs is not known: at least one more
         epochs = self.schedule.total_epochs + self._masking_epochs
-        set_max_epochs(trainer, epochs + bool(self._masking))
+        set_max_epochs(trainer, epochs + bool(self.masking))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Schedule validations: at the end of each phase and every ``validate_every`` epochs."""
-        if self._masking:
+        if self.masking:
             self._masking_epochs += 1
             self._set_end(trainer)
         epoch, every = trainer.current_epoch, self.validate_every
@@ -247,9 +271,9 @@ class PruneRetrain(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the round and begin the next one, at the end of a phase."""
         assert isinstance(pl_module, DetectorModule)
-        if self._masking:
+        if self.masking:
             self._remove_masked(trainer, pl_module)
-            if not self._masking and not self.schedule.retrain_epochs:
+            if not self.masking and not self.schedule.retrain_epochs:
                 self._begin_rounds(trainer, pl_module)
             self._set_end(trainer)
         elif self.is_last_epoch(trainer.current_epoch):
@@ -312,7 +336,7 @@ class PruneRetrain(L.Callback):
         """Begin the next round; without retraining it ends at once, and the next one begins."""
         while self.round < self.schedule.rounds:
             self._begin_round(trainer, module)
-            if self._masking or self.schedule.retrain_epochs:
+            if self.masking or self.schedule.retrain_epochs:
                 break
         self._set_end(trainer)
 
@@ -322,6 +346,7 @@ class PruneRetrain(L.Callback):
         if self.gradual is None:
             self._prune(trainer, module)
             return
+        self._masking_before = self._masking_epochs
         module.phase_epochs, module.lr_scale, module.schedule = 1, self.gradual.lr, "constant"
         self._rebuild(trainer, module)  # first: an average is a copy, which hooks must not be in
         self._begin_masking(module)
@@ -329,6 +354,8 @@ class PruneRetrain(L.Callback):
     def _prune(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Score, select and remove channels, then prepare the retraining."""
         assert self.criterion is not None
+        progress.begin(SCORE, self.round)
+        before = layer_channels(module.adapter)
         images = self._calibration(trainer, module)
         settle_batch_norms(module.adapter, images)
         record = prune_round(
@@ -344,7 +371,7 @@ class PruneRetrain(L.Callback):
         self.excluded = record.excluded
         self._notes = dict(getattr(self.criterion, "notes", {}))
         self._latency = record.latency
-        self._begin_retraining(trainer, module, record)
+        self._begin_retraining(trainer, module, record, before)
 
     def _calibration(self, trainer: L.Trainer, module: DetectorModule) -> Calibration:
         images, batch_size = self.schedule.images, self.schedule.batch_size
@@ -367,25 +394,34 @@ class PruneRetrain(L.Callback):
         gradual = self.gradual
         if gradual is None or not gradual.done:
             return
+        progress.begin(CUT, self.round)
         graph, record = gradual.graph, RoundRecord()
         total = self._unpruned.costs[self.schedule.budget]
         record.left = self.schedule.left_share(self.round) * total + gradual.short
+        before = layer_channels(module.adapter)
         channels = gradual.end()
         with eval_with_gradients(module.detector):
             graph.remove(channels)
         record.add(gradual.scores, channels)
         self._notes = {"events": gradual.events, "channels_per_event": gradual.channels}
-        self._begin_retraining(trainer, module, record)
+        self._begin_retraining(trainer, module, record, before)
 
     def _begin_retraining(
-        self, trainer: L.Trainer, module: DetectorModule, record: RoundRecord
+        self,
+        trainer: L.Trainer,
+        module: DetectorModule,
+        record: RoundRecord,
+        before: Mapping[str, int],
     ) -> None:
         check_same_channels(trainer, record)
         for distillation in _distillations(trainer):
             distillation.cut(record)
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
-        check_rate(module.adapter, self.schedule, self.round, self._unpruned, record)
+        counts = check_rate(module.adapter, self.schedule, self.round, self._unpruned, record)
+        if trainer.is_global_zero:
+            of, after = f"{self.round}/{self.schedule.rounds}", layer_channels(module.adapter)
+            log.info("cut %s: %s", of, format_cut(before, after, self.rows[-1], counts))
         if self.schedule.weights == "fresh":
             initialise_again(module.detector)
         repair(module.adapter, self._calibration(trainer, module), self.schedule)

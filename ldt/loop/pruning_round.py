@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch_pruning.pruner.importance import Importance
 
+from ldt import progress
 from ldt.criteria.base import score_groups
 from ldt.detectors.adapter import Detector, PreparedBatch
 from ldt.detectors.batch_norm import reestimate_batch_norms
@@ -18,6 +19,7 @@ from ldt.detectors.forward import eval_with_gradients
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.loop.round_record import RoundRecord
 from ldt.loop.schedule import PruningSchedule
+from ldt.progress.steps import CUT
 from ldt.pruning.budget import (
     TOLERANCE,
     Limits,
@@ -56,12 +58,7 @@ class Unpruned:
     @classmethod
     def of(cls, detector: Detector, table: LatencyTable | None = None) -> "Unpruned":
         """Measure the size of a detector."""
-        widths = {
-            name: getattr(layer, "out_channels", None)
-            for name, layer in detector.model.named_modules()
-        }
-        channels = {name: width for name, width in widths.items() if isinstance(width, int)}
-        return cls(_costs_of(detector, table), channels, table)
+        return cls(_costs_of(detector, table), layer_channels(detector), table)
 
     def left(self, detector: Detector, budget: Budget) -> float:
         """Return what a detector has of a budget now."""
@@ -94,6 +91,13 @@ def latency_table(
         ImportError: the runtime is not installed.
     """
     return LatencyTable(schedule.latency, device, known) if schedule.budget == "latency" else None
+
+
+def layer_channels(detector: Detector) -> dict[str, int]:
+    """Return the output channels of each convolution by its name."""
+    named = detector.model.named_modules()
+    widths = {name: getattr(layer, "out_channels", None) for name, layer in named}
+    return {name: width for name, width in widths.items() if isinstance(width, int)}
 
 
 def prune_round(
@@ -140,6 +144,8 @@ def prune_round(
             arguments = selection_arguments(detector, graph, schedule, unpruned, after)
             if inner < rounds:  # only the last inner round must be exact
                 arguments["tolerance"] = unpruned.costs[schedule.budget]
+            else:
+                progress.begin(CUT, round_)
             with _rate_in_message(schedule, round_):
                 if unpruned.table is not None and inner == rounds:
                     channels = _corrected(detector, graph, scores, arguments, unpruned, record)
@@ -289,10 +295,11 @@ def check_rate(
     round_: int,
     unpruned: Unpruned,
     record: RoundRecord,
-) -> None:
+) -> dict[str, int]:
     """Raise RuntimeError unless a round has removed what the cost model said.
 
-    A time is only predicted: a warning tells if it is far from what was asked for.
+    A time is only predicted: a warning tells if it is far from what was asked for. Return the
+    parameters and MACs that are left.
     """
     budget, asked = schedule.budget, schedule.left_share(round_)
     total, left = unpruned.costs[budget], unpruned.left(detector, budget)
@@ -308,6 +315,7 @@ def check_rate(
             f"round {round_} removed {1 - left / total:.2%} of the {schedule.budget}, not the "
             f"{1 - record.left / total:.2%} of the cost model: it and the pruned network disagree"
         )
+    return count_params_and_macs(detector)
 
 
 @contextmanager
