@@ -63,11 +63,18 @@ RECIPE = asdict(
         warmup=0,
     )
 )
+THRESHOLDS = ("score_thr", "conf_thr", "filter_thr", "mask_thr")  # 0: random weights find objects
 FEW_REGIONS = (("train_cfg", "rpn_proposal"), ("test_cfg", "rpn"))  # small images need 20
 
 ONE_CLASS: dict[str, Any] = {"classes": 1, "source": "neck_energy"}  # has no discriminants
 SYNC_BN = {  # torch's; mmcv's own cannot be built in a single process
     "roi_head": {f"{part}_head": {"norm_cfg": {"type": "SyncBN"}} for part in ("bbox", "mask")}
+}
+CORNERS: dict[
+    str, Any
+] = {  # pairs all corners of a class; norms need more than a cell of the last map
+    "size": 256,
+    "options": {"test_cfg": {"distance_threshold": float("inf")}},
 }
 POSITIVE_EPS = {"backbone": {"norm_cfg": {"eps": 1e-5}}}  # torch refuses the config's 0
 
@@ -114,11 +121,13 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("centernet_r18-dcnv2_8xb16-crop512-140e_coco"),
         Model("centernet-update_r50-caffe_fpn_ms-1x_coco"),
     ),
-    "centripetalnet": (Model("centripetalnet_hourglass104_16xb6-crop511-210e-mstest_coco"),),
+    "centripetalnet": (
+        Model("centripetalnet_hourglass104_16xb6-crop511-210e-mstest_coco", **CORNERS),
+    ),
     "condinst": (Model("condinst_r50_fpn_ms-poly-90k_coco_instance"),),
     "conditional_detr": (Model("conditional-detr_r50_8xb2-50e_coco"),),
     "convnext": (Model("mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco"),),
-    "cornernet": (Model("cornernet_hourglass104_8xb6-210e-mstest_coco"),),
+    "cornernet": (Model("cornernet_hourglass104_8xb6-210e-mstest_coco", **CORNERS),),
     "crowddet": (
         Model("crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman", **ONE_CLASS),
         Model("crowddet-rcnn_refine_r50_fpn_8xb2-30e_crowdhuman", **ONE_CLASS),
@@ -200,7 +209,10 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "pisa": (
         Model("retinanet-r50_fpn_pisa_1x_coco"),
         Model("ssd300_pisa_coco", size=300),
-        Model("faster-rcnn_r50_fpn_pisa_1x_coco"),
+        Model(
+            "faster-rcnn_r50_fpn_pisa_1x_coco",
+            options={"train_cfg": {"rcnn": {"sampler": {"score_thr": 0.0}}}},
+        ),
     ),
     "point_rend": (
         Model(
@@ -321,8 +333,22 @@ def build(family: str, model: Model) -> DetectorModule:
         if "roi_head" in plain and (plain.get(config) or {}).get(part)
     }
     plain = model_config(name, {**few, **model.options}, model.classes, pretrained=False)
+    lower_thresholds([plain.get("train_cfg"), plain.get("test_cfg")])
     classes = [f"class {i}" for i in range(model.classes)]
-    return DetectorModule(plain, classes, RECIPE, (model.size, model.size), neck=model.neck)
+    module = DetectorModule(plain, classes, RECIPE, (model.size, model.size), neck=model.neck)
+    for name, bias in module.named_parameters():
+        if "_heat." in name and len(bias) == model.classes and bias.ndim == 1:
+            bias.data[0] += 5  # corners make a box if they are of the same class
+    return module
+
+
+def lower_thresholds(node: Any) -> None:
+    """Set the thresholds below a part of a config to 0, so that every box is a detection."""
+    if isinstance(node, dict):
+        node.update({key: 0.0 for key in THRESHOLDS if node.get(key)})
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, (dict, list, tuple)):
+            lower_thresholds(child)
 
 
 def train(module: DetectorModule, model: Model) -> L.Trainer:
@@ -354,6 +380,8 @@ def outputs(detector: nn.Module, model: Model) -> list[Tensor]:
         found = raw_forward(detector, data["inputs"])
         for sample in detector(data["inputs"], data["data_samples"], mode="predict"):
             instances = sample.pred_instances
+            if not len(instances):
+                raise RuntimeError("no object is found, although every threshold is 0")
             found += [instances.bboxes, instances.scores, instances.labels]
     return found
 
