@@ -22,8 +22,9 @@ from small import (
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
+from ldt.pruning import dependency
 from ldt.pruning.coupled_groups import CoupledGroup
-from ldt.pruning.dependency import traceable_split_attention
+from ldt.pruning.dependency import Tracer, traceable_split_attention
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.pruning.structure import channels, record
@@ -203,6 +204,13 @@ class Shuffling(nn.Module):
         return maps.view(len(maps), 3, 4, *maps.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
+class ShufflingSixes(Shuffling):
+    """Shuffles groups of six channels, of which there are half as many after a trial."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).unflatten(1, (-1, 6)).transpose(1, -3).flatten(1, 2)
+
+
 class Scaled(nn.Module):
     """A factor and an offset that are kept, and split, as one parameter."""
 
@@ -238,6 +246,7 @@ class Weighted(nn.Module):
         (Halves(6, 6), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Mixing(), 12, SCOPE, "backbone.0.1.conv", "does not see"),
         (Shuffling(), 12, SCOPE, "backbone.0.1.conv", "does not"),
+        (ShufflingSixes(), 12, SCOPE, "backbone.0.1.conv", "by a hard-coded number"),
         (Scaled(), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Weighted(), 12, SCOPE, "backbone.0.1.conv", "parameter backbone.0.1.weight"),
         (nn.Identity(), 12, ("head",), "head.0", "predictions of head.0"),
@@ -336,6 +345,40 @@ def test_what_is_multiplied_or_summed_part_by_part_goes_together(name: str) -> N
     assert (group.size, group.parts) == (12, 1)
     assert set(member.channels.tolist()) == set(range(24))
     assert (member.roots == member.channels % 12).all()
+
+
+def test_channels_that_a_shuffle_spreads_over_groups_go_together() -> None:
+    graph = case("shuffled_groups").graph()
+    made = [(g, m) for g in graph.groups.values() for m in g.producers]
+    ((group, member),) = [(g, m) for g, m in made if m.name == "backbone.1.first.0"]
+    assert group.size == 6
+    assert (member.roots == member.channels % 6).all()
+    halves = case("shuffled_halves").graph()
+    passing = halves.groups["backbone.0.0.0"]
+    assert (passing.size, passing.parts) == (16, 4)  # two splits, the second of half of the first
+    assert {f"backbone.0.1.steps.{i}.0.0" for i in (0, 1)} <= set(halves.groups)
+
+
+def test_a_search_that_finds_ever_more_channels_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Tracer.build_dependency
+
+    def misread(self: Tracer, *given: Any, **options: Any) -> None:
+        """As if every operation moved the channels on, and back to where they had not come from."""
+        build(self, *given, **options)
+        for node in self.module2node.values():
+            for edge in node.dependencies:
+                edge.index_mapping[1] = lambda found: [i._replace(idx=i.idx + 1) for i in found]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracer, "build_dependency", misread)
+        graph = case("residual").graph()
+    assert not graph.groups
+    assert set(graph.excluded) == set(case("residual").graph().scored)
+    assert all("does not have" in reason for reason in graph.excluded.values())
+    monkeypatch.setattr(dependency, "MOST_CHANNELS", 20)
+    found = case("residual").graph()
+    assert "ever more" in found.excluded["backbone.0.1.second.0"]
+    assert not set(found.excluded) & set(found.scored)
 
 
 def test_split_attention_is_traced_as_what_it_computes() -> None:
