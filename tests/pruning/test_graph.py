@@ -83,7 +83,8 @@ def test_cutting_equals_masking(name: str, seed: int) -> None:
     check_masking(case(name, seed), seed)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*REAL, "nanodet_g"])
 def test_cutting_equals_masking_in_detectors(name: str) -> None:
     check_masking(case(name), seed=0)
 
