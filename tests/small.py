@@ -186,6 +186,23 @@ class Stepwise(nn.Module):
         return torch.cat([left, right, self.second(right)], 1)
 
 
+class Parametric(nn.Module):
+    """A factor for each channel, a bias for each position too, and weights of a fusion."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.first, self.second = block(ins, outs, 2), Residual(outs)
+        self.scale = nn.Parameter(torch.rand(outs, 1, 1) + 0.5)
+        self.gamma = nn.Parameter(torch.rand(outs) + 0.5)
+        self.places = nn.Parameter(torch.rand(1, outs, 4, 6))
+        self.weights = nn.Parameter(torch.tensor([0.4, 0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.scale + self.places
+        left, right = self.weights.relu() / self.weights.sum()
+        return left * x + right * self.second(x) * self.gamma.view(1, -1, 1, 1)
+
+
 class ShuffledGroups(nn.Module):
     """Grouped convolutions with a channel shuffle between them, as in ShuffleNet."""
 
@@ -280,6 +297,9 @@ SMALL: dict[str, Callable[[], SmallDetector]] = {
     ),
     "stepwise": lambda: SmallDetector(
         Stages(block(3, 8, 4), Stepwise(8, 12)), Split([8, 18], 10), Shared(_predict(10))
+    ),
+    "parametric": lambda: SmallDetector(
+        Stages(block(3, 8, 4), Parametric(8, 12)), Split([8, 12], 10), Shared(_predict(10))
     ),
     "shuffled_groups": lambda: SmallDetector(
         Stages(block(3, 8, 4), ShuffledGroups(8, 12)), Split([8, 12], 10), Shared(_predict(10))

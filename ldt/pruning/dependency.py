@@ -19,6 +19,9 @@ Splits
 Channel shuffles
     (ShuffleNet's) couple channel c of all of their groups, which keeps the order that they make the
     same when channels are removed (:class:`Shuffle`).
+Parameters with a value for each channel
+    (LayerScale, position biases) lose channels with the maps that they are added to or multiplied
+    with (:class:`ChannelParameter`). A single value, such as a weight of a fusion, is not coupled.
 Split attention
     (ResNeSt's) views a feature map as parts and sums over them. It is traced as a split and a sum,
     which couple channel c of all parts (:func:`traceable_split_attention`).
@@ -29,6 +32,7 @@ Groups
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -84,6 +88,8 @@ def num_partitions(layer: nn.Module, side: str) -> int:
 
 MOST_CHANNELS = 2**18  # of all layers of a group together; mmdet's detectors have up to 40 000
 
+POINTWISE = re.compile("(Mul|Add|Sub|Div|View|Unsqueeze|Expand)Backward")  # what parameters enter
+
 COORDINATES = ("DeformConv", "RoIAlign", "RoIPool", "GridSampler")  # backward nodes that take them
 
 
@@ -118,6 +124,48 @@ class Shuffle(nn.Module):
         """Return all channels (c, g) of the channels c that are given before the shuffle."""
         firsts = ((i % self.width * self.groups, root) for i, root in indices)
         return [HybridIndex(i + g, root) for i, root in firsts for g in range(self.groups)]
+
+
+class ChannelParameter(nn.Module):
+    """Stands for a parameter of a model that holds values for each channel, along ``dim``."""
+
+    def __init__(self, model: nn.Module, name: str, dim: int) -> None:
+        super().__init__()
+        path, _, self._attribute = name.rpartition(".")
+        self._owner = (model.get_submodule(path),)  # in a tuple: not a child
+        self.name, self.dim = name, dim
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        return getattr(self._owner[0], self._attribute)
+
+    def replace_values(self, new: nn.Parameter) -> None:
+        """Give the model another parameter in its place."""
+        setattr(self._owner[0], self._attribute, new)
+
+    @property
+    def num_channels(self) -> int:
+        """Its size along ``dim``."""
+        return self.values.shape[self.dim]
+
+
+class ChannelParameterPruner(tp.BasePruningFunc):
+    """Prune the parameters that :class:`ChannelParameter` stands for."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        """Remove channels."""
+        keep = _kept_indices(layer.num_channels, idxs)
+        pruned = self._prune_parameter_and_grad(layer.values, keep, layer.dim)
+        layer.replace_values(pruned)
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        """Return the number of channels."""
+        return layer.num_channels
+
+    prune_in_channels = prune_out_channels
+    get_in_channels = get_out_channels
 
 
 class _PlaceholderPruner(DummyPruner):
@@ -190,6 +238,7 @@ class Tracer(tp.DependencyGraph):
         self._pruner = ConvolutionPruner()
         for layer_type in (_GroupedConv2d, *DEFORMABLE):
             self.register_customized_layer(layer_type, self._pruner)
+        self.register_customized_layer(ChannelParameter, ChannelParameterPruner())
         placeholder = cast(tp.BasePruningFunc, _PlaceholderPruner())
         self.REGISTERED_PRUNERS[OPTYPE.SPLIT] = placeholder
         for placeholder_type in (SplitPart, Shuffle):
@@ -291,6 +340,10 @@ class Tracer(tp.DependencyGraph):
         nodes = super()._trace(model, example_inputs, forward_fn, output_transform)
         for node in list(nodes.values()):
             _insert_shuffle(node, nodes)
+            _disconnect_single_values(node)
+            if node.type == OPTYPE.PARAMETER and (dim := _channel_dimension(node)) is not None:
+                name = self._param_to_name[node.module]
+                _replace(node, ChannelParameter(model, name, dim), nodes)
         for node in list(nodes.values()):
             unchanged = node.type == OPTYPE.RESHAPE and _preserves_channels(node)
             # Torch-Pruning assumes that an expand repeats the heads of an attention layer
@@ -372,12 +425,35 @@ def _insert_shuffle(node: Node, nodes: dict[nn.Module, Node]) -> None:
         behind.type = OPTYPE.ELEMENTWISE
     else:
         return
-    shuffle = Node(Shuffle(groups, width), None)
-    shuffle.inputs, shuffle.outputs = node.inputs, node.outputs
+    _replace(node, Shuffle(groups, width), nodes)
+
+
+def _replace(node: Node, module: nn.Module, nodes: dict[nn.Module, Node]) -> None:
+    """Replace a node by one for another module."""
+    new = Node(module, None)
+    new.inputs, new.outputs = node.inputs, node.outputs
     for neighbours in (*(n.outputs for n in node.inputs), *(n.inputs for n in node.outputs)):
-        neighbours[:] = [shuffle if n is node else n for n in neighbours]
+        neighbours[:] = [new if n is node else n for n in neighbours]
     del nodes[node.module]
-    nodes[shuffle.module] = shuffle
+    nodes[module] = new
+
+
+def _channel_dimension(parameter: Node) -> int | None:
+    """Return the dimension of a parameter along which it has a value for each channel, or None."""
+    shape, consumers = cast(nn.Parameter, parameter.module).shape, parameter.outputs
+    if not consumers or not all(POINTWISE.match(type(n.grad_fn).__name__) for n in consumers):
+        return None
+    long = [dim for dim, size in enumerate(shape) if size > 1]
+    dim = long[0] if len(long) == 1 else len(shape) - 3  # maps are [N, C, h, w]
+    return dim if dim in (0, 1) else None  # those that checkpoints may have pruned
+
+
+def _disconnect_single_values(node: Node) -> None:
+    """Remove the edges behind a single value, which is broadcast over the channels of maps."""
+    produced = getattr(node.grad_fn, "_input_metadata", [])
+    if len(produced) and all(math.prod(each.shape) == 1 for each in produced):
+        _disconnect_outputs(node)
+        node.type = OPTYPE.ELEMENTWISE  # a split into nothing has no parts
 
 
 def _transposed(node: Node) -> Node | None:

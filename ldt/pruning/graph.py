@@ -19,7 +19,7 @@ from ldt.pruning.coupled_groups import (
     find_partitions,
     mapping_conflict,
 )
-from ldt.pruning.dependency import MisreadError, Tracer, update_split_widths
+from ldt.pruning.dependency import ChannelParameter, MisreadError, Tracer, update_split_widths
 from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, Side, width_of
 from ldt.pruning.torch_pruning_internals import Dependency, Group, group_items
 from ldt.pruning.trial import trial_failure
@@ -62,6 +62,11 @@ class PruningGraph:
         self._example = images
         self._names = {module: name for name, module in model.named_modules()}
         self._graph = Tracer().trace(model, images, self._forward_unfrozen)
+        self._names |= {
+            node.module: node.module.name
+            for node in self._graph.module2node.values()
+            if isinstance(node.module, ChannelParameter)
+        }
         self.groups: dict[str, CoupledGroup] = {}
         self.scored: dict[str, nn.Module] = {}
         self.excluded: dict[str, str] = {}

@@ -24,7 +24,7 @@ from torch.nn.functional import group_norm, layer_norm
 
 from ldt.pruning import dependency
 from ldt.pruning.coupled_groups import CoupledGroup
-from ldt.pruning.dependency import Tracer, traceable_split_attention
+from ldt.pruning.dependency import ChannelParameter, Tracer, traceable_split_attention
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.pruning.structure import channels, record
@@ -70,11 +70,17 @@ def masked_outputs(
         return hook
 
     hooks = [layer.register_forward_hook(mask(layer)) for layer in dead]
+    parameters = [layer for layer in dead if isinstance(layer, ChannelParameter)]
+    before = [layer.values.clone() for layer in parameters]
+    for layer in parameters:
+        layer.values.data.index_fill_(layer.dim, torch.tensor(sorted(dead[layer])), 0.0)
     try:
         return subject.outputs(subject.batches[0].images)
     finally:
         for hook in hooks:
             hook.remove()
+        for layer, values in zip(parameters, before, strict=True):
+            layer.values.data.copy_(values)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -212,27 +218,15 @@ class ShufflingSixes(Shuffling):
         return self.conv(x).unflatten(1, (-1, 6)).transpose(1, -3).flatten(1, 2)
 
 
-class Scaled(nn.Module):
-    """A factor and an offset that are kept, and split, as one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.both = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        factor, offset = self.both.split(1)
-        return self.conv(x) * factor + offset
-
-
 class Weighted(nn.Module):
-    """A parameter of its own for every channel."""
+    """A parameter of its own for every channel, which is read in an unusual way."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.weight = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(1, 12, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * self.weight
+        return self.conv(x) * self.weight.flip(1)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +242,6 @@ class Weighted(nn.Module):
         (Mixing(), 12, SCOPE, "backbone.0.1.conv", "does not see"),
         (Shuffling(), 12, SCOPE, "backbone.0.1.conv", "does not"),
         (ShufflingSixes(), 12, SCOPE, "backbone.0.1.conv", "by a hard-coded number"),
-        (Scaled(), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Weighted(), 12, SCOPE, "backbone.0.1.conv", "parameter backbone.0.1.weight"),
         (nn.Identity(), 12, ("head",), "head.0", "predictions of head.0"),
     ],
@@ -346,6 +339,15 @@ def test_what_is_multiplied_or_summed_part_by_part_goes_together(name: str) -> N
     assert (group.size, group.parts) == (12, 1)
     assert set(member.channels.tolist()) == set(range(24))
     assert (member.roots == member.channels % 12).all()
+
+
+def test_parameters_of_channels_are_members_of_groups() -> None:
+    graph = case("parametric").graph()
+    assert not graph.excluded
+    found = {m.name for g in graph.groups.values() for m in g.members}
+    own = {f"backbone.1.{name}" for name in ("scale", "places", "gamma")}
+    assert own <= found
+    assert "backbone.1.weights" not in found
 
 
 def test_channels_that_a_shuffle_spreads_over_groups_go_together() -> None:
