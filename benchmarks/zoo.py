@@ -287,6 +287,7 @@ EXCLUDED = {
     "qdtrack reid sort strongsort",
     "prompted by text": "glip grounding_dino mm_grounding_dino",
     "panoptic segmentation only": "maskformer panoptic_fpn",
+    "detection of lanes, in the maintained fork": "clrnet",
 }
 
 
