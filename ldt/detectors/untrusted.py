@@ -100,7 +100,7 @@ def checked(checkpoint: Mapping[str, Any], trust: bool = False) -> dict[str, Any
     _check_weights(checkpoint.get("state_dict"))
     model = _without_loaders(record["model"])
     use_mmdet()
-    _import(model, trust)
+    import_parts(model, trust)
     check_parts({k: v for k, v in model.items() if k != "custom_imports"}, "model")
     checked_steps(record.get("resize", ()))
     return {**checkpoint, "ldt": {**record, "model": model}}
@@ -154,7 +154,7 @@ def _copied(node: Any) -> Any:
     return type(node)(map(_copied, node)) if isinstance(node, (list, tuple)) else node
 
 
-def _import(model: Mapping[str, Any], trust: bool) -> None:
+def import_parts(model: Mapping[str, Any], trust: bool) -> None:
     """Import what a model config names, if that runs no foreign code or the file is trusted."""
     custom = model.get("custom_imports")
     if custom is None:

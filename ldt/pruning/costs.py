@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from ldt.config.kinds import Budget, Counted
-from ldt.pruning.dependency import depthwise
+from ldt.pruning.dependency import ChannelParameter, depthwise
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.runs.identity import BUDGET_ALIASES, canonical_budget
@@ -45,6 +45,9 @@ class LayerCost:
 
 
 def _cost(layer: nn.Module, budget: Counted, positions: int) -> LayerCost:
+    if isinstance(layer, ChannelParameter):
+        values = layer.values.numel() / layer.num_channels
+        return LayerCost(1, 1, 0.0, values if budget == "params" else 0)
     if not isinstance(layer, CONVOLUTIONS):
         learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
         has_weight = getattr(layer, "weight", None) is not None

@@ -22,7 +22,7 @@ def print_banner(
     config: Mapping[str, Any],
     plan: PruningSchedule,
     data: DetectionDataModule,
-    size: Mapping[str, int],
+    size: Mapping[str, float],
     device: str,
     folder: Path,
 ) -> None:
@@ -51,7 +51,7 @@ def _rows(
     config: Mapping[str, Any],
     plan: PruningSchedule,
     data: DetectionDataModule,
-    size: Mapping[str, int],
+    size: Mapping[str, float],
     device: str,
 ) -> Iterator[tuple[str, str]]:
     for split, name in NAMES.items():
