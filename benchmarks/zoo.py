@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                          # every family of mmdet's packaged configs
     python benchmarks/zoo.py fcos htc                 # some of them
     python benchmarks/zoo.py --write docs/detectors.md
+    python benchmarks/zoo.py --only exports --write docs/detectors.md   # that column alone
 
 A family is a folder of configs. Each model of ``FAMILIES`` is built at full width and depth from
 random weights, sees small synthetic images, and goes through ``STEPS`` in a process of its own: a
@@ -38,11 +39,16 @@ from ldt.config import RecipeConfig
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
 from ldt.criteria.ldt import LDTCriterion, Source
-from ldt.detectors.forward import eval_with_gradients, raw_forward
+from ldt.deployment.to_runtime import CANNOT, export_model, own_limit
+from ldt.detectors.forward import eval_with_gradients, one_image, raw_forward
 from ldt.detectors.models import model_config, quiet
 from ldt.evaluation.profiling import count_parameters
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE
+from ldt.runtimes.about import About
+from ldt.runtimes.graph import MOST
+from ldt.runtimes.parity import BOX, SCORE, compare
+from ldt.runtimes.sessions import open_session
 
 PARTS = {
     "head": ("roi_head", "bbox_head", "rpn_head", "mask_head", "panoptic_head"),
@@ -50,6 +56,7 @@ PARTS = {
     "neck": ("neck",),
 }
 CONFIGS = Path(mmdet.__path__[0]) / ".mim" / "configs"
+EXPORTS = 6  # column
 STEPS = ("build", "train", "trace", "score", "cut", "run", "save", "load")
 MEMORY = 14 * 2**30  # bytes that a model's process may take
 RATE = 0.3  # of the parameters in scope
@@ -427,6 +434,52 @@ def part_of(detector: nn.Module, names: tuple[str, ...]) -> str:
     return next((type(modules[name]).__name__ for name in names if name in modules), "")
 
 
+def export(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Iterator[str]:
+    """Export the unpruned model and compare the file with mmdet, on images it was not made with."""
+    yield "build"
+    module = build(family, model)
+    detector = module.adapter
+    for layer in module.modules():  # activations of a size that later layers can work with
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.momentum = 1.0
+    images = [batch(model, seed)["inputs"][0][None].float() for seed in (5, 6)]
+    shown = [one_image(image[0], detector.input_size) for image in images]
+    module.train()
+    with torch.no_grad():
+        detector.raw_maps(torch.cat([detector.network_input(each) for each in shown]))
+    module.eval()
+    for config in parts_with(detector.model.test_cfg, "score_thr"):
+        config["score_thr"] = 0.0  # random weights have low scores
+    yield "export"
+    about = About(
+        outputs="detections",
+        classes=[],
+        size=list(detector.input_size),
+        resize=[],
+        pad_value=detector.pad_pixel(),
+        max_detections=own_limit(detector) or MOST,
+        parameters=0,
+        macs=0,
+    )
+    (folder / "model.onnx").unlink(missing_ok=True)
+    export_model(detector, about, folder / "model.onnx")
+    yield "check"
+    differences = compare(detector, open_session(folder / "model.onnx", threads=1), images)
+    # random weights give many boxes of nearly equal score, of which either one may survive
+    same = differences.box <= BOX and differences.score <= SCORE
+    swapped = differences.ties + differences.missing
+    row["exports"] = "yes" if same and swapped < differences.boxes / 2 else f"no: {differences}"
+
+
+def parts_with(node: Any, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the dicts below a config that have a key."""
+    if isinstance(node, dict):
+        if key in node:
+            yield node
+        for value in node.values():
+            yield from parts_with(value, key)
+
+
 Work = Callable[[str, Model, Path, dict[str, Any]], Iterator[str]]
 
 
@@ -480,19 +533,36 @@ def examined(family: str, model: Model, seconds: float = 300) -> dict[str, Any]:
     return row
 
 
+def exported(family: str, model: Model, seconds: float = 600) -> str:
+    """Return ``yes`` if the model can be exported, or why not."""
+    row: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if supervised(export, (family, model, Path(folder)), row, seconds):
+            return row["exports"]
+    reason = row["outcome"].replace("|", "/")
+    for known in ("export: ValueError: ", f"{CANNOT}: ValueError: ", f"{CANNOT}: "):
+        reason = reason.partition(known)[2] or reason
+    return f"no: {reason}"
+
+
 def line(row: dict[str, Any]) -> str:
     """Format a row of the table."""
     share = f"{row['share']:.0%}" if "share" in row else ""
     if row["scope"] != Model.scope:
         share = f"{share} of {', '.join(row['scope'])}"
     parts = [row.get(part, "") for part in PARTS]
-    return "| " + " | ".join([row["family"], row["config"], *parts, share, row["outcome"]]) + " |"
+    cells = [row["family"], row["config"], *parts, share, row.get("exports", ""), row["outcome"]]
+    return "| " + " | ".join(cells) + " |"
 
 
 def write(path: Path, found: list[str]) -> None:
-    """Rewrite the table; rows of models that were not run are kept."""
+    """Rewrite the table; rows of models that were not run are kept, and cells not measured."""
     known = path.read_text().splitlines() if path.exists() else []
-    rows = {tuple(row.split(" | ")[:2]): row for row in known + found if row.startswith("| ")}
+    rows: dict[tuple[str, ...], str] = {}
+    for row in known + found:
+        if row.startswith("| "):
+            earlier = rows.get(key := tuple(row.split(" | ")[:2]))
+            rows[key] = row if earlier is None else updated(earlier, row)
     keys = [(f"| {family}", m.file) for family, models in FAMILIES.items() for m in models]
     lines = [rows[key] for key in keys if key in rows]
     failed = {row.split(" | ")[0] for row in lines if not row.endswith(" | ok |")}
@@ -509,6 +579,19 @@ def write(path: Path, found: list[str]) -> None:
     )
 
 
+def updated(earlier: str, row: str) -> str:
+    """Return a row with the cells of an earlier one where it has none itself.
+
+    A row with an outcome was examined: only what the export says may be missing in it.
+    """
+    before, after = earlier.split(" | "), row.split(" | ")
+    if after[-1].strip() == "|":  # exported only
+        return " | ".join([*before[:EXPORTS], after[EXPORTS], before[-1]])
+    if not after[EXPORTS]:
+        after[EXPORTS] = before[EXPORTS]
+    return " | ".join(after)
+
+
 TEXT = """# Detectors
 
 What `python benchmarks/zoo.py --write docs/detectors.md` finds. A family is a folder of configs
@@ -522,8 +605,12 @@ The scope is `[backbone, neck]` where no other is named; the share that *can be 
 convolutions and linear layers, in parameters. The rest is excluded, and a run lists it with the
 reasons. An outcome other than ok is the step that failed, and why.
 
-| family | config | head | backbone | neck | can be cut | outcome |
-|---|---|---|---|---|---|---|
+*Exports* tells whether the unpruned model can be written as an ONNX file with boxes, scores and
+labels ([deployment.md](deployment.md)) that detects in ONNX Runtime what mmdet detects, on images
+that it was not made with; `--only exports` renews that column alone.
+
+| family | config | head | backbone | neck | can be cut | exports | outcome |
+|---|---|---|---|---|---|---|---|
 {rows}
 
 Folders that are left out:
@@ -537,12 +624,16 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="some families; default: all")
     parser.add_argument("--write", type=Path, help="the file with the table")
     parser.add_argument("--debug", action="store_true", help="list the excluded layers")
+    parser.add_argument("--only", choices=["exports"], help="renew this column alone")
     arguments = parser.parse_args()
     quiet()
     for family in arguments.families or FAMILIES:
         for model in FAMILIES[family]:
             start = time.monotonic()
-            row = examined(family, model)
+            row = {"family": family, "config": model.file, "scope": Model.scope, "outcome": ""}
+            if arguments.only != "exports":
+                row = examined(family, model)
+            row["exports"] = exported(family, model)
             print(line(row), f"{time.monotonic() - start:.0f} s", flush=True)
             if arguments.debug:
                 print("\n".join(f"    {k}: {v}" for k, v in row.get("left", {}).items()))

@@ -41,7 +41,7 @@ def run(checkpoint: Path, out: Path, form: str, trust: bool, **options: Any) -> 
         return
     with refusing():
         size = parse_size(options["size"])
-        images = Images(options["images"], _data(checkpoint, options["data"], size, trust))
+        images = Images(options["images"], find_data(checkpoint, options["data"], size, trust))
     written = export_file(
         checkpoint,
         out,
@@ -69,8 +69,11 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _data(
-    checkpoint: Path, folder: Path | None, size: tuple[int, int] | None, trust: bool
+def find_data(
+    checkpoint: Path,
+    folder: Path | None = None,
+    size: tuple[int, int] | None = None,
+    trust: bool = False,
 ) -> DetectionDataModule | None:
     """Return the data that were given, or those of the checkpoint's run; None if neither is."""
     if folder is None and not holds_run(checkpoint.absolute().parent):
@@ -79,7 +82,7 @@ def _data(
     steps, classes = resize_steps(content, checkpoint), content["ldt"]["classes"]
     if folder is None:
         try:
-            data = data_of(open_run(checkpoint), trust)
+            data = data_of(open_run(checkpoint.absolute().parent), trust)
         except FileNotFoundError:  # a run of elsewhere, without its data
             return None
     else:

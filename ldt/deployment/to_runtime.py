@@ -3,6 +3,7 @@
 The file is written only if it computes what the detector computes.
 """
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from ldt.runtimes.sessions import open_session
 Runtime = Literal["onnx", "openvino"]
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+CANNOT = "cannot be exported"
 CHECKED = 8  # images
 MOST_LOSS = 0.01  # of AP by int8
 VALIDATED = 500  # images that AP is measured on, at most
@@ -96,7 +98,9 @@ def export_file(
     out, images = Path(out), images or Images()
     with refusing():
         if out.suffix != SUFFIX[form]:
-            raise ValueError(f"{out} is to be an {form} file; allowed: a name with {SUFFIX[form]}")
+            raise ValueError(
+                f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}"
+            )
         check_folder_of(out)
         for package in (*PACKAGES[form], *(["nncf"] if quantised else [])):
             need(package)
@@ -109,19 +113,12 @@ def export_file(
     about = _about(detector, record, steps, most, raw, checkpoint)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".ldt-export-") as folder:
         draft = Path(folder) / out.name
-        model = _convert(detector, about, form, Path(folder) / "plain.onnx")
-        _save(model, about, draft)
+        export_model(detector, about, draft)
         shown = list(islice(_checked_images(images, about), CHECKED))
         _check(detector, draft, shown, tell)
         if quantised:
-            about.precision = "int8"
-            small = int8.quantise(model, detector, islice(_calibration(images, about), int8.IMAGES))
-            target = Path(folder) / f"int8{out.suffix}"
-            _save(small, about, target)
-            if images.data is not None and not raw:
-                _check_loss(draft, target, images.data, force, tell)
-            draft = _renamed(target, draft)
-        for file in (draft, draft.with_suffix(".bin")):
+            draft = _quantised(detector, about, draft, images, force, tell)
+        for file in (draft.with_suffix(".bin"), draft):
             if file.is_file():
                 shutil.move(file, out.parent / file.name)
     return out
@@ -211,21 +208,24 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _convert(detector: Detector, about: About, form: Runtime, plain: Path) -> Any:
-    """Return the model of a runtime.
+def export_model(detector: Detector, about: About, file: Path) -> None:
+    """Write a detector, with metadata, as a file that is not checked yet.
+
+    Args:
+        detector: to be exported.
+        about: says what the graph is to compute.
+        file: ``.onnx`` or ``.xml``.
 
     Raises:
         ValueError: in one line, why the detector cannot be exported.
     """
+    plain = file.with_name("plain.onnx")
     try:
         to_onnx(detector, plain, about.shape, about.outputs == "raw", about.max_detections)
-        if form == "onnx":
-            onnx = need("onnx")
-            return onnx.load(plain)
-        return need("openvino").Core().read_model(plain)
+        _save(read_model(plain, file.suffix), about, file)
     except Exception as error:  # mmdet, torch and runtimes raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{type(detector.model).__name__} cannot be exported: {reason}") from error
+        raise ValueError(f"{type(detector.model).__name__} {CANNOT}: {reason}") from error
 
 
 def _save(model: Any, about: About, file: Path) -> None:
@@ -238,12 +238,11 @@ def _save(model: Any, about: About, file: Path) -> None:
         need("openvino").save_model(model, file, compress_to_fp16=False)
 
 
-def _renamed(file: Path, target: Path) -> Path:
-    """Rename a file, and the weights beside it."""
-    for suffix in {file.suffix, ".bin"}:
-        if file.with_suffix(suffix).is_file():
-            file.with_suffix(suffix).replace(target.with_suffix(suffix))
-    return target
+def read_model(file: Path, suffix: str) -> Any:
+    """Return a file of ours as a model of ONNX or, for ``.xml``, of OpenVINO."""
+    if suffix == ".onnx":
+        return need("onnx").load(file)
+    return need("openvino").Core().read_model(file)
 
 
 # Checks ---------------------------------------------------------------------------------------
@@ -263,37 +262,63 @@ def _check(
         raise ValueError(f"the file computes something else, so it is not written: {found}")
 
 
-def _check_loss(
+def _quantised(
+    detector: Detector,
+    about: About,
     plain: Path,
-    small: Path,
-    data: DetectionDataModule,
+    images: Images,
     force: bool,
     tell: Callable[[str], object],
-) -> None:
-    """Compare the AP of an int8 file with that in float.
+) -> Path:
+    """Return an int8 file of the same name, in a folder below that of the file in float.
+
+    More and more of the backbone stays in float, until the loss of AP is small.
 
     Raises:
-        ValueError: it is lower by more than ``MOST_LOSS``.
+        ValueError: AP is lower by more than ``MOST_LOSS``.
     """
-    before, after = (measure_ap(file, data) for file in (plain, small))
-    tell(f"AP {before:.4f} in float, {after:.4f} in int8")
-    if before - after > MOST_LOSS and not force:
-        raise ValueError(
-            f"int8 loses {100 * (before - after):.1f} AP, so it is not written; type --force to "
-            "write it nevertheless, or give more calibration images"
+    shown = list(islice(_calibration(images, about), int8.IMAGES))
+    file = plain.parent / "int8" / plain.name
+    file.parent.mkdir()
+    small = about.model_copy(update={"precision": "int8"})
+    known = images.data is not None and about.outputs == "detections"
+    before = measure_ap(plain, images.data) if images.data is not None and known else math.nan
+    loss = math.inf
+    for spared in range(1, int8.TRIALS + 1):
+        model = read_model(plain, plain.suffix)
+        _save(int8.quantise(model, detector, shown, spared), small, file)
+        if images.data is None or not known:
+            return file
+        after = measure_ap(file, images.data)
+        loss = before - after
+        tell(
+            f"AP {before:.4f} in float, {after:.4f} in int8, {len(shown)} calibration images; "
+            f"in float: decoding, last layers, first {spared} of the backbone's parts"
         )
+        if loss <= MOST_LOSS:
+            return file
+    if not force:
+        raise ValueError(
+            f"int8 loses {100 * loss:.1f} AP, so it is not written; type --force to write it "
+            "nevertheless"
+        )
+    return file
 
 
 def measure_ap(file: Path, data: DetectionDataModule, most: int = VALIDATED) -> float:
     """Return the AP of an exported file on at most so many validation images, evenly spread."""
     detector, metrics = FileDetector(file), DetectionMetrics(data.classes)
-    dataset: Any = data.val_dataloader().dataset
-    count = min(most, len(dataset))
-    for index in range(count):
-        item = dataset[index * len(dataset) // count]
+    for item in spread(data.val_dataloader().dataset, most):
         batch = {key: [value] for key, value in item.items()}
         metrics.update(detector.test_step(batch))
     return metrics.compute()["AP"]
+
+
+def spread(dataset: Any, most: int) -> Iterator[Any]:
+    """Yield at most so many items of a data set, evenly spread."""
+    count = min(most, len(dataset))
+    for index in range(count):
+        yield dataset[index * len(dataset) // count]
 
 
 # Images ---------------------------------------------------------------------------------------
@@ -302,9 +327,7 @@ def measure_ap(file: Path, data: DetectionDataModule, most: int = VALIDATED) -> 
 def _checked_images(images: Images, about: About) -> Iterator[Tensor]:
     """Yield images that a file is checked on, each [1, 3, H, W]."""
     if images.data is not None:
-        dataset: Any = images.data.val_dataloader().dataset
-        for index in range(min(CHECKED, len(dataset))):
-            item = dataset[index * len(dataset) // min(CHECKED, len(dataset))]
+        for item in spread(images.data.val_dataloader().dataset, CHECKED):
             yield to_canvas(item["inputs"], about.shape, about.pad_value)[0]
     elif images.folder is not None:
         yield from _of_folder(images.folder, about)

@@ -7,6 +7,7 @@ A second stage is given the best proposal once more in place of a suppressed one
 """
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -107,7 +108,7 @@ class _RowsStay(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._slices: list[tuple[Tensor, Tensor, Any]] = []  # a slice, of what, which
+        self._slices: deque[tuple[Tensor, Tensor, Any]] = deque(maxlen=8)  # slice, of what, which
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None
@@ -117,7 +118,8 @@ class _RowsStay(TorchFunctionMode):
             tensor: Tensor = args[0]
             index: Any = args[1]
             if isinstance(index, tuple) and _is_row_mask(index[0]):
-                rows = index[0].view(-1, *[1] * (tensor.ndim - 1))
+                mask: Tensor = index[0]
+                rows = mask.view(-1, *[1] * (tensor.ndim - 1))
                 return torch.where(rows, tensor, 0)[(slice(None), *index[1:])]
             if _is_row_mask(index):
                 return torch.where(index, tensor, 0) if _are_scores(tensor) else tensor.clone()

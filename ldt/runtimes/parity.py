@@ -15,7 +15,7 @@ from ldt.runtimes.graph import RawGraph, evaluating
 from ldt.runtimes.sessions import Session
 
 BOX, SCORE = 0.1, 1e-3  # pixels and score that a file may differ by
-TIES = 0.01  # share of boxes that another one of equal score may stand for
+TIES = 0.01  # share of boxes that others of equal score may stand for, or none
 
 
 class Found(NamedTuple):
@@ -34,7 +34,8 @@ class Differences:
         images, boxes: how many were compared.
         box: in pixels of the network's input.
         score: of boxes, or of raw maps in relation to their largest value.
-        ties: boxes in whose place there is another one of equal score, or none.
+        ties: boxes in whose place there is another one of equal score.
+        missing: boxes that only one of the two has.
     """
 
     images: int = 0
@@ -42,24 +43,33 @@ class Differences:
     box: float = 0.0
     score: float = 0.0
     ties: int = 0
+    missing: int = 0
 
     @property
     def small(self) -> bool:
         """Whether the file computes the same."""
-        return self.box <= BOX and self.score <= SCORE and self.ties <= max(1, TIES * self.boxes)
+        few = TIES * self.boxes
+        swapped = self.ties <= max(1, few) and self.missing <= few
+        return self.box <= BOX and self.score <= SCORE and swapped
 
     def __str__(self) -> str:
         told = f"{self.images} images: largest difference of a score {self.score:.1e}"
         if not self.boxes:
             return f"{told}, no box"
         ties = f", {self.ties} of equal score swapped" if self.ties else ""
+        ties += f", {self.missing} missing" if self.missing else ""
         return f"{told}, of a box {self.box:.1e} px, {self.boxes} boxes{ties}"
 
-    def add(self, expected: Found, found: Found) -> None:
-        """Add an image: every box of one with that of the other which is nearest to it."""
+    def add(self, expected: Found, found: Found, floor: float = 0.0) -> None:
+        """Add an image: every box of one with that of the other which is nearest to it.
+
+        Args:
+            expected: mmdet's detections.
+            found: those of the file.
+            floor: a box of this score may or may not be there.
+        """
         self.images += 1
         self.boxes += len(expected.scores)
-        last = min((f.scores[-1] for f in (expected, found) if len(f.scores)), default=0.0)
         for label in np.unique(np.concatenate([expected.labels, found.labels])):
             mine, theirs = (_of_label(each, label) for each in (expected, found))
             moved = np.abs(mine.boxes[:, None] - theirs.boxes[None]).max(2, initial=0)
@@ -73,7 +83,7 @@ class Differences:
                     self.box = max(self.box, float(moved[row, column]))
             for each, paired in ((mine, rows), (theirs, columns)):
                 alone = np.delete(each.scores, paired)
-                self.ties += int((alone > last + SCORE).sum())  # the others end a full list
+                self.missing += int((alone > floor + SCORE).sum())
 
     def add_maps(self, expected: list[np.ndarray], found: list[np.ndarray]) -> None:
         """Add the raw maps of an image."""
@@ -104,8 +114,11 @@ def compare(detector: Detector, session: Session, images: list[Tensor]) -> Diffe
                 maps = RawGraph(detector, about.shape)(image)
                 differences.add_maps([each.numpy() for each in maps], outputs)
             else:
-                expected = detected(detector, image, about.max_detections)
-                differences.add(expected, of_outputs(outputs))
+                most = about.max_detections
+                expected = detected(detector, image, most)
+                full = len(expected.scores) == most  # then another one may be the last
+                floor = float(expected.scores[-1]) if full else about.threshold or 0.0
+                differences.add(expected, of_outputs(outputs), floor)
     return differences
 
 
