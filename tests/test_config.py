@@ -95,7 +95,7 @@ def test_a_mistake_is_named(mistake):
     ("mistake", "message"),
     [
         ("prune.rate=1.5", r"prune.rate=1.5"),
-        ("prune.budget=param", r"prune.budget='param'; choose params, macs or flops"),
+        ("prune.budget=param", r"prune.budget='param'; choose params, macs, latency or flops"),
         ("method.ranking=best", r"method.ranking='best'"),
         ("method.criterion.source=nek", r"method.criterion.source='nek'; allowed: neck, neck_all"),
         ("method.criterion.phi=abc", r"method.criterion.phi='abc'"),
