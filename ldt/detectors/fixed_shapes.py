@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,11 +118,12 @@ class _RowsStay(TorchFunctionMode):
             tensor: Tensor = args[0]
             index: Any = args[1]
             if isinstance(index, tuple) and _is_row_mask(index[0]):
-                mask: Tensor = index[0]
+                mask = cast(Tensor, index[0])
                 rows = mask.view(-1, *[1] * (tensor.ndim - 1))
                 return torch.where(rows, tensor, 0)[(slice(None), *index[1:])]
             if _is_row_mask(index):
-                return torch.where(index, tensor, 0) if _are_scores(tensor) else tensor.clone()
+                kept = cast(Tensor, index)
+                return torch.where(kept, tensor, 0) if _are_scores(tensor) else tensor.clone()
             part = func(*args)
             if isinstance(index, tuple) and any(isinstance(each, slice) for each in index):
                 self._slices.append((part, tensor, index))
