@@ -229,7 +229,7 @@ def test_random_scores_depend_on_the_seed_only(detector, data):
         ({"rate": 0.3, "criterion": "hrnk"}, r"criterion='hrnk' is not known; choose one of chip,"),
         ({"rate": 0.3, "criterion": "group_fisher_gradual"}, r"works without training"),
         ({"rate": 0.3, "criterion": "none"}, r"works without training"),
-        ({"rate": 0.3, "budget": "time"}, r"budget='time'; choose params, macs or flops"),
+        ({"rate": 0.3, "budget": "time"}, r"budget='time'; choose params, macs, latency or flops"),
         ({"rate": 0.3, "ranking": "best"}, r"ranking='best'; choose one of global"),
         ({"rate": 0.3, "repair": "gn"}, r"repair='gn'; allowed: none, bn, lstsq"),
         ({"rate": 0.3, "scope": ["head"]}, r"has no part 'head'. Its parts are: .*backbone"),

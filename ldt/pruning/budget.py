@@ -175,7 +175,7 @@ def check_reachable(
         raise UnreachableRateError(
             f"{costs.told(save)} must be removed, {costs.told(most)} can be: {limits}, and "
             f"{len(graph.excluded)} layers of the scope are excluded. Choose a smaller "
-            "prune.rate or widen prune.scope"
+            f"prune.rate{', a smaller prune.round_to' * (limits.round_to > 1)} or widen prune.scope"
         )
 
 

@@ -29,7 +29,7 @@ from ldt.runs.differences import differences
 from ldt.runtimes.timing import Network, Runtime, time_in_turns
 
 log = logging.getLogger(__name__)
-SPAN_MS = 40.0  # a network is timed about so long
+SPAN_MS, BESIDE_MS = 40.0, 200.0  # a layer and a whole network are timed about so long
 FEWEST_RUNS, MOST_RUNS = 3, 40
 SLOW_MS = 20.0  # a network that takes longer is called once before it is timed
 STEEPNESS = (0.5, 2.0)  # limits of what a network saves where its layers save 1 ms
@@ -78,12 +78,19 @@ class LatencyTable:
         self.times: dict[str, float] = dict(known["times"] if known else {})
         self.layers: dict[str, LayerTime] = {}
         self._slope = 1.0
+        self._base: tuple[Network, float] | None = None  # the unpruned detector, and its time
 
     def network_ms(self, detector: Detector) -> float:
-        """Return the time of a detector's raw maps of one image, in ms."""
+        """Return the time of a detector's raw maps of one image, in ms.
+
+        Once the unpruned one is known, others are timed in turns with it, and their time is a share
+        of its time: what slows the processor down then concerns both.
+        """
         name = inputs.digest([repr(detector.model), detector.input_size])
         name = f"{type(detector.model).__name__} {name}"
-        self._look_up({name: lambda: self.runtime.opened(detector, self.device)})
+        self._look_up({name: lambda: self.runtime.opened(detector, self.device)}, self._base)
+        if self._base is None:
+            self._base = self.runtime.kept(detector, self.device), self.times[name]
         return self.times[name]
 
     def prepare(self, detector: Detector, graph: PruningGraph) -> None:
@@ -94,10 +101,11 @@ class LatencyTable:
             wanted.extend(((unit, point), *unit.ends(point)))
             return 0.0
 
+        whole = self.network_ms(detector)
         layer_times(graph, ask)
         self._look_up({_name(*each): partial(self._opened_unit, *each) for each in wanted})
         self.layers = layer_times(graph, self._unit_ms)
-        whole, half = self.network_ms(detector), half_of(graph)
+        half = half_of(graph)
         saved = LatencyModel(graph, self.layers, whole).saved(half)
         with restored(detector.model):
             graph.remove(half)
@@ -122,8 +130,15 @@ class LatencyTable:
         device = self.device if self.runtime.runtime == "eager" else torch.device("cpu")
         yield self.runtime.opened_network(network.to(device), image.to(device))
 
-    def _look_up(self, wanted: Mapping[str, Open]) -> None:
-        """Take times from the cache, and measure those that it lacks."""
+    def _look_up(
+        self, wanted: Mapping[str, Open], beside: tuple[Network, float] | None = None
+    ) -> None:
+        """Take times from the cache, and measure those that it lacks.
+
+        Args:
+            wanted: opens each network.
+            beside: a network that they are timed in turns with, and its time in ms.
+        """
         missing = {name: opens for name, opens in wanted.items() if name not in self.times}
         if not missing:
             return
@@ -141,18 +156,23 @@ class LatencyTable:
                 todo, "timing layers", console=Console(stderr=True), disable=not shown
             ):
                 with missing[name]() as network:
-                    cached[name] = self._measured(network)
+                    cached[name] = self._measured(network, beside)
             if todo:
                 files.write_json(file, {"place": self.place, "times": cached})
         self.times.update({name: cached[name] for name in missing})
 
-    def _measured(self, network: Network) -> float:
-        """Return the median time of a network in ms."""
+    def _measured(self, network: Network, beside: tuple[Network, float] | None = None) -> float:
+        """Return the median time of a network in ms; see :meth:`_look_up`."""
         network()
         first = time_in_turns({0: network}, 1, warmup=0)[0].cpu_ms
-        runs = min(max(round(SPAN_MS / max(first, 1e-3)), FEWEST_RUNS), MOST_RUNS)
-        timing = time_in_turns({0: network}, runs, warmup=int(first < SLOW_MS))[0]
-        return round(timing.latency_ms(self.runtime.threads), 5)
+        networks, span = {0: network}, SPAN_MS
+        if beside is not None:
+            networks[1], span = beside[0], BESIDE_MS
+        runs = min(max(round(span / max(first, 1e-3)), FEWEST_RUNS), MOST_RUNS)
+        timings = time_in_turns(networks, runs, warmup=int(first < SLOW_MS))
+        found = {key: each.latency_ms(self.runtime.threads) for key, each in timings.items()}
+        scale = 1.0 if beside is None else beside[1] / found[1]
+        return round(found[0] * scale, 5)
 
 
 def stored(folder: Path) -> dict[str, Any]:

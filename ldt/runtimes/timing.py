@@ -140,6 +140,15 @@ class Runtime:
             network = Network(self.opened_file(file), file.stat().st_size)
         yield network
 
+    def kept(self, detector: Detector, device: torch.device | None = None) -> Network:
+        """Return what computes the raw maps of a detector as it is now, whatever becomes of it."""
+        if self.runtime == "eager":
+            detector = deepcopy(detector)
+            detector.model.to(device or detector.example().device).eval()
+            return self._eagerly(detector.raw_maps, detector.example())
+        with self.opened(detector) as network:
+            return network
+
     def _eagerly(self, forward: Callable[[Tensor], object], image: Tensor) -> Network:
         gpu = image.device if image.device.type == "cuda" else None
         return Network(partial(self._eager, forward, image), gpu=gpu)

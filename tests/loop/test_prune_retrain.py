@@ -62,7 +62,7 @@ def test_phases_tile_the_run(base, retrain, rounds):
         ({"rate": 1.0}, r"prune.rate=1.0"),
         ({"rate": 25}, r"prune.rate=25"),
         ({"rate": float("nan")}, r"prune.rate=nan"),
-        ({"budget": "param"}, r"prune.budget='param'; choose params, macs or flops"),
+        ({"budget": "param"}, r"prune.budget='param'; choose params, macs, latency or flops"),
         ({"rounds": -1}, r"prune.rounds"),
         ({"base_epochs": -1}, r"recipe.epochs"),
         (

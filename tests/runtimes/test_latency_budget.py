@@ -34,7 +34,7 @@ def clock(monkeypatch, tmp_path):
     """Times are operations; the measurements are counted."""
     measured = []
 
-    def operations(_table: LatencyTable, network: Network) -> float:
+    def operations(_table: LatencyTable, network: Network, _beside: object = None) -> float:
         with FlopCounterMode(display=False) as counter:
             network()
         measured.append(counter.get_total_flops() * 1e-6 + 0.001)
