@@ -37,7 +37,7 @@ from ldt.build import (
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.callbacks.lightning_internals import end_processes, was_interrupted
 from ldt.config import MethodConfig, PruneConfig, as_dict, conf_dir, register
-from ldt.config.keys import check_keys
+from ldt.config.keys import check_keys, check_places
 from ldt.config.messages import explained
 from ldt.config.paths import expand_home, quote_paths
 from ldt.data.datamodule import DetectionDataModule
@@ -140,6 +140,7 @@ def record_end(folder: Path, state: dict[str, str]) -> None:
 def check(config: DictConfig) -> dict[str, Any]:
     """Check all that needs neither data nor model; return the configuration resolved."""
     check_keys(config)
+    check_places(config)
     plain = as_dict(config, throw_on_missing=True)
     check_config(config)
     build_schedule(config)

@@ -12,7 +12,7 @@ FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 # fmt: off
 LEVELS = (  # a package or module imports from its own level and from those below it
     (  # the commands, each by all of its addresses
-        "run", "ldt.cli", "ldt.repeat", "ldt.export", "ldt.predict", "ldt.dashboard",
+        "run", "ldt.cli", "ldt.export", "ldt.predict",
         "ldt.figures.__main__", "ldt.report.__main__",
     ),
     ("ldt.experiment", "ldt.deployment"),

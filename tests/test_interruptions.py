@@ -120,7 +120,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def repeat(*folders, cwd):
-    return forked.run("-m", "ldt.repeat", *map(str, folders), cwd=cwd, drawn=False)
+    return forked.run("-m", "ldt.cli", "repeat", *map(str, folders), cwd=cwd, drawn=False)
 
 
 def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):

@@ -26,7 +26,7 @@ from ldt import progress
 from ldt.cli.exit_codes import exit_codes
 from ldt.cli.study_table import StudyTable, end_sweep
 from ldt.config import as_dict, conf_dir, register
-from ldt.config.keys import check_keys, check_names
+from ldt.config.keys import check_keys, check_names, check_places
 from ldt.config.messages import explained
 from ldt.config.paths import quote_paths
 from ldt.runs.files import discard_sweep
@@ -59,7 +59,7 @@ class StrictLoader(ConfigLoaderImpl):
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
         config = super().load_configuration(*args, **kwargs)
         StrictLoader.study = Path(config.hydra.sweep.dir)
-        _check_place(config)
+        check_places(config)
         check_keys(config)
         if self.checks_values:
             _check_values(config)
@@ -83,17 +83,6 @@ def _show_help(app: hydra.Hydra, config_name: str | None, args_parser: Any, args
 
 
 hydra.Hydra.app_help = _show_help  # type: ignore[method-assign]
-
-
-def _check_place(config: DictConfig) -> None:
-    """Keep runs below ``runs/<study>``."""
-    given = {"study": str(config.study)}
-    if not OmegaConf.is_interpolation(config, "run_name"):
-        given["run_name"] = str(config.run_name)
-    for key, name in given.items():
-        parts = name.split("/")
-        if not all(parts) or {".", ".."} & set(parts) or name != name.strip():
-            raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
 
 
 def _check_values(config: DictConfig) -> None:
@@ -223,6 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with a nonzero exit code (:mod:`ldt.cli.exit_codes`).
     """
     with exit_codes(explained):
+        if "${" in os.getcwd():
+            raise refused(
+                ValueError(f"{os.getcwd()}: Hydra cannot work in a folder with ${{ in its name")
+            )
         version.setbase("1.3")
         register()
         parser = utils.get_args_parser()

@@ -135,8 +135,9 @@ class PruneConfig:
     batch_size: Count = 16  # calibration images per forward pass
     # bn: estimate batch norms' statistics again; lstsq: refit the weights that read them before
     repair: Annotated[str, kinds.Repair] = "none"
-    channels: kinds.Channels = "scored"  # random: as many of each group, at random (a control)
-    weights: kinds.Weights = "kept"  # fresh: random weights after pruning (a control)
+    # random: as many channels of each group, at random (a control)
+    channels: Annotated[str, kinds.Channels] = "scored"
+    weights: Annotated[str, kinds.Weights] = "kept"  # fresh: random ones after a cut (a control)
 
 
 @dataclass
@@ -155,7 +156,8 @@ class DatasetConfig:
     _target_: str = MISSING  # the class
     name: str = MISSING  # in the names of runs and in tables
     root: str | None = None  # the folder
-    metric: str = MISSING  # the headline metric: AP (COCO), mAP (VOC, IoU 0.5), kitti_moderate ...
+    # the headline metric: AP is COCO's, mAP is VOC's (IoU 0.5), kitti_* are KITTI's
+    metric: kinds.Metric = MISSING
     # per image and class that count for AP; also the detector's max_per_img
     max_detections: Count = 100
     # input (width, height) per detector.size
@@ -197,7 +199,7 @@ class KittiConfig(DatasetConfig):
     images: str | None = None  # list of the images that take part: a file, or one of conf/images
     folds: NaturalNumber = 0  # contiguous blocks of the sorted images; 0: a random split
     fold: NaturalNumber = 0  # the block for validation
-    gap: Count = 4  # images left out of training on either side of it
+    gap: NaturalNumber = 4  # images left out of training on either side of it
     reserved_folds: NaturalNumber = 0  # so many of the last blocks are for a last, single look
     open_reserved: bool = False  # allow `fold` to be one of these
 
@@ -231,8 +233,8 @@ class TrainerConfig:
     deterministic: Annotated[Any, bool | Literal["warn"]] = "warn"
     sync_batchnorm: bool = False  # batch norms share statistics between GPUs
     log_every_n_steps: int = 10  # of training, in metrics.csv
-    limit_train_batches: int | float | None = None  # of an epoch: so many, or a share
-    limit_val_batches: int | float | None = None  # of a validation: so many, or a share
+    limit_train_batches: kinds.Limit = None  # of an epoch: so many, or a share
+    limit_val_batches: kinds.Limit = None  # of a validation: so many, or a share
     accumulate_grad_batches: Count = 1  # recipe.batch_size is split into so many parts
     gradient_clip_algorithm: kinds.ClipAlgorithm | None = None  # for recipe.clip_grad
     fast_dev_run: bool | int = False  # batches per epoch; no logging, no resuming

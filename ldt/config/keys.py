@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig, as_dict
@@ -47,6 +47,24 @@ DATASETS = {
     "ldt.data.kitti.RoadScenesDataModule": RoadScenesConfig,
     "ldt.data.roadscenes.RoadScenesDataModule": RoadScenesConfig,
 }
+
+
+def check_places(config: DictConfig) -> None:
+    """Keep runs below ``runs/<study>``: what becomes a part of their paths is the name of a folder.
+
+    Raises:
+        ValueError: a name leads elsewhere; those of runs and studies may have levels.
+    """
+    for key in ("study", "run_name", "dataset.name", "detector.name", "method.name"):
+        group, _, leaf = key.rpartition(".")
+        node = config[group] if group else config
+        if OmegaConf.is_missing(node, leaf) or OmegaConf.is_interpolation(node, leaf):
+            continue
+        name = str(node[leaf])
+        parts = [name] if group else name.split("/")
+        fine = all(parts) and not {".", ".."} & set(parts) and name == name.strip()
+        if not fine or not name.isprintable() or (group and "/" in name):
+            raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
 
 
 def check_keys(config: DictConfig) -> None:

@@ -39,8 +39,15 @@ Profiler = Annotated[str, Literal["simple", "advanced", "pytorch"]]
 Pad = Literal["none", "square"]
 Ranking = Literal["global", "global_per_cost", "global_normalised", "uniform"]
 Repair = Literal["none", "bn", "lstsq"]
-Channels = Annotated[str, Literal["scored", "random"]]
-Weights = Annotated[str, Literal["kept", "fresh"]]
+Channels = Literal["scored", "random"]
+Weights = Literal["kept", "fresh"]
+Limit = Annotated[int | float | None, Positive | None]
+# fmt: off
+Metric = Annotated[str, Literal[
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "mAP",
+    "kitti_easy", "kitti_moderate", "kitti_hard",
+]]
+# fmt: on
 Objective = Literal[
     "AP",
     "AP50",

@@ -77,7 +77,7 @@ class Group:
         return sentence(inspect.getdoc(self.schema) or "")
 
     def keys(self) -> list[Key]:
-        """Return the keys that the dataclass itself declares, without groups."""
+        """Return the keys that the dataclass itself declares, without groups and nodes."""
         hints = typing.get_type_hints(self.schema, include_extras=True)
         comments = _comments(self.schema)
         return [
@@ -95,15 +95,21 @@ class Group:
 
 def groups() -> list[Group]:
     """Return the groups of the schema; first the keys that belong to none."""
-    kinds_of = {item.name: item.type for item in dataclasses.fields(Config)}
     return [
-        Group("", Config),
-        *(Group(n, k) for n, k in kinds_of.items() if dataclasses.is_dataclass(k)),  # type: ignore
+        *_groups_of("", Config),
         Group("dataset", DatasetConfig),
         Group("dataset", RoadScenesConfig, "roadscenes"),
         Group("dataset", KittiConfig, "kitti"),
         Group("dataset", CocoConfig, "coco"),
     ]
+
+
+def _groups_of(name: str, schema: type) -> Iterator[Group]:
+    """Yield the keys of a dataclass, then those of its dataclasses."""
+    yield Group(name, schema)
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(item.type):
+            yield from _groups_of(f"{name}.{item.name}".lstrip("."), typing.cast(type, item.type))
 
 
 def options(group: str) -> dict[str, str]:
@@ -197,7 +203,7 @@ def sentence(text: str) -> str:
 
 
 def _is_group(schema: type, item: "dataclasses.Field[Any]") -> bool:
-    return schema is Config and (dataclasses.is_dataclass(item.type) or item.name == "dataset")
+    return dataclasses.is_dataclass(item.type) or (schema is Config and item.name == "dataset")
 
 
 def _option(option: str) -> tuple[str, dict[str, Any]]:
