@@ -43,7 +43,7 @@ from ldt.cli import main
 main(sys.argv[1:])
 """
 NAN = float("nan")
-OLD = ("report", "figures", "export", "predict", "repeat", "dashboard")
+OLD = ("report", "figures", "export", "predict")
 
 
 def refusal(capsys, *arguments, code=2):

@@ -150,6 +150,12 @@ def _channels(steps: Mapping[str, _Steps], counts: Mapping[str, int]) -> dict[st
     return {name: steps[name].first(count) for name, count in counts.items()}
 
 
+def some_of(group: CoupledGroup, count: int) -> np.ndarray:
+    """Return the first ``count`` channels of a group, as many of each of its parts."""
+    starts = np.arange(group.parts)[:, None] * (group.size // group.parts)
+    return (starts + np.arange(count // group.parts)).reshape(-1)
+
+
 def check_reachable(
     graph: PruningGraph,
     costs: CostModel,
@@ -170,7 +176,7 @@ def check_reachable(
         name: limits.removable(group, (original or {}).get(name, group.size))
         for name, group in graph.groups.items()
     }
-    most = costs.saved({name: np.arange(count) for name, count in counts.items()})
+    most = costs.saved({name: some_of(graph.groups[name], n) for name, n in counts.items()})
     if most < save:
         raise UnreachableRateError(
             f"{costs.told(save)} must be removed, {costs.told(most)} can be: {limits}, and "

@@ -88,7 +88,7 @@ def test_the_latency_asked_for_is_met_and_widths_are_multiples(clock) -> None:
             ranking="global_per_cost",
             budget="latency",
             input_size=detector.input_size,
-            reestimate_bn=False,
+            repair="none",
             **options,
         )
         told = result.record.latency
