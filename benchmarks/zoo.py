@@ -654,7 +654,7 @@ reasons. An outcome other than ok is the step that failed, and why.
 *Exports* tells whether the unpruned model can be written as an ONNX file with boxes, scores and
 labels ([deployment.md](deployment.md)) that detects in ONNX Runtime what mmdet detects, on images
 that it was not made with. Random weights give boxes of nearly equal scores: up to half of them may
-be swapped or missing here, where `ldt export` allows 1 %. `--only exports` renews that column alone.
+be swapped or missing here, where `ldt export` allows 1 %. `--only exports` renews that column.
 
 | family | config | head | backbone | neck | can be cut | exports | outcome |
 |---|---|---|---|---|---|---|---|
