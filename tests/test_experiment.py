@@ -216,9 +216,9 @@ RUN = str(ROOT / "run.py")
 def test_help_lists_groups_and_examples(tmp_path):
     done = python(RUN, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for group in ("dataset:", "detector:", "method:", "prune:", "recipe:", "trainer:"):
-        assert group in done.stdout
-    assert len([line for line in done.stdout.splitlines() if "python run.py " in line]) >= 3
+    for group in ("dataset=", "detector=", "method=", "prune=", "recipe=", "trainer="):
+        assert f"\n{group}...:\n" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if "  ldt run " in line]) >= 3
 
 
 @pytest.mark.slow
