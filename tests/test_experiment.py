@@ -284,7 +284,7 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
     base, last = rows(tmp_path / "run")
     assert last["params"] == pytest.approx(0.5 * base["params"], rel=0.01)
     assert (tmp_path / "run/train_ddp_process_1.log").is_file()
-    assert done.stdout.count("pruned detector:") == 1  # one process speaks for both
+    assert done.stdout.count("\nresults: ") == 1  # one process speaks for both
     ldt.load_pruned(tmp_path / "run/round-1.ckpt")
 
 
