@@ -4,7 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from ldt.callbacks.ldt_weights import AUTO, STEPS, TermWeights, squared_gradient_norms
-from ldt.config.kinds import Covariance, Weight
 from ldt.config.values import NaturalNumber, NotNegative, Share, checked
 from ldt.discriminant import PHI, RIDGE, RIDGE_ABSOLUTE, discriminants_of
 from ldt.location import object_vectors
@@ -61,13 +60,13 @@ class LDTLoss(L.Callback):
     def __init__(
         self,
         phi: Share = PHI,
-        alpha: Weight = AUTO,
-        beta: Weight = AUTO,
+        alpha: NotNegative | Literal["auto"] = AUTO,
+        beta: NotNegative | Literal["auto"] = AUTO,
         alpha_share: Share = 0.05,
         beta_share: Share = 0.05,
         ridge: NotNegative = RIDGE,
         ridge_absolute: NotNegative = RIDGE_ABSOLUTE,
-        covariance: Covariance = "mean",
+        covariance: Literal["mean", "sum", "correlation"] = "mean",
         warmup_epochs: NotNegative = 1.0,
         memory: NaturalNumber = 0,
         gather: bool = True,
