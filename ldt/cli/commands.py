@@ -109,10 +109,7 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
     with refusing(OSError):
         runs = _finished_study(study)
     readable(runs)  # names the damaged ones, which the page shows too
-    if out is not None and form == "html":
-        text = page(study.resolve(), runs, pictures)
-    else:
-        text = write(cells(runs), form)
+    text = page(study.resolve(), runs, pictures) if form == "html" else write(cells(runs), form)
     if out is None:
         click.echo(text, nl=False)
         return
@@ -400,11 +397,9 @@ def forget(study: Path, failed: bool, yes: bool) -> None:
         found = studies.failed_runs(study)
     for folder, reason in found.items():
         click.echo(printable(f"{folder.name}  {reason}"))
-    asked = bool(found) and not yes
-    if asked and not click.confirm(f"remove {len(found)} failed runs of {study}?"):
+    if found and not yes and not click.confirm(f"remove {len(found)} failed runs of {study}?"):
         found = {}
-    else:
-        found = {folder: reason for folder, reason in found.items() if studies.remove(folder)}
+    found = {folder: reason for folder, reason in found.items() if studies.remove(folder)}
     click.echo(f"removed: {len(found)} runs")
 
 

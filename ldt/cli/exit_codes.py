@@ -18,8 +18,7 @@ from typing import NoReturn
 
 import click
 
-from ldt.runs.formatting import printable
-from ldt.runs.refusal import is_refusal
+from ldt.runs.refusal import is_refusal, one_line
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -62,5 +61,5 @@ def _is_explained(error: Exception) -> bool:
 
 
 def _end(code: int, message: str) -> NoReturn:
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(code)

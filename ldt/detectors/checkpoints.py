@@ -82,9 +82,9 @@ def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") 
     state = detector_state(checkpoint)
     with limited_allocation(state), _one_line():
         detector = build(record["model"], initialise=False)
-        built = structure.record(detector)
+        changed = structure.changed_sizes(detector, record["structure"])
         structure.rebuild(detector, record["structure"], state)
-        thaw_pruned(detector, (n for n, own in record["structure"].items() if own != built.get(n)))
+        thaw_pruned(detector, changed)
         detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
     setattr(detector, "dataset_meta", {"classes": tuple(record["classes"])})  # noqa: B010
     setattr(detector, RECORD, record)

@@ -81,6 +81,12 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
         _check_sizes(prefix, module)
 
 
+def changed_sizes(model: nn.Module, structure: Structure) -> Structure:
+    """Return the entries of a record that differ from a model as its config builds it."""
+    built = record(model)
+    return {name: own for name, own in structure.items() if own != built.get(name)}
+
+
 def changes(
     model: nn.Module, structure: Structure, state: Mapping[str, Tensor]
 ) -> tuple[Structure, dict[str, str]]:
@@ -95,8 +101,7 @@ def changes(
         The entries of ``structure`` that differ from the model's, and the shapes of the tensors
         that differ, as text (``8x3x7x7``): the arguments of :func:`apply_changes`.
     """
-    built, unpruned = record(model), model.state_dict()
-    sizes = {name: own for name, own in structure.items() if own != built.get(name)}
+    unpruned, sizes = model.state_dict(), changed_sizes(model, structure)
     pruned = {k: state[k].shape for k, own in unpruned.items() if state[k].shape != own.shape}
     return sizes, {key: "x".join(map(str, shape)) for key, shape in pruned.items()}
 

@@ -2,8 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,15 +60,13 @@ def album(runs: Iterable[Run], megabytes: float) -> Album:
     return Album(shown, len(drawn) - damaged - sum(map(len, shown.values())))
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    with files.open_regular(file) as content, Image.open(content) as image:
-        yield image
-
-
 def _url(file: Path) -> str:
     """Encode a picture as WebP in a data URL; raise DamagedError if it cannot be read."""
-    with files.reading(file, "the page lacks it"), _opened(file) as image:
+    with (
+        files.reading(file, "the page lacks it"),
+        files.open_regular(file) as content,
+        Image.open(content) as image,
+    ):
         image.thumbnail((WIDEST, 4 * WIDEST), reducing_gap=2.0)
         data = io.BytesIO()
         image.convert("RGB").save(data, "WEBP", quality=QUALITY, method=2)

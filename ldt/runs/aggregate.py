@@ -188,9 +188,8 @@ ABOUT = ("dataset", "detector", "method", "budget", "rate", "seeds", "metric")
 
 
 def _about(cell: Cell, seeds: int) -> dict[str, Any]:
-    c = cell
-    values = (c.dataset, c.detector, c.label, c.budget, c.rate, seeds, c.metric)
-    return dict(zip(ABOUT, values, strict=True))
+    place = (cell.dataset, cell.detector, cell.label)
+    return dict(zip(ABOUT, (*place, cell.budget, cell.rate, seeds, cell.metric), strict=True))
 
 
 def _numbers(run: Run) -> dict[str, float]:

@@ -5,6 +5,8 @@ from math import isnan
 
 def printable(text: str) -> str:
     """Replace what cannot be printed: escape sequences of files would steer the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -48,9 +48,9 @@ def refused(error: Exception) -> Exception:
     return error
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks and control characters."""
-    return printable(" ".join(str(error).split()))
+def one_line(message: object) -> str:
+    """Return a message, or that of an exception, without line breaks and control characters."""
+    return printable(" ".join(str(message).split()))
 
 
 @contextlib.contextmanager
