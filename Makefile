@@ -2,12 +2,13 @@
 # make test    install and run the tests
 # make quick   only the tests that take at most about a quarter of a second each
 # make lint    ruff and pyright
+# make docs    the key reference, docs/keys.md, and the pages in site/
 # All may be repeated: what is done is skipped. PYTHON chooses the interpreter (3.10 or later).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test quick lint clean
+.PHONY: install demo test quick lint docs clean
 
 install: $(STAMP)
 
@@ -36,5 +37,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(STAMP)
+	$(BIN)/python -m ldt.config.reference docs/keys.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache

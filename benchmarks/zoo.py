@@ -2,7 +2,8 @@
 
     python benchmarks/zoo.py                          # every family of mmdet's packaged configs
     python benchmarks/zoo.py fcos htc                 # some of them
-    python benchmarks/zoo.py --write docs/detectors.md
+    python benchmarks/zoo.py --jobs 8 --write docs/detectors.md
+    python benchmarks/zoo.py --only exports --write docs/detectors.md   # that column alone
 
 A family is a folder of configs. Each model of ``FAMILIES`` is built at full width and depth from
 random weights, sees small synthetic images, and goes through ``STEPS`` in a process of its own: a
@@ -19,7 +20,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,16 @@ from ldt.config import RecipeConfig
 from ldt.criteria.base import score_groups
 from ldt.criteria.group_fisher import GroupFisherCriterion
 from ldt.criteria.ldt import LDTCriterion, Source
-from ldt.detectors.forward import eval_with_gradients, raw_forward
+from ldt.deployment.to_runtime import CANNOT, export_model, own_limit
+from ldt.detectors.forward import eval_with_gradients, one_image, raw_forward
 from ldt.detectors.models import model_config, quiet
 from ldt.evaluation.profiling import count_parameters
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE
+from ldt.runtimes.about import About
+from ldt.runtimes.graph import MOST
+from ldt.runtimes.parity import BOX, SCORE, compare
+from ldt.runtimes.sessions import open_session
 
 PARTS = {
     "head": ("roi_head", "bbox_head", "rpn_head", "mask_head", "panoptic_head"),
@@ -50,6 +58,7 @@ PARTS = {
     "neck": ("neck",),
 }
 CONFIGS = Path(mmdet.__path__[0]) / ".mim" / "configs"
+EXPORTS = 6  # column
 STEPS = ("build", "train", "trace", "score", "cut", "run", "save", "load")
 MEMORY = 14 * 2**30  # bytes that a model's process may take
 RATE = 0.3  # of the parameters in scope
@@ -63,11 +72,18 @@ RECIPE = asdict(
         warmup=0,
     )
 )
+THRESHOLDS = ("score_thr", "conf_thr", "filter_thr", "mask_thr")  # on scores
 FEW_REGIONS = (("train_cfg", "rpn_proposal"), ("test_cfg", "rpn"))  # small images need 20
 
 ONE_CLASS: dict[str, Any] = {"classes": 1, "source": "neck_energy"}  # has no discriminants
 SYNC_BN = {  # torch's; mmcv's own cannot be built in a single process
     "roi_head": {f"{part}_head": {"norm_cfg": {"type": "SyncBN"}} for part in ("bbox", "mask")}
+}
+CORNERS: dict[
+    str, Any
+] = {  # pairs all corners of a class; norms need more than a cell of the last map
+    "size": 256,
+    "options": {"test_cfg": {"distance_threshold": float("inf")}},
 }
 POSITIVE_EPS = {"backbone": {"norm_cfg": {"eps": 1e-5}}}  # torch refuses the config's 0
 
@@ -114,11 +130,13 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("centernet_r18-dcnv2_8xb16-crop512-140e_coco"),
         Model("centernet-update_r50-caffe_fpn_ms-1x_coco"),
     ),
-    "centripetalnet": (Model("centripetalnet_hourglass104_16xb6-crop511-210e-mstest_coco"),),
+    "centripetalnet": (
+        Model("centripetalnet_hourglass104_16xb6-crop511-210e-mstest_coco", **CORNERS),
+    ),
     "condinst": (Model("condinst_r50_fpn_ms-poly-90k_coco_instance"),),
     "conditional_detr": (Model("conditional-detr_r50_8xb2-50e_coco"),),
     "convnext": (Model("mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco"),),
-    "cornernet": (Model("cornernet_hourglass104_8xb6-210e-mstest_coco"),),
+    "cornernet": (Model("cornernet_hourglass104_8xb6-210e-mstest_coco", **CORNERS),),
     "crowddet": (
         Model("crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman", **ONE_CLASS),
         Model("crowddet-rcnn_refine_r50_fpn_8xb2-30e_crowdhuman", **ONE_CLASS),
@@ -186,7 +204,9 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("libra-retinanet_r50_fpn_1x_coco"),
     ),
     "mask2former": (
-        Model("mask2former_r50_8xb2-lsj-50e_coco", options={"train_cfg": {"num_points": 512}}),
+        Model(
+            "mask2former_r50_8xb2-lsj-50e_coco", size=64, options={"train_cfg": {"num_points": 512}}
+        ),
     ),
     "mask_rcnn": (Model("mask-rcnn_r50_fpn_1x_coco"),),
     "ms_rcnn": (Model("ms-rcnn_r50_fpn_1x_coco"),),
@@ -200,7 +220,10 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
     "pisa": (
         Model("retinanet-r50_fpn_pisa_1x_coco"),
         Model("ssd300_pisa_coco", size=300),
-        Model("faster-rcnn_r50_fpn_pisa_1x_coco"),
+        Model(
+            "faster-rcnn_r50_fpn_pisa_1x_coco",
+            options={"train_cfg": {"rcnn": {"sampler": {"score_thr": -1.0}}}},
+        ),
     ),
     "point_rend": (
         Model(
@@ -209,9 +232,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         ),
     ),
     "pvt": (Model("retinanet_pvt-t_fpn_1x_coco", scope=("neck",)),),
-    "queryinst": (
-        Model("queryinst_r50_fpn_1x_coco", options={"test_cfg": {"rcnn": {"max_per_img": 1}}}),
-    ),
+    "queryinst": (Model("queryinst_r50_fpn_1x_coco"),),
     "regnet": (Model("faster-rcnn_regnetx-3.2GF_fpn_1x_coco"),),
     "reppoints": (Model("reppoints-moment_r50_fpn-gn_head-gn_1x_coco"),),
     "res2net": (Model("faster-rcnn_res2net-101_fpn_2x_coco"),),
@@ -274,6 +295,7 @@ EXCLUDED = {
     "qdtrack reid sort strongsort",
     "prompted by text": "glip grounding_dino mm_grounding_dino",
     "panoptic segmentation only": "maskformer panoptic_fpn",
+    "detection of lanes, in the maintained fork": "clrnet",
 }
 
 
@@ -321,8 +343,22 @@ def build(family: str, model: Model) -> DetectorModule:
         if "roi_head" in plain and (plain.get(config) or {}).get(part)
     }
     plain = model_config(name, {**few, **model.options}, model.classes, pretrained=False)
+    lower_thresholds([plain.get("train_cfg"), plain.get("test_cfg")])
     classes = [f"class {i}" for i in range(model.classes)]
-    return DetectorModule(plain, classes, RECIPE, (model.size, model.size), neck=model.neck)
+    module = DetectorModule(plain, classes, RECIPE, (model.size, model.size), neck=model.neck)
+    for name, bias in module.named_parameters():
+        if "_heat." in name and len(bias) == model.classes and bias.ndim == 1:
+            bias.data[0] += 5  # corners make a box if they are of the same class
+    return module
+
+
+def lower_thresholds(node: Any) -> None:
+    """Set the thresholds below a part of a config so that every box is a detection."""
+    if isinstance(node, dict):
+        node.update({key: -1.0 for key in THRESHOLDS if node.get(key)})
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, (dict, list, tuple)):
+            lower_thresholds(child)
 
 
 def train(module: DetectorModule, model: Model) -> L.Trainer:
@@ -346,14 +382,20 @@ def train(module: DetectorModule, model: Model) -> L.Trainer:
 
 
 def outputs(detector: nn.Module, model: Model) -> list[Tensor]:
-    """Raw maps and predictions of a detector in eval mode, on a fixed image."""
+    """Raw maps and predictions of a detector in eval mode, on fixed images."""
     preprocess: Any = detector.data_preprocessor
-    data = preprocess({key: given[:1] for key, given in batch(model, 3).items()}, False)
+    data = preprocess(batch(model, 3), False)
     detector.eval()
     with torch.no_grad():
         found = raw_forward(detector, data["inputs"])
+        # with the statistics of other images the maps of random networks grow without bounds
+        for layer in detector.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.train().momentum = 0.0
         for sample in detector(data["inputs"], data["data_samples"], mode="predict"):
             instances = sample.pred_instances
+            if not len(instances):
+                raise RuntimeError("no object is found, whatever its score")
             found += [instances.bboxes, instances.scores, instances.labels]
     return found
 
@@ -397,7 +439,7 @@ def examine(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Ite
         scope=model.scope,
         input_size=(model.size, model.size),
         neck=model.neck,
-        reestimate_bn=False,
+        repair="none",
         inplace=True,
     )
     achieved = (whole - count_parameters(detector)) / in_scope
@@ -425,6 +467,52 @@ def part_of(detector: nn.Module, names: tuple[str, ...]) -> str:
     """Return the type of the first of these modules that the detector has."""
     modules = dict(detector.named_modules())
     return next((type(modules[name]).__name__ for name in names if name in modules), "")
+
+
+def export(family: str, model: Model, folder: Path, row: dict[str, Any]) -> Iterator[str]:
+    """Export the unpruned model and compare the file with mmdet, on images it was not made with."""
+    yield "build"
+    module = build(family, model)
+    detector = module.adapter
+    for layer in module.modules():  # activations of a size that later layers can work with
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.momentum = 1.0
+    images = [batch(model, seed)["inputs"][0][None].float() for seed in (5, 6)]
+    shown = [one_image(image[0], detector.input_size) for image in images]
+    module.train()
+    with torch.no_grad():
+        detector.raw_maps(torch.cat([detector.network_input(each) for each in shown]))
+    module.eval()
+    for config in parts_with(detector.model.test_cfg, "score_thr"):
+        config["score_thr"] = 0.0  # random weights have low scores
+    yield "export"
+    about = About(
+        outputs="detections",
+        classes=[],
+        size=list(detector.input_size),
+        resize=[],
+        pad_value=detector.pad_pixel(),
+        max_detections=own_limit(detector) or MOST,
+        parameters=0,
+        macs=0,
+    )
+    (folder / "model.onnx").unlink(missing_ok=True)
+    export_model(detector, about, folder / "model.onnx")
+    yield "check"
+    differences = compare(detector, open_session(folder / "model.onnx", threads=1), images)
+    # random weights give many boxes of nearly equal score, of which either one may survive
+    same = differences.box <= BOX and differences.score <= SCORE
+    swapped = differences.ties + differences.missing
+    row["exports"] = "yes" if same and swapped < differences.boxes / 2 else f"no: {differences}"
+
+
+def parts_with(node: Any, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the dicts below a config that have a key."""
+    if isinstance(node, dict):
+        if key in node:
+            yield node
+        for value in node.values():
+            yield from parts_with(value, key)
 
 
 Work = Callable[[str, Model, Path, dict[str, Any]], Iterator[str]]
@@ -480,19 +568,46 @@ def examined(family: str, model: Model, seconds: float = 300) -> dict[str, Any]:
     return row
 
 
+def exported(family: str, model: Model, seconds: float = 600) -> str:
+    """Return ``yes`` if the model can be exported, or why not."""
+    row: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if supervised(export, (family, model, Path(folder)), row, seconds):
+            return row["exports"]
+    reason = row["outcome"].replace("|", "/")
+    for known in ("export: ValueError: ", f"{CANNOT}: ValueError: ", f"{CANNOT}: "):
+        reason = reason.partition(known)[2] or reason
+    return f"no: {reason}"
+
+
+def timed(given: tuple[str, Model], only: str | None = None) -> tuple[dict[str, Any], float]:
+    """Examine one model, or renew one column of it; give the seconds that took."""
+    start, (family, model) = time.monotonic(), given
+    row = {"family": family, "config": model.file, "scope": Model.scope, "outcome": ""}
+    if only != "exports":
+        row = examined(family, model)
+    row["exports"] = exported(family, model)
+    return row, time.monotonic() - start
+
+
 def line(row: dict[str, Any]) -> str:
     """Format a row of the table."""
     share = f"{row['share']:.0%}" if "share" in row else ""
     if row["scope"] != Model.scope:
         share = f"{share} of {', '.join(row['scope'])}"
     parts = [row.get(part, "") for part in PARTS]
-    return "| " + " | ".join([row["family"], row["config"], *parts, share, row["outcome"]]) + " |"
+    cells = [row["family"], row["config"], *parts, share, row.get("exports", ""), row["outcome"]]
+    return "| " + " | ".join(cells) + " |"
 
 
 def write(path: Path, found: list[str]) -> None:
-    """Rewrite the table; rows of models that were not run are kept."""
+    """Rewrite the table; rows of models that were not run are kept, and cells not measured."""
     known = path.read_text().splitlines() if path.exists() else []
-    rows = {tuple(row.split(" | ")[:2]): row for row in known + found if row.startswith("| ")}
+    rows: dict[tuple[str, ...], str] = {}
+    for row in known + found:
+        if row.startswith("| "):
+            earlier = rows.get(key := tuple(row.split(" | ")[:2]))
+            rows[key] = row if earlier is None else updated(earlier, row)
     keys = [(f"| {family}", m.file) for family, models in FAMILIES.items() for m in models]
     lines = [rows[key] for key in keys if key in rows]
     failed = {row.split(" | ")[0] for row in lines if not row.endswith(" | ok |")}
@@ -509,6 +624,19 @@ def write(path: Path, found: list[str]) -> None:
     )
 
 
+def updated(earlier: str, row: str) -> str:
+    """Return a row with the cells of an earlier one where it has none itself.
+
+    A row with an outcome was examined: only what the export says may be missing in it.
+    """
+    before, after = earlier.split(" | "), row.split(" | ")
+    if after[-1].strip() == "|":  # exported only
+        return " | ".join([*before[:EXPORTS], after[EXPORTS], before[-1]])
+    if not after[EXPORTS]:
+        after[EXPORTS] = before[EXPORTS]
+    return " | ".join(after)
+
+
 TEXT = """# Detectors
 
 What `python benchmarks/zoo.py --write docs/detectors.md` finds. A family is a folder of configs
@@ -516,38 +644,60 @@ that mmdet packages, for detecting or segmenting objects in single images. Its m
 and depth and from random weights, takes one training step with LDT on small synthetic images; it is
 scored with `ldt`, `group_fisher` and `l1`, loses 30 % of the parameters in scope, runs forward in
 eval mode and forward and backward in training mode, is saved, and is loaded in a new process, where
-it must predict the same. {ok} of {whole} families go through all of it.
+it must predict the same; thresholds on scores are lowered, so that there are objects. {ok} of
+{whole} families go through all of it.
 
 The scope is `[backbone, neck]` where no other is named; the share that *can be cut* is that of its
 convolutions and linear layers, in parameters. The rest is excluded, and a run lists it with the
 reasons. An outcome other than ok is the step that failed, and why.
 
-| family | config | head | backbone | neck | can be cut | outcome |
-|---|---|---|---|---|---|---|
+*Exports* tells whether the unpruned model can be written as an ONNX file with boxes, scores and
+labels ([deployment.md](deployment.md)) that detects in ONNX Runtime what mmdet detects, on images
+that it was not made with. Random weights give boxes of nearly equal scores: up to half of them may
+be swapped or missing here, where `ldt export` allows 1 %. `--only exports` renews that column.
+
+| family | config | head | backbone | neck | can be cut | exports | outcome |
+|---|---|---|---|---|---|---|---|
 {rows}
 
 Folders that are left out:
 
 {excluded}
+
+## The maintained fork of mmdet
+
+`onedl-mmdetection` continues mmdet and installs the same package; with it comes its own mmengine.
+ldt depends on mmdet 3.3 and works with the fork in its place:
+
+```sh
+pip uninstall -y mmdet mmengine &&
+  pip install --no-deps 'onedl-mmdetection==3.5.*' 'onedl-mmengine==0.10.*' imaug
+```
+
+A run's `environment.json` names the packages whose modules were imported.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="*", help="some families; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, 14 GiB each at most")
     parser.add_argument("--write", type=Path, help="the file with the table")
     parser.add_argument("--debug", action="store_true", help="list the excluded layers")
+    parser.add_argument("--only", choices=["exports"], help="renew this column alone")
     arguments = parser.parse_args()
     quiet()
-    for family in arguments.families or FAMILIES:
-        for model in FAMILIES[family]:
-            start = time.monotonic()
-            row = examined(family, model)
-            print(line(row), f"{time.monotonic() - start:.0f} s", flush=True)
+    chosen = [(f, m) for f in arguments.families or FAMILIES for m in FAMILIES[f]]
+    start = time.monotonic()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for row, seconds in pool.map(partial(timed, only=arguments.only), chosen):
+            print(line(row), f"{seconds:.0f} s", flush=True)
             if arguments.debug:
                 print("\n".join(f"    {k}: {v}" for k, v in row.get("left", {}).items()))
             if arguments.write:
                 write(arguments.write, [line(row)])
+    total = time.monotonic() - start
+    print(f"{len(chosen)} models in {total / 60:.1f} minutes, {arguments.jobs} at a time")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python experiments/build.py table1_coco                 # from runs/paper
 python experiments/build.py table1_coco --size small    # results_small.csv, results_small.md
 python experiments/build.py fig3_kitti --size small --runs runs/paper_small --runs runs/roadscenes
 python experiments/build.py table1_coco recipe.batch_size=4   # runs made with this override
+python experiments/build.py benchmark                   # statistics from the detections of its runs
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import ROOT, SMALL, TableRow, differing, fill, load_cells, load_runs
+from cells import ROOT, RUNTIMES, SMALL, TableRow, differing, fill, load_cells, load_runs
 
 from ldt.runs import files
 from ldt.runs.files import write_rows, write_text
@@ -38,6 +39,9 @@ TITLES = {
     "params_M": "parameters (M)",
     "cpu_ms": "latency on the CPU (ms)",
     "gpu_ms": "latency on the GPU (ms)",
+    "eager_ms": "CPU time of one thread in eager PyTorch (ms)",
+    "onnxruntime_ms": "CPU time of one thread in ONNX Runtime (ms)",
+    "openvino_ms": "CPU time of one thread in OpenVINO (ms)",
 }
 HEADS = {
     "paper": "paper",
@@ -66,7 +70,11 @@ def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dic
         metric: a key of :data:`cells.METRICS`.
         comparable: whether the detector is the paper's, so that the difference is meaningful.
     """
-    paper, values, before = cell.paper[metric], cell.values(metric), cell.values(metric, "base_")
+    paper, values, before = (
+        cell.paper.get(metric),
+        cell.values(metric),
+        cell.values(metric, "base_"),
+    )
     ours = statistics.mean(values) if values else None
     line: dict[str, Any] = cell.keys | {"metric": metric, "paper": paper, "ours": _round(ours)}
     line["deviation"] = _round(statistics.stdev(values)) if len(values) > 1 else None
@@ -77,7 +85,7 @@ def result(cell: TableRow, base: TableRow, metric: str, comparable: bool) -> dic
         line["unpruned"] = _round(statistics.mean(before)) if before else None
         if base.config["method.name"] == "none":
             originals = base.values(metric)
-            line["paper_of_base"] = _share(paper, base.paper[metric])
+            line["paper_of_base"] = _share(paper, base.paper.get(metric))
             line["ours_of_base"] = _share(ours, statistics.mean(originals) if originals else None)
     return line | {"runs": " ".join(run.folder.name for _, run in sorted(cell.runs.items()))}
 
@@ -86,6 +94,12 @@ def results(size: str, cells: Sequence[TableRow], metric: str) -> list[dict[str,
     """Build the lines of one metric."""
     pairs = zip(cells, bases(cells), strict=True)
     return [result(cell, base, metric, size == "full") for cell, base in pairs]
+
+
+def metrics(cells: Sequence[TableRow]) -> list[str]:
+    """Return the paper's metrics, and those of runtimes that were measured besides."""
+    besides = [name for name in RUNTIMES if any(cell.values(name) for cell in cells)]
+    return [*cells[0].paper, *besides]
 
 
 def _round(value: float | None) -> float | None:
@@ -165,7 +179,7 @@ def report(name: str, size: str, cells: Sequence[TableRow], runs: Sequence[Run])
     if size == "small":
         parts.append(_stand_ins(cells))
     keys = list(cells[0].keys)
-    for metric in cells[0].paper:
+    for metric in metrics(cells):
         lines = results(size, cells, metric)
         parts.append(f"## {TITLES[metric]}\n\n{table(lines, keys)}")
     parts += [_missing(name, size, cells), _near_misses(cells, runs)]
@@ -271,7 +285,7 @@ def build(
     runs = list(load_runs(studies or [own] * own.is_dir()))
     fill(cells, runs)
     suffix = "" if size == "full" else "_small"
-    rows = [line for metric in cells[0].paper for line in results(size, cells, metric)]
+    rows = [line for metric in metrics(cells) for line in results(size, cells, metric)]
     folder.mkdir(exist_ok=True)
     write_rows(folder / f"results{suffix}.csv", rows)
     text = report(name, size, cells, runs)
@@ -292,6 +306,12 @@ def main() -> None:
     for text in given.overrides:
         if "=" not in text:
             parser.error(f"{text!r} is no override like recipe.epochs=2; name one experiment")
+    if given.name == "benchmark":
+        from benchmark.page import build as build_benchmark
+
+        if not build_benchmark():
+            parser.error("no stage of the benchmark is finished; see experiments/benchmark")
+        return
     every = sorted(file.parent.name for file in ROOT.glob("experiments/*/expected.csv"))
     for name in every if given.name == "all" else [given.name]:
         folder = ROOT / "experiments" / name

@@ -32,6 +32,11 @@ METRICS = {  # column of expected.csv: key of a run's round, factor to the colum
     "cpu_ms": ("cpu_ms", 1),
     "gpu_ms": ("gpu_ms", 1),
 }
+RUNTIMES = {  # measured besides what the paper has
+    "eager_ms": ("eager/cpu_ms", 1),
+    "onnxruntime_ms": ("onnxruntime/cpu_ms", 1),
+    "openvino_ms": ("openvino/cpu_ms", 1),
+}
 SMALL = {  # replacements for the paper's in `<experiment>_small`
     "detector": {
         "gfl": "gfl_tiny",
@@ -68,10 +73,10 @@ class TableRow:
         """Return the metric of each run that measured it, in the paper's unit.
 
         Args:
-            metric: a key of :data:`METRICS`.
+            metric: a key of :data:`METRICS` or :data:`RUNTIMES`.
             prefix: ``base_`` for the unpruned detectors of the runs.
         """
-        key, factor = METRICS[metric]
+        key, factor = (METRICS | RUNTIMES)[metric]
         rows = [numbers(run) for _, run in sorted(self.runs.items())]
         return [factor * row[prefix + key] for row in rows if prefix + key in row]
 

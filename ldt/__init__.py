@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ldt.criteria.base import Criterion
     from ldt.deployment.prediction import predict
     from ldt.deployment.to_mmdet import export
+    from ldt.deployment.to_runtime import export_file
     from ldt.detectors.checkpoints import load_pruned
     from ldt.experiment import train
     from ldt.module import DetectorModule
@@ -26,6 +27,7 @@ __all__ = [
     "PruningResult",
     "evaluate",
     "export",
+    "export_file",
     "load_pruned",
     "load_study",
     "open_run",
@@ -40,6 +42,7 @@ _FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
     "PruningResult": "ldt.api",
     "evaluate": "ldt.api",
     "export": "ldt.deployment.to_mmdet",
+    "export_file": "ldt.deployment.to_runtime",
     "load_pruned": "ldt.detectors.checkpoints",
     "load_study": "ldt.runs.study",
     "open_run": "ldt.runs.run",

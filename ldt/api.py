@@ -22,19 +22,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch_pruning.pruner.importance import Importance
 
-from ldt.config.values import Count, Seed, Share, check_value, check_values
+from ldt.config.kinds import Repair
+from ldt.config.values import Count, Seed, Share, check_arguments, check_value, check_values
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
-from ldt.loop.pruning_round import Unpruned, check_schedule, prune_round, repair
+from ldt.loop.pruning_round import Unpruned, check_schedule, latency_table, prune_round
+from ldt.loop.pruning_round import repair as repair_norms
 from ldt.loop.round_record import RoundRecord
-from ldt.loop.schedule import PruningSchedule
+from ldt.loop.schedule import PruningSchedule, default_round_to
 from ldt.pruning.budget import Limits
+from ldt.pruning.costs import parse_budget
 from ldt.runs.files import check_folder_of, writing
 from ldt.runs.refusal import renaming
+from ldt.runtimes.latency_table import LatencyTarget
 
 
 class CalibrationData(Protocol):
@@ -57,8 +61,11 @@ ARGUMENTS = {  # what messages about keys of the configuration name here
     "prune.rate": "rate",
     "prune.scope": "scope",
     "prune.budget": "budget",
+    "prune.repair": "repair",
     "prune.max_layer_rate": "limits.max_layer_rate",
     "prune.min_channels": "limits.min_channels",
+    "prune.round_to": "limits.round_to",
+    "prune.latency": "latency",
     "detector.neck": "neck",
     "detector.predictors": "predictors",
     "detector.config": "config",
@@ -119,6 +126,11 @@ class PruningResult:
                 ("multiply_adds", 1e9, "GMACs"),
             )
         ]
+        if latency := self.record.latency:
+            told.append(
+                f"{latency['measured_ms']:.2f} ms ({latency['asked_ms']:.2f} asked for, "
+                f"{latency['predicted_ms']:.2f} by the table of its layers)"
+            )
         return f"{type(self.detector).__name__}: {', '.join(told)}\n{self.table().to_string()}"
 
     def save(self, path: str | Path) -> Path:
@@ -152,6 +164,7 @@ def prune(
     ranking: str | None = None,
     scope: Sequence[str] = PruningSchedule.scope,
     limits: Limits | None = None,
+    latency: LatencyTarget | Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     config: Config | str | Path | None = None,
     classes: Sequence[str] | None = None,
@@ -161,7 +174,7 @@ def prune(
     input_size: tuple[int, int] | None = None,
     neck: str | None = None,
     predictors: Sequence[str] | None = None,
-    reestimate_bn: bool = True,
+    repair: Repair = "bn",
     inplace: bool = False,
     seed: int = 0,
     trust: bool = False,
@@ -175,14 +188,17 @@ def prune(
         images: labelled images for calibration: a data loader of mmdet's batches, a data set of
             mmdet's (boxes in the coordinates of the network input), or a data module of ours.
         rate: share of the budget to remove, in (0, 1).
-        keep: share of the budget to keep; give either.
+        keep: share of the budget to keep; give either, or a latency to reach.
         criterion: the name of a method of ``conf/method`` (``ldt``, ``group_fisher``, ``chip``,
             ``hrank``, ``px``, ``taylor``, ``obd``, ``l1``, ``l2``, ``lamp``, ``fpgm``,
             ``random``) or an instance.
-        budget: ``params`` or ``macs`` (``flops`` means the same).
+        budget: ``params``, ``macs`` (``flops`` means the same) or ``latency``.
         ranking: how scores of different layers are compared; the method's own by default.
         scope: parts of the detector that lose filters.
-        limits: how far a layer may shrink.
+        limits: how far a layer may shrink; with a latency budget its widths are multiples of 16 by
+            default.
+        latency: of the latency budget: ``runtime`` (``eager``, ``onnxruntime``, ``openvino``),
+            ``threads``, and ``target_ms``, a latency to reach in place of a rate.
         weights: of a config's detector.
         config: the mmdet config of a detector that is built already, for :meth:`save`.
         classes: names in label order, for :meth:`save`.
@@ -193,7 +209,9 @@ def prune(
         input_size: (height, width) that MACs are counted for; that of the first batch by default.
         neck: name of the module whose output feeds the head; found by itself.
         predictors: layers whose outputs are never pruned; found by themselves.
-        reestimate_bn: re-estimate the statistics of batch norms on the same images.
+        repair: what is adapted to the removal, on the same images: ``none``, ``bn`` (statistics of
+            batch norms) or ``lstsq`` (also the weights that read removed channels, by least
+            squares).
         inplace: prune the given detector itself, not a copy.
         seed: of what criteria draw at random.
         trust: of a checkpoint, see :func:`ldt.load_pruned`.
@@ -227,16 +245,19 @@ def prune(
         seed=(seed, Seed, 0),
     )
     method = find_method(criterion, ranking)
+    target = _target(latency)
+    multiple = default_round_to(parse_budget(budget), target)
     schedule = PruningSchedule.one_shot(
-        _rate(rate, keep),
+        _rate(rate, keep, target),
         budget=budget,
+        latency=target,
         ranking=method.ranking,
         inner_rounds=method.inner_rounds,
         scope=tuple(scope),
-        limits=limits or Limits(),
+        limits=limits or Limits(round_to=multiple),
         images=calibration_images,
         batch_size=batch_size,
-        repair="bn" if reestimate_bn else "none",
+        repair=repair,
     )
     names = classes or getattr(images, "classes", None)
     opened = open_detector(detector, weights, names, config, trust)
@@ -261,12 +282,13 @@ def _prune(
 ) -> PruningResult:
     calibration = Calibration(detector, batches)
     before = layers(detector.model, detector.input_size)
-    unpruned = Unpruned.of(detector)
+    unpruned = Unpruned.of(detector, latency_table(schedule, detector.example().device))
+    schedule = schedule.aimed(unpruned.costs.get("latency", 0.0))
     check_schedule(detector, schedule, unpruned)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         record = prune_round(detector, criterion, calibration, schedule, 1, unpruned)
-    repair(detector, calibration, schedule)
+    repair_norms(detector, calibration, schedule)
     about = None
     if opened.config is not None:
         resize = opened.record.get("resize", ())
@@ -275,7 +297,19 @@ def _prune(
     return PruningResult(detector.model, before, after, record.excluded, record, about)
 
 
-def _rate(rate: float | None, keep: float | None) -> float:
+def _target(given: LatencyTarget | Mapping[str, Any] | None) -> LatencyTarget:
+    if isinstance(given, LatencyTarget):
+        return given
+    check_value("latency", given, Mapping[str, Any] | None, {"runtime": "onnxruntime"})
+    check_arguments("latency", LatencyTarget, given or {})
+    return LatencyTarget(**(given or {}))
+
+
+def _rate(rate: float | None, keep: float | None, target: LatencyTarget) -> float:
+    if target.target_ms is not None:
+        if (rate, keep) != (None, None):
+            raise ValueError("give either latency's target_ms or a rate")
+        return 0.5  # until the unpruned detector is timed
     if (rate is None) == (keep is None):
         raise ValueError("give either rate= (the share to remove) or keep= (the share to keep)")
     name, given = ("rate", rate) if keep is None else ("keep", keep)

@@ -2,22 +2,22 @@
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch_pruning.pruner.importance import Importance
 
 from ldt.callbacks.checkpoint_io import AtomicCheckpointIO
+from ldt.callbacks.distillation import Distillation, check_head
 from ldt.callbacks.ema import ExponentialMovingAverage
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.callbacks.lightning_internals import (
@@ -26,12 +26,12 @@ from ldt.callbacks.lightning_internals import (
     set_max_epochs,
     starts_processes,
 )
-from ldt.callbacks.progress import LogProgress
+from ldt.callbacks.progress import RunProgress
 from ldt.callbacks.seeds import EpochSeeds
 from ldt.callbacks.yolox_mode_switch import YOLOXModeSwitch
 from ldt.config import as_dict
 from ldt.config.keys import check_names
-from ldt.config.values import Count, NaturalNumber, Seed, check_arguments, check_value, typed
+from ldt.config.values import check_against_schema, check_arguments, typed
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.summary import check_data
 from ldt.detectors.checkpoints import read
@@ -39,13 +39,16 @@ from ldt.detectors.models import input_settings, model_config, quiet, raise_max_
 from ldt.evaluation.metrics import MAX_DETECTIONS
 from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.prune_retrain import PruneRetrain
-from ldt.loop.schedule import PruningSchedule
+from ldt.loop.schedule import PruningSchedule, default_round_to
 from ldt.module import DetectorModule, find_optimizer, restored
+from ldt.progress.steps import Steps
 from ldt.pruning.budget import Limits
+from ldt.pruning.costs import parse_budget
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch, set_keys
 from ldt.runs import files, inputs
 from ldt.runs.identity import canonical_precision
 from ldt.runs.run import Run, load_config
+from ldt.runtimes.latency_table import LatencyTarget
 
 log = logging.getLogger(__name__)
 LABELS_OF_DATA = (
@@ -54,18 +57,6 @@ LABELS_OF_DATA = (
     "scales",
     "max_detections",
 )  # keys of dataset that are not passed to the data module
-Objective = Literal[
-    "AP",
-    "AP50",
-    "AP75",
-    "mAP",
-    "kitti_easy",
-    "kitti_moderate",
-    "kitti_hard",
-    "params",
-    "multiply_adds",
-    "latency_ms",
-]
 OURS = ("validate_every", "threads", "compile")  # keys of trainer that Lightning does not have
 
 
@@ -78,15 +69,8 @@ def check_config(config: DictConfig) -> None:
     """
     plain = as_dict(config)
     method, recipe = plain["method"], plain["recipe"]
+    check_against_schema(plain)
     check_recipe(recipe)
-    check_value("ldt.background", plain["ldt"]["background"], bool | Literal["auto"], "auto")
-    check_value("base", plain["base"], Literal["own", "shared"])
-    check_value("seed", plain["seed"], Seed, 0)
-    check_value("report.pictures", plain["report"]["pictures"], NaturalNumber, 8)
-    check_value("trainer.validate_every", plain["trainer"]["validate_every"], NaturalNumber, 1)
-    check_value("trainer.threads", plain["trainer"]["threads"], Count | None, 2)
-    check_value("objectives", plain["objectives"], list[Objective], ["AP", "params"])
-    check_value("dataset.max_detections", _max_detections(plain), Count, MAX_DETECTIONS)
     _check_target("method.criterion", method["criterion"])
     check_arguments("method.gradual", GradualPruning, method["gradual"] or {})
     _check_target("logger", plain["logger"], passed=["save_dir"])
@@ -166,12 +150,28 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
         ranking=config.method.ranking,
         inner_rounds=config.method.inner_rounds,
         scope=tuple(prune.scope),
-        limits=Limits(prune.max_layer_rate, prune.min_channels),
+        limits=Limits(prune.max_layer_rate, prune.min_channels, _round_to(prune)),
         images=prune.images,
         batch_size=prune.batch_size,
         retrain_lr=recipe.retrain_lr,
         repair=prune.repair,
+        latency=LatencyTarget(**prune.latency),
+        channels=prune.channels,
+        weights=prune.weights,
     )
+
+
+def _round_to(prune: Any) -> int:
+    """Return the number that widths are multiples of."""
+    if prune.round_to != "auto":
+        return prune.round_to
+    return default_round_to(parse_budget(prune.budget), LatencyTarget(**prune.latency))
+
+
+def distilled(plain: dict[str, Any]) -> dict[str, float]:
+    """Return the keys of distillation; none if it is off."""
+    keys = plain.get("distill") or {}
+    return keys if keys.get("neck") or keys.get("head") else {}
 
 
 def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> PruneRetrain:
@@ -184,7 +184,9 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         folder,
         gradual=GradualPruning(**method.gradual) if method.gradual else None,
         latency_runs=config.report.latency_runs,
+        runtimes=config.report.get("runtimes", ()),
         validate_every=config.trainer.validate_every,
+        keep_detections=config.report.detections,
     )
 
 
@@ -243,6 +245,8 @@ def build_module(
         max_detections=_max_detections(plain),
         compiled=bool(plain["trainer"].get("compile")),
     )
+    if distilled(plain).get("head"):
+        check_head(module.adapter)
     if module.untrained and plain["recipe"]["epochs"] == 0:
         _check_untrained(build_schedule(config), str(detector["checkpoint"]), data.classes)
     return module
@@ -305,6 +309,19 @@ def _model_config(plain: dict[str, Any], n_classes: int) -> dict[str, Any]:
 
 def _max_detections(plain: dict[str, Any]) -> int:
     return plain["dataset"].get("max_detections", MAX_DETECTIONS)  # not in every data set's schema
+
+
+def build_steps(config: DictConfig, plan: PruningSchedule, data: DetectionDataModule) -> Steps:
+    """Build the steps of a run, for its display."""
+    return Steps.of_run(
+        plan.base_epochs,
+        plan.retrain_epochs,
+        plan.rounds,
+        train_images=len(data.training_set()),
+        val_images=len(data.dataset("val")),
+        score_images=plan.images * (1 + plan.inner_rounds),  # once before, for batch norms
+        masks=bool(config.method.gradual),
+    )
 
 
 def read_inputs(plain: dict[str, Any], data: DetectionDataModule) -> inputs.Inputs:
@@ -456,12 +473,14 @@ def _callbacks(config: DictConfig, loop: PruneRetrain, folder: Path) -> list[L.C
     """Build the callbacks of a run in the order in which Lightning calls them."""
     callbacks: list[L.Callback] = []
     if config.trainer.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar() if sys.stdout.isatty() else LogProgress())
+        callbacks.append(RunProgress(loop, config.recipe.batch_size))
     callbacks.append(EpochSeeds(config.seed))
     if config.ldt.enabled:
         others = ("enabled", "background")
         terms = {key: value for key, value in config.ldt.items() if key not in others}
         callbacks.append(LDTLoss(**terms))
+    if distill := distilled(as_dict(config)):
+        callbacks.append(Distillation(folder, loop.schedule.scope, **distill))
     if config.recipe.ema is not None:
         callbacks.append(ExponentialMovingAverage(momentum=config.recipe.ema))
     callbacks.append(loop)

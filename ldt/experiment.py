@@ -21,12 +21,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldt import report
+from ldt import progress, report
 from ldt.build import (
     build_data,
     build_loop,
     build_module,
     build_schedule,
+    build_steps,
     build_trainer,
     check_config,
     opened_logger,
@@ -36,7 +37,7 @@ from ldt.build import (
 from ldt.callbacks.checkpoint_io import resumable
 from ldt.callbacks.lightning_internals import end_processes, was_interrupted
 from ldt.config import MethodConfig, PruneConfig, as_dict, conf_dir, register
-from ldt.config.keys import check_keys
+from ldt.config.keys import check_keys, check_places
 from ldt.config.messages import explained
 from ldt.config.paths import expand_home, quote_paths
 from ldt.data.datamodule import DetectionDataModule
@@ -46,12 +47,17 @@ from ldt.figures import from_runs
 from ldt.loop.prune_retrain import PruneRetrain
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
+from ldt.progress.console import FILE_ONLY
+from ldt.progress.steps import DRAW
+from ldt.report.banner import command, describe_device, print_banner
 from ldt.runs import DONE, files, identity, inputs, provenance
 from ldt.runs.files import read_json, write_json, write_text
 from ldt.runs.records import stored_config
 from ldt.runs.refusal import KINDS, Failed, Refused, is_refusal, one_line, refusing
 from ldt.runs.run import Run, open_run
 from ldt.runs.signals import interrupting
+from ldt.runtimes import latency_table
+from ldt.runtimes.latency_table import LatencyTable
 
 log = logging.getLogger(__name__)
 REFUSALS = (*KINDS, HydraException, MisconfigurationException)  # user errors during setup
@@ -82,7 +88,11 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
             expand_home(config)
             with refusing(*REFUSALS):
                 plain = check(config)
-            with files.alone(folder, waits=rank_zero_only.rank == 0), _recording(folder):
+            with (
+                progress.running("reading the data and building the detector"),
+                files.alone(folder, waits=rank_zero_only.rank == 0),
+                _recording(folder),
+            ):
                 summary = _finish(config, plain, folder)
     except KeyboardInterrupt:
         log.warning("interrupted; the same command resumes from the last finished epoch")
@@ -130,6 +140,7 @@ def record_end(folder: Path, state: dict[str, str]) -> None:
 def check(config: DictConfig) -> dict[str, Any]:
     """Check all that needs neither data nor model; return the configuration resolved."""
     check_keys(config)
+    check_places(config)
     plain = as_dict(config, throw_on_missing=True)
     check_config(config)
     build_schedule(config)
@@ -187,15 +198,22 @@ def _check_inputs(config: DictConfig, plain: dict[str, Any], folder: Path, finis
     """Raise if the run used different inputs; all ranks check, only rank zero records them."""
     place = inputs.place_of(plain)
     try:
-        now = read_inputs(plain, build_data(config))
+        now = read_inputs(plain, build_data(config)) | _times_of(folder)
     except (*REFUSALS, OSError) as error:
         if not finished or place is None or Path(place).exists():
             raise  # something of it is there and cannot be read: that is a change
         log.warning("%s: the data of the run cannot be checked: %s", folder, error)
-        inputs.check(folder, read_inputs_without_data(plain, open_run(folder)))
+        now = read_inputs_without_data(plain, open_run(folder))
+        inputs.check(folder, now | _times_of(folder))
     else:
         writes = rank_zero_only.rank == 0 and os.access(folder, os.W_OK)
         inputs.settle(folder, now, place, finished, writes)
+
+
+def _times_of(folder: Path) -> inputs.Inputs:
+    """Return the fingerprint of a started run's table of times, as a part of its inputs."""
+    content = latency_table.stored(folder)
+    return {inputs.LATENCY: latency_table.fingerprint(content)} if content else {}
 
 
 def _execute(
@@ -226,12 +244,16 @@ def _train(
 
     The folder is ``claimed`` for a configuration that does not name the base's weights.
     """
-    with refusing(*REFUSALS):
+    with refusing(*REFUSALS), progress.held():
         plan = build_schedule(config)
         loop, trainer, data, module = _set_up(config, plan, folder)
         trainer.loggers = [*trainer.loggers, *open_log()]
-        about = _claim(claimed, data, folder)
+        about = _claim(claimed, data, folder, loop.table)
+        _announce(config, plan, loop, trainer, data, folder)
     resume = resumable(folder)
+    progress.status(f"starting {trainer.world_size} process{'es' * (trainer.world_size > 1)}")
+    if config.trainer.get("enable_progress_bar", True):
+        progress.show(build_steps(config, plan, data))
     try:
         if plan.base_epochs == 0 and resume is None:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -255,6 +277,23 @@ def _train(
     return summary
 
 
+@rank_zero_only
+def _announce(
+    config: DictConfig,
+    plan: PruningSchedule,
+    loop: PruneRetrain,
+    trainer: L.Trainer,
+    data: DetectionDataModule,
+    folder: Path,
+) -> None:
+    """Print what the run is about to do; log the command and the configuration to its file."""
+    told = f"command: {command()}\nin: {Path.cwd()}\nconfiguration:\n{OmegaConf.to_yaml(config)}"
+    log.info(told, extra=FILE_ONLY)
+    root, precision = trainer.strategy.root_device, str(trainer.precision)
+    device = describe_device(root, trainer.world_size, precision)
+    print_banner(as_dict(config), plan, data, loop.unpruned, device, folder)
+
+
 def _summary(
     config: DictConfig, plan: PruningSchedule, loop: PruneRetrain, folder: Path
 ) -> dict[str, Any]:
@@ -268,7 +307,7 @@ def _summary(
         "ldt": config.ldt.enabled,
         "metric": config.dataset.metric,
         "seed": config.seed,
-        "plan": {"rate": plan.rate, "rounds": plan.rounds, "budget": config.prune.budget},
+        "plan": {"rate": loop.schedule.rate, "rounds": plan.rounds, "budget": config.prune.budget},
         "rounds": loop.rows,
         "left_whole": loop.excluded,
         "checkpoint": files.round_checkpoint(plan.rounds),
@@ -291,11 +330,13 @@ def _set_up(
     data.prepare_data()
     data.setup("fit")
     module = build_module(config, plain, data)
-    loop.check(module.adapter)
+    loop.check(module.adapter, trainer.strategy.root_device, latency_table.stored(folder))
     return loop, trainer, data, module
 
 
-def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> dict[str, Any]:
+def _claim(
+    plain: dict[str, Any], data: DetectionDataModule, folder: Path, table: LatencyTable | None
+) -> dict[str, Any]:
     """Claim the folder for a run that is about to start: write what it is and what it reads.
 
     Returns:
@@ -304,7 +345,11 @@ def _claim(plain: dict[str, Any], data: DetectionDataModule, folder: Path) -> di
     about = provenance.about(Path(__file__).parent)
     if rank_zero_only.rank == 0:
         if not files.has_checkpoint(folder):  # otherwise already checked and recorded
-            inputs.write(folder, read_inputs(plain, data), inputs.place_of(plain))
+            now = read_inputs(plain, data)
+            if table is not None:
+                write_json(folder / files.LATENCY_TABLE, content := table.content())
+                now[inputs.LATENCY] = latency_table.fingerprint(content)
+            inputs.write(folder, now, inputs.place_of(plain))
         write_json(folder / files.SPLIT, data.split_ids())
         provenance.add_start(folder, about)
         _write_config(plain, folder)
@@ -342,7 +387,8 @@ def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
     summary = read_json(base / files.SUMMARY) | {"run": folder.name, "drawn": False}
     if rank_zero_only.rank == 0:
         names = (files.round_checkpoint(0), files.ROUNDS, files.SPLIT, files.ENVIRONMENT)
-        more = [files.INPUTS] * (base / files.INPUTS).is_file()  # not written by earlier versions
+        # not written by earlier versions, or by choice
+        more = [name for name in (files.INPUTS, files.detections(0)) if (base / name).is_file()]
         for name in (*names, *more):
             with files.writing(folder / name) as draft:
                 shutil.copyfile(base / name, draft)
@@ -356,7 +402,9 @@ def _adopt(base: Path, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
 @rank_zero_only
 def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
     """Draw the figures of a finished run, unless already done, and print its results."""
-    if not summary.get("drawn"):
+    if config.report.figures and not summary.get("drawn"):
+        progress.begin(DRAW)
+        progress.status("drawing")
         data = build_data(config)
         data.prepare_data()
         data.setup("validate")

@@ -4,8 +4,10 @@ Tests run in several processes, one thread each, files as a whole; `-n 0` keeps 
 """
 
 import gc
+import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,20 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     from forked import draw_nothing
 
     draw_nothing(monkeypatch)
+
+
+@pytest.fixture
+def in_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.StringIO]:
+    """A function that makes all output that of a terminal of some columns, without colours."""
+    from rich.console import Console
+
+    from ldt.progress import console
+
+    def shown(width: int) -> io.StringIO:
+        file = io.StringIO()
+        given = {"force_terminal": True, "width": width, "color_system": None, "highlight": False}
+        terminal = Console(file=file, _environ={"TERM": "xterm"}, **given)
+        monkeypatch.setattr(console, "terminal", lambda: terminal)
+        return file
+
+    return shown

@@ -12,6 +12,7 @@ _SHARED = Path(__file__).parents[2] / "shared/data"
 DATA = Path(os.environ.get("LDT_TEST_DATA", _SHARED))
 KITTI, COCO = DATA / "kitti", DATA / "coco"
 YOLOX_NANO = DATA / "weights/yolox_nano_coco_mmdet.pth"
+NANODET_G = DATA / "weights/nanodet_g"
 
 
 def needs(path: Path) -> pytest.MarkDecorator:

@@ -186,6 +186,51 @@ class Stepwise(nn.Module):
         return torch.cat([left, right, self.second(right)], 1)
 
 
+class Parametric(nn.Module):
+    """A factor for each channel, a bias for each position too, and weights of a fusion."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.first, self.second = block(ins, outs, 2), Residual(outs)
+        self.scale = nn.Parameter(torch.rand(outs, 1, 1) + 0.5)
+        self.gamma = nn.Parameter(torch.rand(outs) + 0.5)
+        self.places = nn.Parameter(torch.rand(1, outs, 4, 6))
+        self.weights = nn.Parameter(torch.tensor([0.4, 0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.scale + self.places
+        left, right = self.weights.relu() / self.weights.sum()
+        return left * x + right * self.second(x) * self.gamma.view(1, -1, 1, 1)
+
+
+class ShuffledGroups(nn.Module):
+    """Grouped convolutions with a channel shuffle between them, as in ShuffleNet."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.first, self.shuffle = block(ins, 12, groups=2), nn.ChannelShuffle(2)
+        self.each, self.last = block(12, 12, 2, groups=12), block(12, outs, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.each(self.shuffle(self.first(x))))
+
+
+class ShuffledHalves(nn.Module):
+    """Two steps: half of the channels pass, half are convolved, then both are shuffled."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.steps = nn.ModuleList(nn.Sequential(block(half, 5), block(5, half)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            first, second = x.chunk(2, 1)
+            x = torch.cat([first, step(second)], 1)
+            x = x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return x
+
+
 def _res2net(stage_type: str) -> nn.Module:
     """A block of three parts, four channels each."""
     stride = 2 if stage_type == "stage" else 1  # as in the first block of a stage and in others
@@ -252,6 +297,17 @@ SMALL: dict[str, Callable[[], SmallDetector]] = {
     ),
     "stepwise": lambda: SmallDetector(
         Stages(block(3, 8, 4), Stepwise(8, 12)), Split([8, 18], 10), Shared(_predict(10))
+    ),
+    "parametric": lambda: SmallDetector(
+        Stages(block(3, 8, 4), Parametric(8, 12)), Split([8, 12], 10), Shared(_predict(10))
+    ),
+    "shuffled_groups": lambda: SmallDetector(
+        Stages(block(3, 8, 4), ShuffledGroups(8, 12)), Split([8, 12], 10), Shared(_predict(10))
+    ),
+    "shuffled_halves": lambda: SmallDetector(
+        Stages(nn.Sequential(block(3, 16, 4), ShuffledHalves(16))),
+        Shared(*block(16, 10)[:2]),
+        Shared(_predict(10)),
     ),
     "res2net": lambda: SmallDetector(
         Stages(block(3, 8, 4), _res2net("normal")), Split([8, 32], 10), Shared(_predict(10))

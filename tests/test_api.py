@@ -201,7 +201,7 @@ def test_batch_norms_get_the_average_over_the_batches(detector, data):
 
 @pytest.mark.slow
 def test_without_re_estimation_the_norms_are_those_that_were(detector, data):
-    result = ldt.prune(detector, data, rate=0.3, criterion="l1", reestimate_bn=False)
+    result = ldt.prune(detector, data, rate=0.3, criterion="l1", repair="none")
     known = {float(v) for v in detector.backbone.bn1.running_mean}  # type: ignore[union-attr]
     kept: Any = result.detector
     assert {float(v) for v in kept.backbone.bn1.running_mean} < known
@@ -229,8 +229,9 @@ def test_random_scores_depend_on_the_seed_only(detector, data):
         ({"rate": 0.3, "criterion": "hrnk"}, r"criterion='hrnk' is not known; choose one of chip,"),
         ({"rate": 0.3, "criterion": "group_fisher_gradual"}, r"works without training"),
         ({"rate": 0.3, "criterion": "none"}, r"works without training"),
-        ({"rate": 0.3, "budget": "time"}, r"budget='time'; choose params, macs or flops"),
+        ({"rate": 0.3, "budget": "time"}, r"budget='time'; choose params, macs, latency or flops"),
         ({"rate": 0.3, "ranking": "best"}, r"ranking='best'; choose one of global"),
+        ({"rate": 0.3, "repair": "gn"}, r"repair='gn'; allowed: none, bn, lstsq"),
         ({"rate": 0.3, "scope": ["head"]}, r"has no part 'head'. Its parts are: .*backbone"),
         ({"rate": 0.3, "neck": "nek"}, r"'nek'.*has no such module"),
         ({"rate": 0.3, "images": []}, r"holds no image"),

@@ -1,7 +1,7 @@
 """`ldt`, `run.py` and the older addresses: help at once, and one convention of exit codes."""
 
-import contextlib
 import json
+import os
 import pickle
 import resource
 import sys
@@ -10,16 +10,19 @@ import click
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from short_runs import ROOT, python, tiny
+from summaries import finished
 
 import ldt
 from ldt import experiment
-from ldt import report as ldt_report
 from ldt.cli import main
 from ldt.cli.commands import ldt as commands
 from ldt.cli.exit_codes import exit_codes
-from ldt.cli.study_table import StudyTable, exit_sweep
+from ldt.cli.study_table import end_sweep
+from ldt.cli.sweep_progress import PLACE, SweepProgress, report_of
 from ldt.criteria.methods import find_method
 from ldt.deployment import prediction, to_mmdet
+from ldt.progress import console
+from ldt.runs.files import write_json
 from ldt.runs.refusal import Failed, Refused, is_refusal, refused, refusing
 
 HEAVY = (
@@ -40,7 +43,7 @@ from ldt.cli import main
 main(sys.argv[1:])
 """
 NAN = float("nan")
-OLD = ("report", "figures", "export", "predict", "repeat", "dashboard")
+OLD = ("report", "figures", "export", "predict")
 
 
 def refusal(capsys, *arguments, code=2):
@@ -201,38 +204,100 @@ def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, mo
         assert found == {"status": "failed", "error": "ValueError: no"}
 
 
-def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path, monkeypatch):
-    config = experiment.OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    monkeypatch.setattr(ldt_report, "print_study", lambda _: 1)
+def ended(*values):
+    """Jobs of a sweep with results, as joblib and submitit hand them over."""
+    jobs = [JobReturn(_return_value=value, status=JobStatus.COMPLETED) for value in values]
+    return pickle.loads(pickle.dumps(jobs))
+
+
+def code_of(study, jobs):
+    """The exit code of a sweep."""
+    try:
+        end_sweep(study, jobs)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_a_sweep_of_refused_jobs_alone_ends_as_a_refusal(tmp_path):
     refused_, failed = Refused("nan"), Failed("nan")
     for values, code in (
         ([1.0, refused_], 1),
         ([refused_, (refused_, refused_)], 2),
         ([refused_, failed], 1),
+        ([failed], 1),
+        ([1.0, (0.5, 3.0)], 0),
     ):
-        jobs = [JobReturn(_return_value=value, status=JobStatus.COMPLETED) for value in values]
-        jobs = pickle.loads(pickle.dumps(jobs))  # as joblib and submitit hand them over
-        table = StudyTable()
-        for job in jobs:
-            table.on_job_end(config, job)
-        with pytest.raises(SystemExit) as ended:
-            table.on_multirun_end(config)
-        assert ended.value.code == code
-        with pytest.raises(SystemExit) as ended:
-            exit_sweep(tmp_path, jobs)
-        assert ended.value.code == code
+        assert code_of(tmp_path, ended(*values)) == code
 
 
-def test_a_finished_run_without_a_metric_is_no_refusal(tmp_path, monkeypatch):
-    config = experiment.OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    monkeypatch.setattr(ldt_report, "print_study", lambda _: 0)
-    for value, code in ((NAN, 0), (Failed("nan"), 1)):
-        table = StudyTable()
-        table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
-        with contextlib.ExitStack() as stack:
-            if code:
-                stack.enter_context(pytest.raises(SystemExit, match=str(code)))
-            table.on_multirun_end(config)
+def test_a_finished_run_without_a_metric_is_no_failure(tmp_path):
+    assert code_of(tmp_path, ended(NAN, (NAN, 3.0))) == 0
+
+
+def test_older_runs_of_the_study_do_not_count_and_are_not_shown(tmp_path, capsys):
+    for name in ("mine", "other"):
+        finished(tmp_path, name)
+    (tmp_path / "old").mkdir()
+    write_json(tmp_path / "old/summary.json", {"status": "failed", "error": "ValueError: old"})
+    jobs = ended(1.0, 2.0)
+    for job, name in zip(jobs, ("mine", "other"), strict=True):
+        place = {"hydra": {"runtime": {"output_dir": str(tmp_path / name)}}}
+        job.hydra_cfg = experiment.OmegaConf.create(place)
+        job.overrides = ["study=s", f"method={name}"]
+    assert code_of(tmp_path, jobs) == 0
+    text = capsys.readouterr().out
+    assert "2 finished, 0 failed, 0 unfinished; 1 more in the study" in text
+    assert "ValueError: old" not in text
+    for name in ("mine", "other"):
+        (line,) = (line for line in text.splitlines() if f"method={name}" in line)
+        assert line.split()[1:6] == ["finished", "AP", "0.400", "0.390", "-0.010"]
+
+
+def test_the_table_of_a_sweep_shows_every_job_and_an_estimate(in_terminal):
+    shown = in_terminal(80)
+    sweep = SweepProgress()
+    sweep.add([["study=s", f"seed={seed}", "method=l1"] for seed in range(4)])
+    for number, (state, value) in enumerate((("finished", 0.4321), ("failed", Failed("nan")))):
+        sweep.start(number)
+        sweep.end(number, state, value)
+        sweep.jobs[number].seconds = 100
+    sweep.start(2)
+    console.terminal().print(sweep.draw())
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("2 of 4 jobs ended, about 3:20 left")
+    rows = {line.split()[1]: line.split()[2:] for line in lines[3:]}
+    assert rows == {
+        "seed=0": ["finished", "0.432", "1:40"],
+        "seed=1": ["failed", "-", "1:40"],
+        "seed=2": ["running", "0:00"],
+        "seed=3": ["waiting"],
+    }
+
+
+def test_jobs_of_other_processes_report_to_the_table(tmp_path, in_terminal, monkeypatch):
+    shown = in_terminal(80)
+    sweep = SweepProgress(tmp_path / ".sweep")
+    sweep.add([[f"seed={seed}"] for seed in range(3)])
+    monkeypatch.setenv(PLACE, f"1:{sweep.place}")
+    reports = [report_of(number) for number in range(2)]
+    for report in reports:
+        report.begin()
+    sweep.read()
+    assert [job.state for job in sweep.jobs] == ["running", "running", "waiting"]
+    (sweep.place / "1.err").write_text("error: seed=1 is bad\n")
+    reports[0].end("finished", 0.25)
+    reports[1].end("refused", NAN)
+    sweep.read()
+    sweep.read()
+    assert [job.state for job in sweep.jobs] == ["finished", "refused", "waiting"]
+    assert sweep.jobs[0].result == 0.25
+    assert shown.getvalue() == "error: seed=1 is bad\n"
+    sweep.close()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(PLACE, f"{os.getpid()}:{sweep.place}")
+    assert report_of(0) is None  # the sweep's own process
 
 
 # The convention -------------------------------------------------------------------------------

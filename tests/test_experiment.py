@@ -8,7 +8,6 @@ import pytest
 import torch
 import wandb_here
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf
 from real_data import COCO, KITTI, needs
 from short_runs import ROOT, SCENES, TINY, command, python, rows, summary, tiny
 from small import composed
@@ -16,7 +15,7 @@ from small import composed
 import ldt
 from ldt import build, experiment
 from ldt.callbacks.ldt_loss import LDTLoss
-from ldt.cli.study_table import StudyTable
+from ldt.cli.study_table import end_sweep
 from ldt.data.datamodule import DetectionDataModule
 from ldt.figures import from_runs
 from ldt.module import DetectorModule
@@ -217,9 +216,9 @@ RUN = str(ROOT / "run.py")
 def test_help_lists_groups_and_examples(tmp_path):
     done = python(RUN, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for group in ("dataset:", "detector:", "method:", "prune:", "recipe:", "trainer:"):
-        assert group in done.stdout
-    assert len([line for line in done.stdout.splitlines() if "python run.py " in line]) >= 3
+    for group in ("dataset=", "detector=", "method=", "prune=", "recipe=", "trainer="):
+        assert f"\n{group}...:\n" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if "  ldt run " in line]) >= 3
 
 
 @pytest.mark.slow
@@ -255,12 +254,12 @@ def test_a_refused_job_of_a_sweep_is_told_and_the_others_run(tmp_path):
 
 
 def test_a_refused_job_of_a_sweep_is_an_error_at_its_end(tmp_path, capsys):
-    table = StudyTable()
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    for value in (0.5, Refused("nan")):
-        table.on_job_end(config, JobReturn(_return_value=value, status=JobStatus.COMPLETED))
+    jobs = [
+        JobReturn(_return_value=value, status=JobStatus.COMPLETED)
+        for value in (0.5, Refused("nan"))
+    ]
     with pytest.raises(SystemExit):
-        table.on_multirun_end(config)
+        end_sweep(tmp_path, jobs)
     assert "0 finished" in capsys.readouterr().out
 
 
@@ -285,7 +284,7 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
     base, last = rows(tmp_path / "run")
     assert last["params"] == pytest.approx(0.5 * base["params"], rel=0.01)
     assert (tmp_path / "run/train_ddp_process_1.log").is_file()
-    assert done.stdout.count("pruned detector:") == 1  # one process speaks for both
+    assert done.stdout.count("\nresults: ") == 1  # one process speaks for both
     ldt.load_pruned(tmp_path / "run/round-1.ckpt")
 
 

@@ -12,7 +12,7 @@ FILES = sorted([*(ROOT / "ldt").rglob("*.py"), ROOT / "run.py"])
 # fmt: off
 LEVELS = (  # a package or module imports from its own level and from those below it
     (  # the commands, each by all of its addresses
-        "run", "ldt.cli", "ldt.repeat", "ldt.export", "ldt.predict", "ldt.dashboard",
+        "run", "ldt.cli", "ldt.export", "ldt.predict",
         "ldt.figures.__main__", "ldt.report.__main__",
     ),
     ("ldt.experiment", "ldt.deployment"),
@@ -21,20 +21,25 @@ LEVELS = (  # a package or module imports from its own level and from those belo
     ("ldt.build",),
     ("ldt.api", "ldt.loop", "ldt.callbacks"),
     ("ldt.module",),
-    ("ldt.evaluation", "ldt.data", "ldt.pruned"),
+    ("ldt.evaluation", "ldt.data", "ldt.runtimes", "ldt.pruned"),
     ("ldt.detectors", "ldt.criteria"),
     ("ldt.pruning",),
     ("ldt.runs",),
     (
         "ldt.discriminant", "ldt.location", "ldt.objects", "ldt.recipe", "ldt.config",
+        "ldt.progress",
     ),
 )
 ALLOWED = {
     "mmdet": (
         "ldt.detectors", "ldt.data", "ldt.evaluation", "ldt.pruned", "ldt.deployment",
-        "ldt.pruning.dependency",
+        "ldt.runtimes", "ldt.pruning.dependency",
     ),
-    "mmengine": ("ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment"),
+    "mmengine": (
+        "ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment",
+        "ldt.runtimes",
+    ),
+    **dict.fromkeys(("onnx", "onnxruntime", "openvino", "nncf"), ("ldt.runtimes",)),
     "click": ("ldt.cli",),
     "hydra": ("ldt.cli", "ldt.experiment", "ldt.build", "ldt.config"),
     "lightning": (

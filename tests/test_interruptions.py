@@ -84,7 +84,7 @@ def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
     assert (first.wait(), second.wait()) == (0, 0)
     text = (tmp_path / "run.out").read_text()
     assert text.count("waiting for it to finish") == 1
-    assert text.count("epoch 3/3") == 1
+    assert text.count("epoch 3/3  loss") == 1
     assert text.count("is already finished") == 1
     assert summary(tmp_path / "run")["status"] == "finished"
 
@@ -120,7 +120,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def repeat(*folders, cwd):
-    return forked.run("-m", "ldt.repeat", *map(str, folders), cwd=cwd, drawn=False)
+    return forked.run("-m", "ldt.cli", "repeat", *map(str, folders), cwd=cwd, drawn=False)
 
 
 def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):

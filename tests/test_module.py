@@ -1,5 +1,6 @@
 """Laws of the wrapper around a detector: its losses, its optimizer and its checkpoints."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from ldt.build import build_data, build_module
 from ldt.callbacks.ldt_loss import LDTLoss
 from ldt.config import RecipeConfig
+from ldt.config.values import check_against_schema
 from ldt.detectors.forward import find_neck
 from ldt.detectors.models import model_config
 from ldt.module import DetectorModule, NonFiniteLossError
@@ -253,9 +255,11 @@ def test_a_cosine_stays_at_its_floor_for_the_plain_epochs():
 def test_a_wrong_recipe_is_told(wrong, message):
     known = OmegaConf.to_container(OmegaConf.structured(RecipeConfig(1, 1, 1)))
     known["optimizer"] = {"lr": 0.1}
-    check_recipe(known)
-    with pytest.raises(ValueError, match=message):
-        check_recipe(known | wrong)
+    for recipe in (known, known | wrong):
+        told = pytest.raises(ValueError, match=message) if recipe is not known else nullcontext()
+        with told:
+            check_against_schema({"recipe": recipe})
+            check_recipe(recipe)
 
 
 # Optimizer ------------------------------------------------------------------------------------

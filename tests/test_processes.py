@@ -11,6 +11,7 @@ import forked
 import numpy as np
 import psutil
 import pytest
+import torch
 from short_runs import ROOT, TINY, command, rows
 
 import ldt
@@ -44,20 +45,26 @@ def base(tmp_path_factory):
 def test_scores_and_removed_channels_are_those_of_one_process(base, tmp_path, method):
     start = ["recipe.epochs=0", f"detector.checkpoint={base / 'round-0.ckpt'}", "prune=oneshot"]
     start += [f"method={method}", "method.inner_rounds=1"]
-    one, two = (
-        dict(np.load(finished(tmp_path, name, *start, *more) / "scores-1.npz"))
+    start += ["prune.repair=lstsq", "recipe.retrain_epochs=0"]
+    folders = [
+        finished(tmp_path, name, *start, *more)
         for name, more in (("one", ["trainer=cpu"]), ("two", TWO))
-    )
+    ]
+    one, two = (dict(np.load(folder / "scores-1.npz")) for folder in folders)
     assert list(one) == list(two)
     for key, values in one.items():
         if key.startswith("removed/"):
             assert np.array_equal(values, two[key])
         else:
             np.testing.assert_allclose(values, two[key], rtol=1e-4, atol=1e-6 * values.max())
+    own, other = (ldt.load_pruned(folder / "round-1.ckpt").state_dict() for folder in folders)
+    assert list(own) == list(other)
+    for key, value in own.items():  # the refitted weights too
+        torch.testing.assert_close(value, other[key], rtol=1e-3, atol=1e-4)
 
 
 def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
-    more = [*TWO, "recipe.retrain_epochs=2"]
+    more = [*TWO, "recipe.retrain_epochs=2", "distill.neck=0.5", "distill.head=0.5"]
     whole = finished(tmp_path, "whole", *more)
     arguments, out = options(tmp_path, "killed", *more), tmp_path / "killed.out"
     process = forked.Forked([str(ROOT / "run.py"), *arguments], tmp_path, out, out)

@@ -56,7 +56,14 @@ def test_it_tells_what_goes_and_what_it_costs(own, tmp_path):
     ("change", "message"),
     [
         ({"--rate": "1.5"}, "rate=1.5"),
+        ({"--target-ms": "5"}, "--target-ms is for --budget latency"),
+        (
+            {"--budget": "latency", "--target-ms": "5"},
+            "give either --rate",
+        ),
+        ({"--budget": "time"}, "--budget='time'; choose params, macs, latency or flops"),
         ({"--criterion": "best"}, "criterion='best' is not known; choose one of chip"),
+        ({"--repair": "gn"}, "repair='gn'; allowed: none, bn, lstsq"),
         ({"--out": "/nowhere/pruned.ckpt"}, "there is no folder /nowhere"),
         ({"config": "nowhere.py"}, "nowhere.py' cannot be read"),
         ({"weights": "nowhere.pth"}, "no such file"),

@@ -92,7 +92,9 @@ def test_packages_and_configurations_come_from_the_wheel(installed, tmp_path):
 @pytest.mark.slow
 def test_help_works_outside_of_the_checkout(installed, tmp_path):
     assert "ldt report runs/default" in called(installed / "ldt", "--help", cwd=tmp_path)
-    assert "detector: atss, atss_tiny" in called(installed / "ldt", "run", "--help", cwd=tmp_path)
+    told = called(installed / "ldt", "run", "--help", cwd=tmp_path)
+    assert "atss_tiny  ATSS for a laptop" in told
+    assert "prune.rate=0.7 " in told
     assert "version 0." in called(installed / "ldt", "--version", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from ldt.callbacks.ldt_weights import AUTO, STEPS, TermWeights, squared_gradient_norms
+from ldt.config.kinds import Covariance, Weight
 from ldt.config.values import NaturalNumber, NotNegative, Share, checked
 from ldt.discriminant import PHI, RIDGE, RIDGE_ABSOLUTE, discriminants_of
 from ldt.location import object_vectors
@@ -60,13 +61,13 @@ class LDTLoss(L.Callback):
     def __init__(
         self,
         phi: Share = PHI,
-        alpha: NotNegative | Literal["auto"] = AUTO,
-        beta: NotNegative | Literal["auto"] = AUTO,
+        alpha: Weight = AUTO,
+        beta: Weight = AUTO,
         alpha_share: Share = 0.05,
         beta_share: Share = 0.05,
         ridge: NotNegative = RIDGE,
         ridge_absolute: NotNegative = RIDGE_ABSOLUTE,
-        covariance: Literal["mean", "sum", "correlation"] = "mean",
+        covariance: Covariance = "mean",
         warmup_epochs: NotNegative = 1.0,
         memory: NaturalNumber = 0,
         gather: bool = True,

@@ -1,7 +1,7 @@
 """The commands of `ldt`; imports are deferred to each command to keep `--help` fast."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+EXPORTS = ("mmdet", "onnx", "openvino")
 TRUST = click.option(
     "--trust",
     is_flag=True,
     help="Import the code that the author of these files has written. It can do anything.",
 )
+RUNTIMES = ("eager", "onnxruntime", "openvino")
 LISTED = 5  # maximum number of runs listed in a message
 
 
@@ -230,17 +232,30 @@ def figures(
 @click.argument("config")
 @click.argument("weights", type=PATH)
 @click.argument("data", type=PATH)
-@click.option("--rate", type=float, required=True, help="Share of the budget to remove: 0.3.")
+@click.option("--rate", type=float, help="Share of the budget to remove: 0.3.")
 @click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
 @click.option(
     "--budget",
     default="params",
     show_default=True,
-    help="Unit of the rate: params or macs.",
+    help="Unit of the rate: params, macs or latency.",
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    help="Of the latency [default: onnxruntime].",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the latency [default: 1].")
+@click.option("--target-ms", type=float, help="Latency to reach, instead of --rate.")
 @click.option(
     "--ranking",
     help="How scores of different layers are compared [default: the method's own].",
+)
+@click.option(
+    "--repair",
+    default="bn",
+    show_default=True,
+    help="After the removal: none, bn (batch norms) or lstsq (weights too).",
 )
 @click.option(
     "--images", type=click.IntRange(1), default=32, show_default=True, help="Calibration images."
@@ -257,10 +272,14 @@ def prune(
     config: str,
     weights: Path,
     data: Path,
-    rate: float,
+    rate: float | None,
     criterion: str,
     budget: str,
+    runtime: str | None,
+    threads: int | None,
+    target_ms: float | None,
     ranking: str | None,
+    repair: str,
     images: int,
     val: int,
     out: Path | None,
@@ -291,28 +310,47 @@ def prune(
             rate=rate,
             criterion=criterion,
             budget=budget,
+            latency={"runtime": runtime, "threads": threads, "target_ms": target_ms},
             ranking=ranking,
+            repair=repair,
         )
 
 
 @ldt.command()
 @click.argument("checkpoint", type=PATH)
-@click.argument("folder", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--format", "form", type=click.Choice(EXPORTS), default=EXPORTS[0], show_default=True)
+@click.option("--int8", is_flag=True, help="Weights and feature maps of 8 bits.")
+@click.option("--images", type=PATH, help="Folder of images to check the file, and calibrate int8.")
+@click.option("--data", type=PATH, help="Data in COCO's or KITTI's layout [default: the run's].")
+@click.option("--raw", is_flag=True, help="Output the head's maps, not boxes.")
+@click.option("--size", metavar="HxW", help="Of the input [default: that of the training].")
+@click.option(
+    "--max-detections",
+    type=click.IntRange(1, 100_000),
+    metavar="K",
+    help="Of an image [default: the detector's limit, or 300].",
+)
+@click.option("--force", is_flag=True, help="Write int8 whatever AP it loses.")
 @TRUST
-def export(checkpoint: Path, folder: Path, trust: bool) -> None:
-    """Write the pruned detector of CHECKPOINT into FOLDER: config.py and weights.pth for mmdet.
+def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
+    """Write the pruned detector of CHECKPOINT for mmdet, ONNX Runtime or OpenVINO.
+
+    For mmdet, OUT is a folder, for config.py and weights.pth. For the others it is a file, .onnx
+    or .xml, that takes an image of fixed size and gives boxes, scores and labels. It is written
+    only if it detects what the detector detects.
 
     \b
-    Example:
+    Examples:
       ldt export runs/default/<run>/round-2.ckpt exported
+      ldt export runs/default/<run>/round-2.ckpt detector.onnx --format onnx
+      ldt export runs/default/<run>/round-2.ckpt detector.xml --format openvino --int8
     """
-    from ldt.deployment import to_mmdet
+    from ldt.cli import exporting
     from ldt.detectors.models import quiet
 
     quiet()
-    with refusing():
-        written = to_mmdet.export(checkpoint, folder, trust)
-    click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
+    exporting.run(checkpoint, out, form, **options)
 
 
 @ldt.command()
@@ -344,11 +382,13 @@ def predict(
 ) -> None:
     """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
 
-    Images that cannot be read are named at the end, after the results of the others are written.
+    CHECKPOINT may also be an exported file, .onnx or .xml. Images that cannot be read are named
+    at the end, after the results of the others are written.
 
     \b
     Example:
       ldt predict runs/default/<run>/round-2.ckpt photos --out predictions --threshold 0.5
+      ldt predict detector.onnx photos
     """
     from torch.cuda import is_available
 
@@ -360,6 +400,49 @@ def predict(
     with renaming({"dataset.max_pixels=": "--max-pixels "}):
         prediction.predict(checkpoint, images, out, threshold, device, max_pixels, trust)
     click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
+
+
+@ldt.command()
+@click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(RUNTIMES),
+    multiple=True,
+    help="Of checkpoints; repeat it [default: all].",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), multiple=True, default=(1,), help="Repeat it [default: 1]."
+)
+@click.option(
+    "--runs", type=click.IntRange(3), default=30, show_default=True, help="Timed calls of each."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with the deciles too.")
+@TRUST
+def benchmark(
+    files: tuple[Path, ...],
+    runtimes: tuple[str, ...],
+    threads: tuple[int, ...],
+    runs: int,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Time detectors side by side, one call of each after the other.
+
+    A FILE is a checkpoint, of which the raw maps are timed in every runtime, or an exported file
+    (.onnx, .xml). Times are medians; with one thread CPU time counts, which other programs on the
+    machine hardly change.
+
+    \b
+    Examples:
+      ldt benchmark runs/default/<run>/round-0.ckpt runs/default/<run>/round-2.ckpt
+      ldt benchmark round-2.ckpt detector.onnx detector.xml --threads 1 --threads 4 --json
+    """
+    from ldt.cli import benchmarking
+    from ldt.detectors.models import quiet
+
+    quiet()
+    benchmarking.run(files, runtimes or RUNTIMES, threads, runs, as_json, trust)  # type: ignore[arg-type]
 
 
 @ldt.command()

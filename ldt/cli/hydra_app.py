@@ -3,7 +3,9 @@
 `hydra.main` would exit with 1 and print many lines for every error, so its internals are called.
 """
 
-import copyreg
+import contextlib
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -14,17 +16,17 @@ import click
 from hydra import version
 from hydra._internal import hydra, utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ldt import progress
 from ldt.cli.exit_codes import exit_codes
-from ldt.cli.study_table import exit_sweep
-from ldt.config import conf_dir, register
-from ldt.config.keys import check_keys, check_names
+from ldt.cli.study_table import StudyTable, end_sweep
+from ldt.config import as_dict, conf_dir, register
+from ldt.config.keys import check_keys, check_names, check_places
 from ldt.config.messages import explained
 from ldt.config.paths import quote_paths
 from ldt.runs.files import discard_sweep
@@ -47,29 +49,47 @@ class StrictLoader(ConfigLoaderImpl):
 
     Attributes:
         study: directory of the study of a sweep.
+        checks_values: whether values are checked, too.
     """
 
     study: Path | None = None
+    checks_values = True
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
         config = super().load_configuration(*args, **kwargs)
         StrictLoader.study = Path(config.hydra.sweep.dir)
-        _check_place(config)
+        check_places(config)
         check_keys(config)
+        if self.checks_values:
+            _check_values(config)
         _check_hydra_keys(config.hydra)
         return config
 
+    def load_sweep_config(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Compose a job of a sweep, whose own mistakes leave the other jobs alone."""
+        self.checks_values = False
+        try:
+            return super().load_sweep_config(*args, **kwargs)
+        finally:
+            self.checks_values = True
 
-def _check_place(config: DictConfig) -> None:
-    """Keep runs below ``runs/<study>``."""
-    given = {"study": str(config.study)}
-    if not OmegaConf.is_interpolation(config, "run_name"):
-        given["run_name"] = str(config.run_name)
-    for key, name in given.items():
-        parts = name.split("/")
-        if not all(parts) or {".", ".."} & set(parts) or name != name.strip():
-            raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
+
+def _show_help(app: hydra.Hydra, config_name: str | None, args_parser: Any, args: Any) -> None:
+    """Print the help of the composed configuration: Hydra's own has no meanings."""
+    from ldt.cli.run_help import page
+
+    print(page(app.compose_config(config_name, args.overrides, RunMode.RUN)), end="")
+
+
+hydra.Hydra.app_help = _show_help  # type: ignore[method-assign]
+
+
+def _check_values(config: DictConfig) -> None:
+    """Check values before anything heavy is imported; `ldt.build.check_config` does it again."""
+    from ldt.config.values import check_against_schema
+
+    check_against_schema(as_dict(config, resolve=False))
 
 
 def _check_hydra_keys(config: DictConfig) -> None:
@@ -119,13 +139,19 @@ class Job:
         """
         self.begun = True
         job = HydraConfig.get()
-        with exit_codes(explained):  # before Hydra prints its own error message
+        logging.captureWarnings(True)  # into the log, above the display
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings that bypass it
+        with (
+            exit_codes(explained),  # before Hydra prints its own error message
+            progress.running("loading PyTorch and mmdet"),
+        ):
             from ldt.experiment import run
 
             folder, in_sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
             if in_sweep and _starts_processes(config):
                 from ldt.cli.job_process import run_apart
 
+                progress.pause()  # the job has a display of its own
                 return run_apart(config, folder, self.flags)
             return run(config, folder, in_sweep)
         raise AssertionError("exit_codes ends the process after an error")
@@ -147,6 +173,7 @@ COMPOSE_ALL = Sweeper.validate_batch_is_legal
 def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
     """Compose the jobs of a sweep; raise if one mistake is in all of them, before any begins."""
     COMPOSE_ALL(sweeper, batch)
+    StudyTable.progress.add(batch)
     assert sweeper.config is not None
     assert sweeper.hydra_context is not None
     errors: dict[str, Exception] = {}
@@ -162,6 +189,7 @@ def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
 
 def _check_job(config: DictConfig) -> None:
     """Check what needs neither data nor model, nor the machine that another launcher would use."""
+    _check_values(config)
     from ldt.build import check_processes
     from ldt.experiment import check, without_hydra
 
@@ -184,6 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with a nonzero exit code (:mod:`ldt.cli.exit_codes`).
     """
     with exit_codes(explained):
+        if "${" in os.getcwd():
+            raise refused(
+                ValueError(f"{os.getcwd()}: Hydra cannot work in a folder with ${{ in its name")
+            )
         version.setbase("1.3")
         register()
         parser = utils.get_args_parser()
@@ -195,16 +227,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = Job([f"--{o.replace('_', '-')}={v}" for o in options if (v := getattr(given, o))])
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
-        if given.help:  # Hydra deep-copies all schemas per listed group, which takes a second
-            copyreg.pickle(ConfigStore, lambda _: (ConfigStore.instance, ()))
+        shown = given.multirun and not (given.help or given.hydra_help or given.info)
         try:
-            utils._run_hydra(given, parser, job, str(conf_dir()), "config")
+            with progress.running() if shown else contextlib.nullcontext():
+                utils._run_hydra(given, parser, job, str(conf_dir()), "config")
+        except (KeyboardInterrupt, SystemExit):
+            StudyTable.progress.close()
+            raise
         except Exception as error:  # composing may fail with any type, e.g. of PyYAML
+            StudyTable.progress.close()
             if not job.begun and given.multirun and StrictLoader.study is not None:
                 discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
         if given.multirun and StrictLoader.study is not None:
-            exit_sweep(StrictLoader.study, Job.returned)
+            end_sweep(StrictLoader.study, Job.returned or StudyTable.jobs)
 
 
 def _wrong_flag(message: str) -> NoReturn:

@@ -12,6 +12,7 @@ from types import FrameType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ldt.cli.sweep_progress import PLACE
 from ldt.experiment import record_end, result
 from ldt.runs import files
 from ldt.runs.refusal import Failed, Refused
@@ -71,7 +72,8 @@ def _overrides() -> list[str]:
 
 def _wait(command: Sequence[str]) -> int:
     """Run a command in a process group; return its exit code when none of the group is left."""
-    process = subprocess.Popen(command, start_new_session=True)
+    out, err = (sys.stdout, sys.stderr) if PLACE in os.environ else (None, None)
+    process = subprocess.Popen(command, start_new_session=True, stdout=out, stderr=err)
 
     def forward(number: int, frame: FrameType | None) -> None:
         _send(process.pid, number)

@@ -8,18 +8,22 @@ from torch import nn
 
 from ldt.api import calibration_batches, evaluate, prune
 from ldt.criteria.methods import find_method
-from ldt.data.coco import CocoDataModule
 from ldt.data.datamodule import DetectionDataModule
-from ldt.data.kitti import KittiDataModule
+from ldt.data.folders import open_folder
 from ldt.detectors.models import input_settings
 from ldt.detectors.opening import class_count, open_detector
 from ldt.loop.schedule import PruningSchedule
 from ldt.runs.files import check_folder_of
 from ldt.runs.refusal import refusing
+from ldt.runtimes.latency_table import LatencyTarget
 
 OPTIONS = {  # what messages about keys of the configuration name here
     "prune.rate": "--rate",
     "prune.budget": "--budget",
+    "prune.latency.target_ms": "--target-ms",
+    "prune.latency.runtime": "--runtime",
+    "prune.latency.threads": "--threads",
+    "prune.repair": "--repair",
     "detector.config": "CONFIG",
     "detector.checkpoint": "WEIGHTS",
     "dataset.root": "DATA",
@@ -39,6 +43,7 @@ def run(
     val: int,
     out: Path | None,
     files: dict[str, str],
+    latency: dict[str, Any],
     **options: Any,
 ) -> None:
     """Prune the detector and print what was removed and the change in AP.
@@ -51,11 +56,13 @@ def run(
         val: validation images that AP is measured on; 0 does not measure.
         out: the checkpoint to write, or None.
         files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of one's own COCO files.
-        options: ``rate``, ``criterion``, ``budget`` and ``ranking`` of :func:`ldt.prune`.
+        latency: that of :func:`ldt.prune`; null: not given.
+        options: ``rate``, ``criterion``, ``budget``, ``ranking``, ``repair`` of :func:`ldt.prune`.
     """
+    options["latency"] = {key: value for key, value in latency.items() if value is not None}
     with refusing():
         _check_options(out, **options)
-        module = _open_data(data, input_settings(config), files)
+        module = open_folder(data, input_settings(config), files)
         module.setup("fit")
         detector = open_detector(config, weights).model
         _check_classes(detector, module)
@@ -75,23 +82,28 @@ def run(
 
 
 def _check_options(
-    out: Path | None, rate: float, criterion: str, budget: str, ranking: str | None
+    out: Path | None,
+    rate: float | None,
+    criterion: str,
+    budget: str,
+    ranking: str | None,
+    repair: Any,
+    latency: dict[str, Any],
 ) -> None:
     """Check what needs no image, before anything is measured."""
     find_method(criterion, ranking)
-    PruningSchedule.one_shot(rate, budget=budget)
+    if latency and budget != "latency":
+        name = next(iter(latency)).replace("_", "-")
+        raise ValueError(f"--{name} is for --budget latency; --budget {budget} was given")
+    if (rate is None) == ("target_ms" not in latency):
+        either = " or, with --budget latency, --target-ms (the latency to reach)"
+        raise ValueError(f"give either --rate (the share to remove){either}")
+    target = LatencyTarget(**latency)
+    PruningSchedule.one_shot(
+        0.5 if rate is None else rate, budget=budget, repair=repair, latency=target
+    )
     if out is not None:
         check_folder_of(out)
-
-
-def _open_data(
-    folder: Path, settings: dict[str, Any], files: dict[str, str]
-) -> DetectionDataModule:
-    settings = {"root": str(folder), **settings}
-    if (folder / "training" / "label_2").is_dir():
-        return KittiDataModule(**settings)
-    settings |= files
-    return CocoDataModule(**settings)
 
 
 def _check_classes(detector: nn.Module, data: DetectionDataModule) -> None:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldt.config import as_dict
 from ldt.detectors.models import is_packaged, use_mmdet
-from ldt.detectors.untrusted import check_parts
+from ldt.detectors.untrusted import check_parts, import_parts
 from ldt.experiment import run
 from ldt.runs.refusal import refusing
 from ldt.runs.run import load_config
@@ -58,6 +58,8 @@ def _check_detector(detector: DictConfig) -> None:
         )
     use_mmdet()
     try:
-        check_parts(as_dict(detector.options), "detector.options")
+        options = as_dict(detector.options)
+        import_parts(options, trust=False)
+        check_parts({k: v for k, v in options.items() if k != "custom_imports"}, "detector.options")
     except ValueError as error:
         raise ValueError(f"{error}; where you trust it type --trust") from error

@@ -1,4 +1,4 @@
-"""The end of a sweep: its table and its exit code."""
+"""A sweep: its jobs while they run, its table at the end, and its exit code."""
 
 import contextlib
 import sys
@@ -8,33 +8,95 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ldt.cli.sweep_progress import (
+    FAILED,
+    FINISHED,
+    REFUSED,
+    JobReport,
+    SweepProgress,
+    ask_for_reports,
+    cells,
+    report_of,
+)
+from ldt.progress.console import terminal
+from ldt.progress.display import display
 from ldt.runs.refusal import Failed, Refused
 
 
 class StudyTable(Callback):
-    """Print the study after a sweep; exit with an error code if one of its jobs failed.
+    """Show the jobs of a sweep while they run.
 
     Hydra creates it before any job, so heavy imports are deferred.
+
+    Attributes:
+        jobs: those that have ended in this process: joblib and submitit have others.
+        progress: all jobs of the sweep of this process.
     """
 
-    def __init__(self) -> None:
-        self.jobs: list[JobReturn] = []  # of this process: joblib and submitit have others
+    jobs: list[JobReturn] = []
+    progress = SweepProgress()
+
+    _report: JobReport | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Forget earlier sweeps; Hydra calls it in the launching process."""
+        here = str(config.hydra.launcher._target_).endswith(".BasicLauncher")
+        place = None
+        if not here and terminal().is_interactive:
+            place = ask_for_reports(Path(config.hydra.sweep.dir))
+        StudyTable.jobs, StudyTable.progress = [], SweepProgress(place)
+        display().above = None if here else self.progress.draw
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin a job; Hydra calls it before each job."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            self._report = report_of(config.hydra.job.num)
+            if self._report is not None:
+                return self._report.begin()
+            display().above = self.progress.draw if self.progress.jobs else None
+            self.progress.start(config.hydra.job.num)
+        return None
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Keep the result of a job; Hydra calls it after each job."""
         self.jobs.append(job_return)
+        if config.hydra.mode == RunMode.MULTIRUN:
+            values = _values(job_return)
+            state = FAILED if any(_has_failed(value) for value in values) else FINISHED
+            state = REFUSED if any(isinstance(value, Refused) for value in values) else state
+            result = values[0] if len(values) == 1 else tuple(values)
+            if self._report is not None:
+                self._report.end(state, result)
+            else:
+                self.progress.end(config.hydra.job.num, state, result)
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the study; Hydra calls it in the launching process."""
-        from ldt import report
 
-        study = Path(config.hydra.sweep.dir)
-        exit_sweep(study, self.jobs, only_refused=True)
-        with contextlib.suppress(FileNotFoundError):
-            report.print_study(study)
-        exit_sweep(study, self.jobs)
+def end_sweep(study: Path, jobs: Sequence[JobReturn]) -> None:
+    """Print the jobs of a sweep, then exit with an error code if one of them has no result.
+
+    Args:
+        study: directory of the study.
+        jobs: the jobs of the sweep.
+    """
+    from ldt import report
+
+    display().above = None
+    StudyTable.progress.close()
+    exit_sweep(study, jobs, only_refused=True)
+    with contextlib.suppress(FileNotFoundError):
+        labels = zip(map(_folder, jobs), cells([job.overrides or () for job in jobs]), strict=True)
+        report.print_study(study, {name: cell or name for name, cell in labels if name})
+    exit_sweep(study, jobs)
+
+
+def _folder(job: JobReturn) -> str:
+    """Return the name of the directory of a job; empty if it had none."""
+    if job.hydra_cfg is None or any(isinstance(value, Refused) for value in _values(job)):
+        return ""
+    return Path(job.hydra_cfg.hydra.runtime.output_dir).name
 
 
 def exit_sweep(study: Path, jobs: Iterable[JobReturn], only_refused: bool = False) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig, as_dict
@@ -49,6 +49,24 @@ DATASETS = {
 }
 
 
+def check_places(config: DictConfig) -> None:
+    """Keep runs below ``runs/<study>``: what becomes a part of their paths is the name of a folder.
+
+    Raises:
+        ValueError: a name leads elsewhere; those of runs and studies may have levels.
+    """
+    for key in ("study", "run_name", "dataset.name", "detector.name", "method.name"):
+        group, _, leaf = key.rpartition(".")
+        node = config[group] if group else config
+        if OmegaConf.is_missing(node, leaf) or OmegaConf.is_interpolation(node, leaf):
+            continue
+        name = str(node[leaf])
+        parts = [name] if group else name.split("/")
+        fine = all(parts) and not {".", ".."} & set(parts) and name == name.strip()
+        if not fine or not name.isprintable() or (group and "/" in name):
+            raise ValueError(f"{key}={name!r}; allowed: the name of a folder (e.g. {key}=mine)")
+
+
 def check_keys(config: DictConfig) -> None:
     """Reject unknown keys; imports neither torch nor the configured classes.
 
@@ -60,7 +78,7 @@ def check_keys(config: DictConfig) -> None:
     """
     plain = as_dict(config, resolve=False)
     plain.pop("hydra", None)
-    schema = _dataset_schema(plain)
+    schema = dataset_schema(plain)
     unknown = dict(_unknown(plain, Config, schema))
     if unknown:
         known = [*known_keys(schema), *_paths(plain, unknown)]
@@ -149,7 +167,7 @@ def explain_key(error: Exception) -> str | None:
     return refusal(key, given, [*(siblings if group else ()), *known_keys()], where)
 
 
-def _dataset_schema(plain: Mapping[str, Any]) -> type | None:
+def dataset_schema(plain: Mapping[str, Any]) -> type | None:
     """Return the dataclass of a built-in data set; None for a custom one."""
     dataset = plain.get("dataset")
     return DATASETS.get(dataset.get("_target_", "")) if isinstance(dataset, Mapping) else None

@@ -1,9 +1,11 @@
 """Validation of values against types with ranges and choices, with uniform error messages."""
 
+import contextlib
 import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from types import UnionType
 from typing import (
     Annotated,
@@ -18,19 +20,34 @@ from typing import (
 )
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from omegaconf import MISSING
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from ldt.config.keys import check_names
+from ldt.config import Config, DatasetConfig
+from ldt.config.keys import check_names, dataset_schema
+from ldt.config.kinds import Count, NaturalNumber, NotNegative, Positive, Seed, Share
 
-Share = Annotated[float, Gt(0), Lt(1)]
-Positive = Annotated[float, Gt(0), AllowInfNan(False)]
-NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
-Count = Annotated[int, Ge(1)]
-NaturalNumber = Annotated[int, Ge(0)]
-Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+__all__ = [  # the types too: an annotation and its check are imported together
+    "Count",
+    "NaturalNumber",
+    "NotNegative",
+    "Positive",
+    "Seed",
+    "Share",
+    "check_against_schema",
+    "check_arguments",
+    "check_fields",
+    "check_value",
+    "check_values",
+    "checked",
+    "checked_kind",
+    "described",
+    "typed",
+]
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "of at least"), Lt: ("lt", "below"), Le: ("le", "up to")}
+EXAMPLES = (0.5, 1)  # of numbers without a default
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -56,10 +73,61 @@ def check_value(key: str, value: object, kind: Any, example: object = None) -> N
         if _is_path(adapter, value):
             return
         choices = _choices(kind)
-        allowed = _described(kind) or error.errors()[0]["msg"]
+        allowed = described(kind) or error.errors()[0]["msg"]
         example = choices[0] if example is None and choices else example
         end = "" if example is None else f" (e.g. {key}={typed(example)})"
         raise ValueError(f"{key}={value!r}; allowed: {allowed}{end}") from error
+
+
+def check_against_schema(config: Mapping[str, Any]) -> None:
+    """Check the values of a configuration that the schema gives a range or choices.
+
+    Args:
+        config: plain data; missing values and interpolations are left out.
+
+    Raises:
+        ValueError: see :func:`check_value`.
+    """
+    _check_group(config, Config, "", dataset_schema(config) or DatasetConfig)
+
+
+def _check_group(given: Mapping[str, Any], schema: type, prefix: str, dataset: type) -> None:
+    limited, plain = get_type_hints(schema, include_extras=True), get_type_hints(schema)
+    for item in fields(schema):
+        value, kind = given.get(item.name, "???"), limited[item.name]
+        if f"{prefix}{item.name}" == "dataset":
+            kind = dataset
+        if is_dataclass(kind):
+            inner = value if isinstance(value, Mapping) else {}
+            _check_group(inner, cast(type, kind), f"{prefix}{item.name}.", dataset)
+        elif kind != plain[item.name] and not _is_open(value):
+            check_value(f"{prefix}{item.name}", value, checked_kind(kind), _example(item, kind))
+
+
+def _is_open(value: object) -> bool:
+    """Whether a value is missing or an interpolation."""
+    return isinstance(value, str) and (value == "???" or "${" in value)
+
+
+def _example(item: Field[Any], kind: Any) -> object:
+    """Return an allowed value of a key for messages: its default, or a number."""
+    default = item.default_factory() if callable(item.default_factory) else item.default
+    if default not in (MISSING, None):
+        return default
+    adapter = TypeAdapter(checked_kind(kind))
+    for value in EXAMPLES:
+        with contextlib.suppress(ValidationError):
+            return adapter.validate_python(value, strict=True)
+    return None
+
+
+def checked_kind(kind: Any) -> Any:
+    """Return what the schema allows: the second argument of ``Annotated`` where that is a type."""
+    if get_origin(kind) is Annotated:
+        return next((limit for limit in get_args(kind)[1:] if get_origin(limit)), kind)
+    if get_origin(kind) in (Union, UnionType):
+        return Union[tuple(map(checked_kind, get_args(kind)))]  # noqa: UP007 (made at run time)
+    return kind
 
 
 def check_values(**values: tuple[object, Any, object]) -> None:
@@ -149,15 +217,15 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def _described(kind: Any) -> str:
-    """Describe the allowed values of a type; empty if pydantic's message is more specific."""
+def described(kind: Any) -> str:
+    """Describe the allowed values of a type; empty if it has no words for them."""
     if choices := _choices(kind):
         return ", ".join(map(typed, choices))
     if get_origin(kind) in (Union, UnionType):
-        parts = ["null" if one is type(None) else _described(one) for one in get_args(kind)]
+        parts = ["null" if one is type(None) else described(one) for one in get_args(kind)]
         return " or ".join(parts) if all(parts) else ""
     if get_origin(kind) in (list, tuple, Sequence) and get_args(kind)[-1] is not Ellipsis:
-        parts = {_described(one) for one in get_args(kind)}
+        parts = {described(one) for one in get_args(kind)}
         count = f"{len(get_args(kind))} values" if get_origin(kind) is tuple else "a list"
         return f"{count}, each {parts.pop()}" if len(parts) == 1 and all(parts) else ""
     base, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)

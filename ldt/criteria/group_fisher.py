@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldt.config.kinds import Cost
 from ldt.config.values import checked
 from ldt.criteria.base import Batch, GroupCriterion, Target
 from ldt.pruning.costs import CostModel
 from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
-from ldt.pruning.layer_types import CONVOLUTIONS, width_of
-
-Cost = Literal["memory", "flops", "none"]
+from ldt.pruning.layer_types import width_of
 
 
 class GroupFisherCriterion(GroupCriterion):
@@ -146,11 +144,7 @@ Consumer = tuple[nn.Module, np.ndarray, np.ndarray]
 def _find_consumers(graph: PruningGraph) -> dict[str, list[Consumer]]:
     """Return each group's consumer layers, their input channels, and the group channel of each."""
     return {
-        name: [
-            (member.layer, member.channels, member.roots)
-            for member in group.members
-            if member.side != "out" and isinstance(member.layer, CONVOLUTIONS)
-        ]
+        name: [(member.layer, member.channels, member.roots) for member in group.consumers]
         for name, group in graph.groups.items()
     }
 

@@ -15,6 +15,7 @@ from mmdet.registry import DATASETS
 
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
 from ldt.data.image_files import MAX_PIXELS, Size, image_sizes
+from ldt.data.image_lists import listed_ids
 from ldt.data.tally import Tally
 from ldt.runs.inputs import file_digest, remembered, split_record
 
@@ -127,6 +128,18 @@ FEW = 10  # boxes
 OPTIONAL = {"area": "a number", "iscrowd": "0 or 1"}
 
 
+def _restricted(content: dict, name: str, key: str) -> dict:
+    """Return the content of an annotation file with the images of a list only."""
+    images = {image["id"]: image for image in content["images"]}
+    ids = listed_ids(name, key, list(images))
+    kept = set(ids)
+    others = images.keys() - kept
+    return content | {
+        "images": [images[number] for number in ids],
+        "annotations": [a for a in content["annotations"] if a["image_id"] not in others],
+    }
+
+
 def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) -> None:
     """Raise ValueError for the first of `classes` that is not `available` in the file `path`."""
     for name in classes:
@@ -216,6 +229,8 @@ class CocoBoxes(CocoDataset):
 
     Args:
         max_pixels: of an image.
+        images: list of the images to load, see `ldt.data.image_lists`; all if None.
+        key: its configuration key, for messages.
         options: of CocoDataset.
 
     Attributes:
@@ -227,14 +242,24 @@ class CocoBoxes(CocoDataset):
             or the sizes of other images; or an image is damaged or too large.
     """
 
-    def __init__(self, *, max_pixels: int = MAX_PIXELS, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        images: str | None = None,
+        key: str = "dataset.val_images",
+        **options: Any,
+    ) -> None:
         self.max_pixels, self.told = max_pixels, Tally()
+        self.images, self.key = images, key
         super().__init__(**options)
 
     def load_data_list(self) -> list[dict]:
         """Read and check the annotation file; called by mmengine."""
         path, folder = Path(str(self.ann_file)), Path(self.data_prefix["img"])
         content = read_annotations(path)
+        if self.images:
+            content = _restricted(content, self.images, self.key)
         images, categories = content["images"], content["categories"]
         classes = self.metainfo["classes"]
         check_classes(classes, list({category["name"]: 0 for category in categories}), path)
@@ -374,12 +399,16 @@ class CocoDataModule(DetectionDataModule):
     Args:
         train_ann, val_ann: annotation files, relative to `root` or absolute.
         train_img, val_img: image folders, relative to `root` or absolute.
+        train_images, val_images: lists of the images that take part, see `ldt.data.image_lists`;
+            all if None.
     """
 
     train_ann: str = "annotations/instances_train2017.json"
     val_ann: str = "annotations/instances_val2017.json"
     train_img: str = "train2017"
     val_img: str = "val2017"
+    train_images: str | None = None
+    val_images: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -398,6 +427,8 @@ class CocoDataModule(DetectionDataModule):
             metainfo={"classes": self.classes},
             test_mode=True,
             max_pixels=self.max_pixels,
+            images=self._list(split),
+            key=f"dataset.{split}_images",
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -408,9 +439,16 @@ class CocoDataModule(DetectionDataModule):
             if not annotations.is_file():
                 read_annotations(annotations)  # raises an error that says what to type
             listed = remembered(annotations, "images", _listed_images)
-            paths = (os.path.join(images, name) for name in listed["files"])
-            found[split] = split_record(listed["ids"], paths, file_digest(annotations))
+            names = dict(zip(listed["ids"], listed["files"], strict=True))
+            if own := self._list(split):
+                ids = listed_ids(own, f"dataset.{split}_images", list(names))
+                names = {number: names[number] for number in ids}
+            paths = (os.path.join(images, name) for name in names.values())
+            found[split] = split_record(list(names), paths, file_digest(annotations))
         return found
+
+    def _list(self, split: Split) -> str | None:
+        return self.train_images if split == "train" else self.val_images
 
     def _paths(self, split: Split) -> tuple[Path, Path]:
         """Return annotation file and image folder of a split."""

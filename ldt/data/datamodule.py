@@ -22,6 +22,7 @@ from mmdet.datasets import MultiImageMixDataset
 from mmengine.dataset import BaseDataset, pseudo_collate
 from torch.utils.data import DataLoader, Subset
 
+from ldt.config.kinds import Augment, Pad
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
 from ldt.data.image_files import MAX_PIXELS
 from ldt.data.mixing import PipelineImages
@@ -39,8 +40,6 @@ from ldt.runs.inputs import digest, split_record
 
 MOST_WORKERS = 16  # by itself: each holds two batches in memory
 Split = Literal["train", "val"]
-Augment = Literal["none", "flip", "shift", "mosaic", "config"]
-Pad = Literal["none", "square"]
 OPTIONS = {  # config key of each argument of the data module
     "batch_size": "recipe.batch_size",
     "val_batch_size": "dataset.val_batch_size",

@@ -7,15 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Le
 from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 
-from ldt.config.values import check_value
+from ldt.config.kinds import Grouping
+from ldt.config.values import Count, NaturalNumber, check_value
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
 from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
+from ldt.data.image_lists import listed_ids
 from ldt.data.kitti_labels import TYPES, KittiObject, parse_label
 from ldt.data.tally import Tally
 from ldt.runs.inputs import digest, split_record
@@ -53,7 +57,7 @@ def check_classes(classes: Sequence[str], grouping: str) -> None:
 
     Names that are not KITTI's are one's own.
     """
-    check_value("dataset.grouping", grouping, Literal[tuple(GROUPINGS)])
+    check_value("dataset.grouping", grouping, Grouping)
     merged = GROUPINGS[grouping]
     allowed = [name for name in TYPES if name != "DontCare" and name not in merged]
     for name in classes:
@@ -109,6 +113,50 @@ def split(ids: Sequence[str], fraction: float = 0.8, seed: int = 0) -> tuple[lis
         )
     order = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     return sorted(order[:count]), sorted(order[count:])
+
+
+def blocks(ids: Sequence[str], folds: int) -> list[list[str]]:
+    """Cut the sorted ids into contiguous blocks whose sizes differ by one at most.
+
+    Example:
+        >>> blocks(["c", "a", "b", "e", "d"], 2)
+        [['a', 'b'], ['c', 'd', 'e']]
+    """
+    ordered = sorted(ids)
+    edges = [len(ordered) * fold // folds for fold in range(folds + 1)]
+    return [ordered[start:end] for start, end in pairwise(edges)]
+
+
+def fold_split(
+    ids: Sequence[str], folds: int, fold: int, gap: int = 1
+) -> tuple[list[str], list[str]]:
+    """Split `ids` into (train, val): val is a contiguous block, and train keeps its distance.
+
+    Neighbouring frames of a drive show the same objects, so that `gap` images on either side of the
+    block are in neither split.
+
+    Args:
+        ids: image ids, whose order is that of the frames.
+        folds: number of blocks.
+        fold: the block for validation, from 0.
+        gap: images left out on either side of it.
+
+    Raises:
+        ValueError: no such block, or nothing is left for training.
+    """
+    check_value("dataset.folds", folds, Annotated[int, Ge(2), Le(len(ids))], 5)
+    check_value("dataset.fold", fold, Annotated[int, Ge(0), Le(folds - 1)], 0)
+    check_value("dataset.gap", gap, Count, 4)
+    parts = blocks(ids, folds)
+    before = [name for part in parts[:fold] for name in part]
+    after = [name for part in parts[fold + 1 :] for name in part]
+    train = [*before[: max(len(before) - gap, 0)], *after[gap:]]
+    if not train:
+        raise ValueError(
+            f"dataset.folds={folds} of {len(ids)} images and dataset.gap={gap} leave none for "
+            "training; type a smaller dataset.gap"
+        )
+    return train, parts[fold]
 
 
 def _split_files(root: Path) -> list[Path]:
@@ -240,6 +288,13 @@ class KittiDataModule(DetectionDataModule):
             ImageSets/val.txt exist.
         split_seed: seed of this split, separate from `seed` so that runs with different seeds
             share it.
+        images: list of the images that take part, see `ldt.data.image_lists`; all if None.
+        folds: number of contiguous blocks of the sorted images (see `fold_split`), one of which is
+            for validation; 0: a random split by `train_fraction`. ImageSets are not used.
+        fold: the block for validation, from 0.
+        gap: images left out of training on either side of it.
+        reserved_folds: so many of the last blocks are for a last, single look.
+        open_reserved: allow `fold` to be one of these.
     """
 
     official: ClassVar[bool] = True  # whether KITTI's own metric is computed
@@ -247,6 +302,12 @@ class KittiDataModule(DetectionDataModule):
     grouping: str = "merged"
     train_fraction: float = 0.8
     split_seed: int = 0
+    images: str | None = None
+    folds: NaturalNumber = 0
+    fold: NaturalNumber = 0
+    gap: NaturalNumber = 4
+    reserved_folds: NaturalNumber = 0
+    open_reserved: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +325,10 @@ class KittiDataModule(DetectionDataModule):
     def split_ids(self) -> dict[str, list]:
         """Return the image names of both splits, like "000042"."""
         root = self.folder()
-        listed = read_image_sets(root)
+        if self.folds:
+            train, val = self._fold_ids()
+            return {"train": train, "val": val}
+        listed = None if self.images else read_image_sets(root)
         if listed and self.train_fraction != KittiDataModule.train_fraction:
             warnings.warn(
                 f"the split is read from {root}/ImageSets: dataset.train_fraction is not used",
@@ -272,8 +336,27 @@ class KittiDataModule(DetectionDataModule):
             )
         if listed and type(self) is KittiDataModule:
             log.info("the split is read from %s/ImageSets; dataset.split_seed is not used", root)
-        train, val = listed or split(image_ids(root), self.train_fraction, self.split_seed)
+        train, val = listed or split(self._ids(), self.train_fraction, self.split_seed)
         return {"train": train, "val": val}
+
+    def _ids(self) -> list[str]:
+        ids = image_ids(self.folder())
+        return listed_ids(self.images, "dataset.images", ids) if self.images else ids
+
+    def _fold_ids(self) -> tuple[list[str], list[str]]:
+        """Return the ids of the fold.
+
+        Raises:
+            ValueError: it is a reserved one that is not opened.
+        """
+        first = self.folds - self.reserved_folds
+        if self.fold >= first and self.fold < self.folds and not self.open_reserved:
+            allowed = f"0 to {first - 1}" if first > 0 else "none"
+            raise ValueError(
+                f"dataset.fold={self.fold} is reserved for a last look; allowed: {allowed} (type "
+                "dataset.open_reserved=true to open it)"
+            )
+        return fold_split(self._ids(), self.folds, self.fold, self.gap)
 
     def load(self, split: Split) -> KittiDataset:
         """Load the labels of `split`."""
@@ -296,7 +379,7 @@ class KittiDataModule(DetectionDataModule):
                 told.add("entries that are not images, not read", str(IMAGES / entry.name))
             elif used[entry.stem] != entry:
                 told.add("images not read, since another has their id", str(IMAGES / entry.name))
-            elif entry.stem not in listed:
+            elif entry.stem not in listed and not (self.folds or self.images):
                 told.add("images in neither list of ImageSets", str(IMAGES / entry.name))
         for entry in _entries(root / LABELS):
             if entry.suffix == ".txt" and entry.stem not in used:

@@ -19,6 +19,8 @@ import cv2
 import numpy as np
 from joblib import Parallel, cpu_count, delayed
 
+from ldt.config.kinds import Difficulty, SceneCount, SceneHeight, SceneWidth, Seed
+from ldt.config.values import check_fields
 from ldt.data.roadscenes_cast import Body, cast, draw_actor
 from ldt.data.roadscenes_draw import NEAR, Camera, Canvas, Pose
 from ldt.data.roadscenes_scenery import (
@@ -62,27 +64,16 @@ class RoadScenes:
         ValueError: a value is out of range.
     """
 
-    train: int = 512
-    val: int = 192
-    height: int = 128
-    width: int = 256
-    seed: int = 0
-    difficulty: float = 0.1
+    train: SceneCount = 512
+    val: SceneCount = 192
+    height: SceneHeight = 128
+    width: SceneWidth = 256
+    seed: Seed = 0
+    difficulty: Difficulty = 0.1
 
     def __post_init__(self) -> None:
-        bounds = {
-            "train": (1, 100_000), "val": (1, 100_000), "height": (64, 1024), "width": (64, 2048),
-            "seed": (0, 2**32 - 1), "difficulty": (0.0, 2.0),
-        }  # fmt: skip
-        for name, (low, high) in bounds.items():
-            given = getattr(self, name)
-            kinds = (int, float) if name == "difficulty" else (int,)
-            if isinstance(given, bool) or not isinstance(given, kinds) or not low <= given <= high:
-                whole = "a number" if name == "difficulty" else "a whole number"
-                raise ValueError(
-                    f"RoadScenes.{name} is {given!r}, but must be {whole} from {low} to {high}; "
-                    f"type for example {name}={getattr(RoadScenes, name)}"
-                )
+        keys = ("train", "val", "height", "width", "difficulty")
+        check_fields(self, {**{k: f"dataset.{k}" for k in keys}, "seed": "dataset.scene_seed"})
 
 
 @dataclass(frozen=True)

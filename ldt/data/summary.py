@@ -60,14 +60,15 @@ def _band(area: float) -> str:
 
 
 def check_data(data: DetectionDataModule) -> None:
-    """Log what both splits hold, and check that a detector can be trained on it.
+    """Log what is left out of both splits, and check that a detector can be trained on it.
 
     Raises:
         ValueError: no training image has an object, or an image is too thin to be resized.
     """
     if rank_zero_only.rank == 0:
-        for split in NAMES:
-            _log(split, summarise(data, split))
+        for split, name in NAMES.items():
+            for line in data.told(split).lines(expected=True):
+                log.info("%s: %s", name, line)
     for split in NAMES:
         _check_resized(data, split)
     counts = data.object_counts("train")
@@ -107,20 +108,14 @@ def warnings_of(data: DetectionDataModule, most_read: int | None = None) -> list
     return found
 
 
-def _log(split: Split, summary: SplitSummary) -> None:
-    objects = [f"{name} {count}" for name, count in summary.objects.items()]
+def counts(summary: SplitSummary) -> str:
+    """Return the counts of a split as text."""
+    objects = _some([f"{name} {count}" for name, count in summary.objects.items()])
     ignored = f", {summary.ignored} ignored regions" if summary.ignored else ""
-    log.info(
-        "%s: %d images (%d without objects), %d objects (%s)%s",
-        NAMES[split],
-        summary.images,
-        summary.empty,
-        sum(summary.objects.values()),
-        _some(objects),
-        ignored,
+    return (
+        f"{summary.images} images ({summary.empty} without objects), "
+        f"{sum(summary.objects.values())} objects ({objects}){ignored}"
     )
-    for line in summary.told.lines(expected=True):
-        log.info("%s: %s", NAMES[split], line)
 
 
 def _some(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The command `ldt predict`: run a pruned detector on arbitrary images.
+"""The command `ldt predict`: run a pruned detector, or an exported file, on arbitrary images.
 
 Writes ``pictures/`` with drawn boxes, ``predictions.json`` in COCO's results format, and
 ``images.json`` with the image and category ids (a COCO annotation file without annotations).
@@ -22,6 +22,8 @@ from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
 from ldt.runs.files import write_json, writing
 from ldt.runs.refusal import refusing
+from ldt.runtimes.file_detector import FileDetector
+from ldt.runtimes.sessions import SUFFIXES as SUFFIXES_OF_FILES
 
 MOST_TOLD = 5  # images that cannot be read
 
@@ -47,11 +49,12 @@ def find_images(sources: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 class Predictor:
-    """A detector loaded from a checkpoint, with its training-time preprocessing.
+    """A detector loaded from a checkpoint or an exported file, with its own preprocessing.
 
     Args:
-        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
-        device: device of the detector.
+        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run, or an exported ``.onnx`` or
+            ``.xml`` file.
+        device: device of the detector; exported files run on the CPU.
         max_pixels: of an image; larger ones are not decoded.
         trust: see :func:`ldt.load_pruned`.
 
@@ -59,7 +62,8 @@ class Predictor:
         classes: class names in label order.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: see :func:`ldt.load_pruned`.
+        FileNotFoundError, ValueError, ImportError: see :func:`ldt.load_pruned` and
+            :func:`ldt.runtimes.sessions.open_session`.
         ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
     """
 
@@ -70,11 +74,16 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
         trust: bool = False,
     ) -> None:
-        content = read(checkpoint, trust)
-        steps = test_steps(resize_steps(content, checkpoint))
-        load, *rest = build_transforms(limited(steps, max_pixels))
+        self.detector: Any
+        if Path(checkpoint).suffix in SUFFIXES_OF_FILES:
+            self.detector = FileDetector(checkpoint)
+            resize = self.detector.session.about.resize
+        else:
+            content = read(checkpoint, trust)
+            resize = resize_steps(content, checkpoint)
+            self.detector = detector_of(content, device)
+        load, *rest = build_transforms(limited(test_steps(resize), max_pixels))
         self._read, self._prepare = load, Compose(rest)
-        self.detector: Any = detector_of(content, device)
         self.classes: tuple[str, ...] = self.detector.dataset_meta["classes"]
 
     @torch.no_grad()

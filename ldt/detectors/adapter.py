@@ -11,6 +11,7 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
+from ldt import progress
 from ldt.detectors.forward import (
     find_neck,
     find_predictors,
@@ -18,7 +19,7 @@ from ldt.detectors.forward import (
     neck_maps,
     raw_forward,
 )
-from ldt.detectors.mmengine_internals import copy_without_waiting
+from ldt.detectors.mmengine_internals import copy_without_waiting, swaps_channels
 from ldt.objects import Objects, background_boxes, labelled_objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
@@ -190,6 +191,19 @@ class Detector:
         """Return the raw output maps of images [N, 3, H, W] as a flat list."""
         return raw_forward(self.model, images)
 
+    def network_input(self, batch: RawBatch) -> Tensor:
+        """Return a collated batch's images as in testing: [N, 3, H, W], normalised and padded."""
+        return self._preprocess(batch, False)["inputs"]
+
+    def pad_pixel(self) -> list[float]:
+        """Return what the network sees as padding, as pixel values of a loaded image's channels."""
+        preprocessor: Any = self.model.data_preprocessor
+        pixel = torch.full((3,), float(getattr(preprocessor, "pad_value", 0)))
+        if getattr(preprocessor, "mean", None) is not None:
+            mean, std = preprocessor.mean.flatten().cpu(), preprocessor.std.flatten().cpu()
+            pixel = pixel * std + mean
+        return (pixel.flip(0) if swaps_channels(preprocessor) else pixel).tolist()
+
     def predict(self, batch: RawBatch) -> list[DetDataSample]:
         """Return samples with ``pred_instances`` in pixels of the original images."""
         return self.model(**self._preprocess(batch, False), mode="predict")
@@ -220,6 +234,7 @@ class Calibration:
     def __iter__(self) -> Iterator[PreparedBatch]:
         for batch in self.loader:
             yield self.detector.prepare(batch)
+            progress.advance(len(batch["inputs"]))
 
 
 def _check_scope(scope: Sequence[str], model: nn.Module) -> None:

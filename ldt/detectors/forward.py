@@ -142,6 +142,22 @@ def _sample(images: Tensor, regions: int) -> DetDataSample:
     return sample
 
 
+def one_image(image: Tensor, size: tuple[int, int]) -> dict[str, list]:
+    """Return an image as a batch for testing; its detections are in pixels of the image.
+
+    Args:
+        image: [3, H, W], pixel values as mmdet loads them.
+        size: (H, W) as numbers, which a traced tensor does not have.
+    """
+    height, width = size
+    about = {"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0), "img_path": ""}
+    border = np.array([0, height, 0, width], dtype=np.float32)  # for CornerNet's family
+    return {
+        "inputs": [image],
+        "data_samples": [DetDataSample(metainfo={**about, "border": border})],
+    }
+
+
 def _tensors(node: object) -> Iterator[Tensor]:
     if isinstance(node, Tensor):
         yield node

@@ -37,12 +37,16 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     return operator
 
 
+COMPILES = "torch>=2.6,<2.12"
+"""The releases of torch that ldt supports and mmcv 2.1 compiles with; torch 2.12 needs C++20."""
+
+
 def _missing(operator: str) -> str:
     return (
-        f"mmcv's operator {operator!r} needs a compiled mmcv. This is mmcv-lite with torchvision's "
-        "operators, which do not include this one. Run `pip uninstall mmcv-lite`, then "
-        "`mim install 'mmcv>=2.0.1,<2.2'` (or `pip install` the same), built for the installed "
-        f"torch ({torch.__version__}); these releases do not compile with torch >= 2.12."
+        f"mmcv's operator {operator!r} needs a compiled mmcv; this is mmcv-lite with torchvision's "
+        f"operators, which do not include it. A compiled mmcv>=2.0.1,<2.2 needs {COMPILES}, and "
+        f"torch {torch.__version__} is installed. In an environment with such a torch and a C++ "
+        "compiler: pip uninstall mmcv-lite; pip install --no-build-isolation 'mmcv>=2.0.1,<2.2'"
     )
 
 
@@ -71,6 +75,71 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     edges = _wide(boxes) + boxes.new_tensor([0, 0, offset, offset])
     # mmcv compares in float32; torchvision on a CPU in float64, where float32(3 / 5) > 0.6.
     return _torchvision.nms(edges, _wide(scores), float(np.float32(iou_threshold)))
+
+
+def _overlaps(box: np.ndarray, others: np.ndarray, offset: int) -> np.ndarray:
+    # IoU (N,) of a box (4,) with others (N, 4); a side is x2 - x1 + offset. 0 / 0 is NaN, as in C.
+    def area(corners: np.ndarray) -> np.ndarray:
+        sides = corners[..., 2:] - corners[..., :2] + offset
+        return sides[..., 0] * sides[..., 1]
+
+    first, last = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
+    sides = np.maximum(last - first + offset, 0)
+    shared = sides[:, 0] * sides[:, 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return shared / (area(box) + area(others) - shared)
+
+
+def softnms(
+    boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float,
+    min_score: float, method: int, offset: int,
+) -> Tensor:  # fmt: skip
+    """Soft-NMS (1704.04503): fill `dets` and return the indices (M,) of kept boxes, best first.
+
+    The best box of those left is kept, and the score of each other box is multiplied by a weight
+    that depends on its IoU o with it: 0 (`method` 0) or 1 - o (1) where o >= `iou_threshold`, or
+    exp(-o^2 / `sigma`) (2). Boxes whose score falls below `min_score` are dropped. The first M rows
+    of `dets` (N, 5) are the kept boxes and their final scores. Computed on the CPU.
+    """
+    corners, left = _wide(boxes).cpu().numpy(), _wide(scores).cpu().numpy().copy()
+    threshold, least = np.float32(iou_threshold), np.float32(min_score)
+    order, i = np.arange(len(left)), 0
+    while i < len(order):
+        candidates = left[order[i:]]  # NaN after two empty boxes have met: less than nothing, in C
+        best = i if np.isnan(candidates[0]) else i + int(np.nanargmax(candidates))
+        order[[i, best]] = order[[best, i]]
+        rest = order[i + 1 :]
+        overlaps = _overlaps(corners[order[i]], corners[rest], offset)
+        if method == 2:
+            left[rest] *= np.exp(-(overlaps**2) / np.float32(sigma))
+        else:
+            left[rest] *= np.where(overlaps >= threshold, (1 - overlaps) * method, 1)
+        # mmcv fills the gaps from the end, which decides between boxes of equal scores
+        stays = ~(left[rest] < least)
+        count = int(stays.sum())
+        rest[:count][~stays[:count]] = rest[count:][stays[count:]][::-1]
+        i, order = i + 1, order[: i + 1 + count]
+    kept = torch.from_numpy(order).to(boxes.device)
+    dets[: len(kept), :4] = boxes[kept]
+    dets[: len(kept), 4] = torch.from_numpy(left[order])
+    return kept
+
+
+def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
+    """Return what each box that NMS keeps suppresses: lists of indices, the kept box first.
+
+    `dets` (N, 5) are boxes and scores. A box belongs to the first kept box, in the order of scores,
+    with which its IoU is at least `iou_threshold` (Prime Sample Attention, 1904.04821).
+    """
+    rows = _wide(dets).detach().cpu().numpy()
+    order = np.argsort(-rows[:, 4], kind="stable")
+    groups = []
+    while len(order):
+        first, rest = order[0], order[1:]
+        matched = _overlaps(rows[first, :4], rows[rest, :4], 0) >= np.float32(iou_threshold)
+        groups.append([int(first), *rest[matched].tolist()])
+        order = rest[~matched]
+    return groups
 
 
 def roi_align_forward(
@@ -184,6 +253,25 @@ def _deform_args(
     return (*map(_wide, tensors), *geometry, mask is not None)
 
 
+def _offset_gradient(
+    grad: Tensor, input: Tensor, weight: Tensor, offset: Tensor, geometry: _Geometry
+) -> Tensor:
+    # mmcv gives no gradient to points at -1 or less, or at the size or more; torchvision gives one
+    # at exactly -1, where a padded convolution with offsets of 0 starts at dilation 1.
+    stride, pad, dilation = geometry[:2], geometry[2:4], geometry[4:6]
+    shifts = _as_large_as_output(offset, input, weight, geometry)
+    shifts = _wide(shifts).unflatten(1, (geometry[7], *weight.shape[2:], 2))
+    outside = torch.zeros_like(shifts[:, :, :, :, 0], dtype=torch.bool)
+    for axis in (0, 1):
+        cells = torch.arange(shifts.shape[axis - 2], device=grad.device) * stride[axis] - pad[axis]
+        taps = torch.arange(weight.shape[axis + 2], device=grad.device) * dilation[axis]
+        start = taps[:, None] + cells
+        start = start[:, None, :, None] if axis == 0 else start[None, :, None, :]
+        points = shifts[:, :, :, :, axis] + start
+        outside |= (points <= -1) | (points >= input.shape[axis + 2])
+    return grad.view_as(shifts).masked_fill(outside.unsqueeze(4), 0).view_as(grad)
+
+
 def deform_conv_forward(
     input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor,
     kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
@@ -206,7 +294,7 @@ def deform_conv_backward_input(
     args = _deform_args(input, weight, offset, None, None, geometry)
     grads = _torchvision._deform_conv2d_backward(_wide(gradOutput), *args)
     gradInput += grads[0]
-    _add_leading(gradOffset, grads[2])
+    _add_leading(gradOffset, _offset_gradient(grads[2], input, weight, offset, geometry))
 
 
 def deform_conv_backward_parameters(
@@ -253,7 +341,7 @@ def modulated_deform_conv_backward(
     grads = _torchvision._deform_conv2d_backward(_wide(grad_output), *args)
     grad_input += grads[0]
     grad_weight += grads[1]
-    _add_leading(grad_offset, grads[2])
+    _add_leading(grad_offset, _offset_gradient(grads[2], input, weight, offset, geometry))
     _add_leading(grad_mask, grads[3])
     if with_bias:  # otherwise mmcv passes an empty one
         grad_bias += grads[4]

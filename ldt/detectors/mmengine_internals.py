@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import cast
 
 from mmengine.config import config
-from mmengine.model import BaseDataPreprocessor
+from mmengine.model import BaseDataPreprocessor, BaseModule
 from mmengine.registry import registry
+from torch import nn
 
 
 @contextmanager
@@ -44,6 +46,23 @@ def copy_without_waiting(preprocessor: BaseDataPreprocessor) -> None:
     Its argument of this name would be part of the model's config, which tells detectors apart.
     """
     preprocessor._non_blocking = True
+
+
+def swaps_channels(preprocessor: BaseDataPreprocessor) -> bool:
+    """Return whether a preprocessor reverses the order of an image's channels."""
+    return bool(getattr(preprocessor, "_channel_conversion", False))
+
+
+def initialise_again(detector: nn.Module) -> None:
+    """Give a detector random weights, as when it was built; no files are loaded."""
+    for module in detector.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        if isinstance(module, BaseModule):
+            module._is_init = False  # otherwise `init_weights` only warns
+            if isinstance(module.init_cfg, dict) and "checkpoint" in module.init_cfg:
+                module.init_cfg = None
+    cast(BaseModule, detector).init_weights()
 
 
 def package_folder(package: str) -> str:

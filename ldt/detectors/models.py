@@ -268,5 +268,6 @@ def quiet() -> None:
         "sync_dist=True",  # DetectionMetrics gathers the tables of all ranks itself
     ):
         warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
-    for name in ("faster_coco_eval", "lightning.pytorch"):
+    for name in ("faster_coco_eval", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning").handlers.clear()  # its own, beside those of the root

@@ -100,10 +100,9 @@ def checked(checkpoint: Mapping[str, Any], trust: bool = False) -> dict[str, Any
     _check_weights(checkpoint.get("state_dict"))
     model = _without_loaders(record["model"])
     use_mmdet()
-    _import(model, trust)
+    import_parts(model, trust)
     check_parts({k: v for k, v in model.items() if k != "custom_imports"}, "model")
-    for step in record.get("resize", ()):
-        _check_step(step)
+    checked_steps(record.get("resize", ()))
     return {**checkpoint, "ldt": {**record, "model": model}}
 
 
@@ -155,7 +154,7 @@ def _copied(node: Any) -> Any:
     return type(node)(map(_copied, node)) if isinstance(node, (list, tuple)) else node
 
 
-def _import(model: Mapping[str, Any], trust: bool) -> None:
+def import_parts(model: Mapping[str, Any], trust: bool) -> None:
     """Import what a model config names, if that runs no foreign code or the file is trusted."""
     custom = model.get("custom_imports")
     if custom is None:
@@ -241,6 +240,19 @@ def _registered(registry: Registry, name: str) -> type | None:
     if scope not in ("", *SCOPES):
         places = [places[-1].children[scope]] if scope in places[-1].children else []
     return next((place.module_dict[own] for place in places if own in place.module_dict), None)
+
+
+def checked_steps(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the transforms that resize an image, which are usual ones with plain arguments.
+
+    Raises:
+        ValueError: in one line, what is not allowed.
+    """
+    _check_plain(steps)
+    use_mmdet()
+    for step in steps:
+        _check_step(step)
+    return list(steps)
 
 
 def _check_step(step: Mapping[str, Any]) -> None:

@@ -53,6 +53,9 @@ class DetectionMetrics(Metric):
     Results do not depend on the number of ranks or the sampler's padding: the tables of all ranks
     are concatenated, each image id counts once, and images are evaluated in the order of their ids.
 
+    Attributes:
+        measured: the table of all images that `compute` has seen last, [n, COLUMNS].
+
     Args:
         classes: class names; label i is `classes[i]`.
         max_detections: number of detections per image and class that count for COCO's averages.
@@ -77,6 +80,7 @@ class DetectionMetrics(Metric):
         check_value("dataset.max_detections", max_detections, Count, MAX_DETECTIONS)
         self.classes, self.max_detections = tuple(classes), max_detections
         self._warned = False
+        self.measured = np.zeros((0, COLUMNS))
         self.add_state("table", default=[], dist_reduce_fx="cat")
         self.reset()
 
@@ -105,7 +109,8 @@ class DetectionMetrics(Metric):
     def compute(self) -> dict[str, float]:
         """Return the metrics by name; see the class for the keys."""
         table = torch.cat(self.table) if isinstance(self.table, list) else self.table
-        images = images_of(table.cpu().numpy(), len(self.classes))
+        self.measured = table.cpu().numpy()
+        images = images_of(self.measured, len(self.classes))
         self._warn_of_crowded(images)
         averages, coco = coco_ap(images, len(self.classes), self.max_detections)
         voc = voc_ap(images, len(self.classes))

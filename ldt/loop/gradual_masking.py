@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ldt.config.kinds import Cost
 from ldt.config.values import Count, Positive, checked
-from ldt.criteria.group_fisher import Cost, Fisher, channel_costs
+from ldt.criteria.group_fisher import Fisher, channel_costs
 from ldt.pruning.budget import Limits, lowest_scoring, select_channels
 from ldt.pruning.costs import CostModel
 from ldt.pruning.graph import PruningGraph
@@ -34,7 +35,7 @@ class GradualPruning:
         interval: training steps between two masking events.
         channels: channels masked per event (1 in the paper; larger numbers take less time).
         lr: factor on the learning rate while masking.
-        cost: as in :class:`ldt.criteria.group_fisher.GroupFisherCriterion`.
+        cost: what a channel's Fisher information is divided by, as ``method=group_fisher`` has it.
 
     Attributes:
         removed: per group, the masked channels.
@@ -132,6 +133,11 @@ class GradualPruning:
             self.done = True
         fisher.mask(self.removed)
         fisher.clear()
+
+    @property
+    def short(self) -> float:
+        """What the masked channels save less than was asked for, in the cost model's unit."""
+        return self._save - self._costs.saved(self.removed)
 
     def end(self) -> dict[str, list[int]]:
         """Stop masking and return the channels to remove."""

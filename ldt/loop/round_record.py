@@ -17,12 +17,16 @@ class RoundRecord:
         scores: per group, at the start of the round.
         kept: per group, the channels that are kept, numbered as at the start of the round.
         excluded: layers that cannot be pruned, with the reason.
+        left: the budget that is left by the cost model's count.
+        latency: with a latency budget what was asked for, predicted by the table, and measured.
     """
 
     def __init__(self) -> None:
         self.scores: dict[str, np.ndarray] = {}
         self.kept: dict[str, np.ndarray] = {}
         self.excluded: dict[str, str] = {}
+        self.left = 0.0
+        self.latency: dict[str, float] = {}
 
     def add(self, scores: Mapping[str, Tensor], channels: Mapping[str, Sequence[int]]) -> None:
         """Add the scores and removed channels of an inner round, in its own numbering."""

@@ -1,19 +1,19 @@
 """The cost of each layer, and the saving of removing channels, without changing the network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from torch import nn
 
-from ldt.pruning.dependency import depthwise
+from ldt.config.kinds import Budget, Counted
+from ldt.pruning.dependency import ChannelParameter, depthwise
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.runs.identity import BUDGET_ALIASES, canonical_budget
 
-Budget = Literal["params", "macs"]
-UNITS: dict[Budget, str] = {"params": "parameters", "macs": "MACs"}
+UNITS: dict[Counted, str] = {"params": "parameters", "macs": "MACs"}
 
 
 def parse_budget(name: str) -> Budget:
@@ -44,7 +44,10 @@ class LayerCost:
         return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
 
 
-def _cost(layer: nn.Module, budget: Budget, positions: int) -> LayerCost:
+def _cost(layer: nn.Module, budget: Counted, positions: int) -> LayerCost:
+    if isinstance(layer, ChannelParameter):
+        values = layer.values.numel() / layer.num_channels
+        return LayerCost(1, 1, 0.0, values if budget == "params" else 0)
     if not isinstance(layer, CONVOLUTIONS):
         learnt = sum(p.numel() > 1 for p in layer.parameters(recurse=False))
         has_weight = getattr(layer, "weight", None) is not None
@@ -64,14 +67,11 @@ class CostModel:
 
     Args:
         graph: the coupled groups.
-        budget: ``params`` or ``macs``.
-
-    Attributes:
-        unit: name of the unit of the saving, for messages.
+        budget: ``params`` or ``macs``; :class:`ldt.pruning.latency.LatencyModel` is for latency.
     """
 
-    def __init__(self, graph: PruningGraph, budget: Budget) -> None:
-        self.groups, self.unit = graph.groups, UNITS[budget]
+    def __init__(self, graph: PruningGraph, budget: Counted) -> None:
+        self.groups, self._unit = graph.groups, UNITS[budget]
         positions = graph.positions if budget == "macs" else {}
         self._costs = {
             m.name: _cost(m.layer, budget, positions.get(m.name, 0))
@@ -79,7 +79,11 @@ class CostModel:
             for m in group.members
         }
 
-    def saved(self, removed: Mapping[str, np.ndarray]) -> float:
+    def told(self, amount: float) -> str:
+        """Format a saving for messages."""
+        return f"{amount:,.0f} {self._unit}"
+
+    def saved(self, removed: Mapping[str, Sequence[int] | np.ndarray]) -> float:
         """Return the parameters or MACs saved by removing these channels of each group."""
         counts: dict[str, list[int]] = {name: [0, 0] for name in self._costs}
         for name, channels in removed.items():
@@ -92,3 +96,12 @@ class CostModel:
             self._costs[name].saved(0 if self._costs[name].ins == 1 else ins, outs)
             for name, (ins, outs) in counts.items()
         )
+
+    def price(self, name: str, channels: np.ndarray) -> float:
+        """Return what a channel of each part of a group costs, for rankings per cost.
+
+        Args:
+            name: the group.
+            channels: what may be removed of it, in order, [channels of each part, parts].
+        """
+        return max(self.saved({name: channels[0]}), 1.0)

@@ -1,7 +1,8 @@
 """Groups of channels that can only be pruned together, and the rules that exclude some of them."""
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,8 +21,6 @@ from ldt.pruning.layer_types import CONVOLUTIONS, Side, width_of
 from ldt.pruning.torch_pruning_internals import (
     OPTYPE,
     Group,
-    HybridIndex,
-    Node,
     group_items,
     parameter_name,
 )
@@ -66,6 +65,10 @@ class CoupledGroup:
     raw: Group = field(repr=False, default_factory=Group)
     parts: int = 1
 
+    def holds(self, module_type: type[nn.Module]) -> bool:
+        """Return whether the channels pass through a module of a type."""
+        return any(isinstance(i.dep.target.module, module_type) for i in group_items(self.raw))
+
     @property
     def producers(self) -> tuple[Member, ...]:
         """The convolutions whose output channels are the group's channels."""
@@ -73,37 +76,12 @@ class CoupledGroup:
             m for m in self.members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)
         )
 
-
-def tied_roots(raw: Group) -> list[int]:
-    """Return a number for each of the root layer's channels; tied channels have the same.
-
-    Two channels are tied if one channel of another layer is coupled with both. Torch-Pruning keeps
-    only the first that reaches it, so every edge of the group is traversed once more.
-    """
-    items = group_items(raw)
-    first = list(range(len(items[0].idxs)))  # union-find over the root layer's channels
-
-    def find(root: int) -> int:
-        while first[root] != root:
-            root = first[root]
-        return root
-
-    roots_of: dict[tuple[Node, Callable], dict[int, int]] = {
-        (item.dep.target, item.dep.handler): dict(zip(item.idxs, item.root_idxs, strict=True))
-        for item in items
-    }
-    for (node, handler), roots in roots_of.items():
-        for edge in node.dependencies:
-            if edge.is_triggered_by(handler):
-                indices = [HybridIndex(*pair) for pair in roots.items()]
-                for mapping in filter(None, edge.index_mapping):
-                    indices = mapping(indices)
-                reached = roots_of.get((edge.target, edge.handler), {})
-                for index, root in indices:
-                    low, high = sorted((find(root), find(reached.get(index, int(root)))))
-                    first[high] = low
-    representatives = [find(root) for root in range(len(first))]
-    return np.unique(representatives, return_inverse=True)[1].tolist()
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The convolutions whose input channels are the group's channels."""
+        return tuple(
+            m for m in self.members if m.side != "out" and isinstance(m.layer, CONVOLUTIONS)
+        )
 
 
 @dataclass(frozen=True)
@@ -138,14 +116,32 @@ class Partition:
             counts[root][part] += 1
         return all(len(c) == self.count and len({*c.values()}) == 1 for c in counts.values())
 
-    def fits(self, group: CoupledGroup) -> bool:
-        """Return whether each part of the group lies within one part of the layer, all equal."""
+    def fits(self, size: int, parts: int) -> bool:
+        """Return whether equal parts of a group's channels each lie within one part of the layer.
+
+        Args:
+            size: number of the group's channels.
+            parts: number of its parts, which lose the same number of channels.
+        """
         if self.balanced:
             return True
-        if group.size % group.parts or len(self.roots) != self.width:
+        if size % parts or len(self.roots) != self.width:
             return False
-        pairs = {(root // (group.size // group.parts), part) for root, part in self.pairs}
-        return len(pairs) == len({part for part, _ in pairs})
+        counts = np.bincount(self.roots, minlength=size).reshape(parts, -1)
+        pairs = {(root // (size // parts), part) for root, part in self.pairs}
+        alike = (counts == counts[:, :1]).all()
+        return bool(alike) and len(pairs) == len({part for part, _ in pairs})
+
+
+def equal_parts(size: int, partitions: Sequence[Partition]) -> int:
+    """Return the least number of equal parts of a group that fit into all partitions.
+
+    If none does, the result fits into some of them only.
+    """
+    least = math.lcm(*(p.count for p in partitions if not p.balanced))
+    # splits of a split need more; two channels in a part, or nothing could be removed
+    more = (parts for parts in range(least, size // 2 + 1, least) if size % parts == 0)
+    return next((parts for parts in more if all(p.fits(size, parts) for p in partitions)), least)
 
 
 def find_partitions(members: Sequence[Member], raw: Group) -> list[Partition]:
@@ -165,12 +161,9 @@ def find_partitions(members: Sequence[Member], raw: Group) -> list[Partition]:
 
 
 def mapping_conflict(group: CoupledGroup, partitions: Sequence[Partition]) -> str | None:
-    """Return where the channels found by tracing contradict a layer's size, or None."""
-    for m in group.members:
-        if isinstance(m.layer, CONVOLUTIONS) and m.channels.max() >= width_of(m.layer, m.side):
-            return f"tracing found channels that {m.name} does not have"
+    """Return the layer or split whose parts a group does not fit, or None."""
     for partition in partitions:
-        if not partition.fits(group):
+        if not partition.fits(group.size, group.parts):
             return f"the groups of {partition.name} contain other channels too"
     return None
 

@@ -1,6 +1,5 @@
 """The coupled channel groups of a model, and their removal, on top of Torch-Pruning's graph."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,13 +13,13 @@ from ldt.config.names import below
 from ldt.pruning.coupled_groups import (
     CoupledGroup,
     Member,
+    equal_parts,
     excluded_layer,
     excluded_operation,
     find_partitions,
     mapping_conflict,
-    tied_roots,
 )
-from ldt.pruning.dependency import SplitPart, Tracer, update_split_widths
+from ldt.pruning.dependency import ChannelParameter, MisreadError, Tracer, update_split_widths
 from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, Side, width_of
 from ldt.pruning.torch_pruning_internals import Dependency, Group, group_items
 from ldt.pruning.trial import trial_failure
@@ -63,6 +62,11 @@ class PruningGraph:
         self._example = images
         self._names = {module: name for name, module in model.named_modules()}
         self._graph = Tracer().trace(model, images, self._forward_unfrozen)
+        self._names |= {
+            node.module: node.module.name
+            for node in self._graph.module2node.values()
+            if isinstance(node.module, ChannelParameter)
+        }
         self.groups: dict[str, CoupledGroup] = {}
         self.scored: dict[str, nn.Module] = {}
         self.excluded: dict[str, str] = {}
@@ -81,8 +85,16 @@ class PruningGraph:
         seen = set(predictors) & set(in_scope)  # how their outputs are decoded is not traced
         self.excluded.update({name: f"its channels are predictions of {name}" for name in seen})
         for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
-            if self._names[layer] not in seen:
+            if self._names[layer] in seen:
+                continue
+            try:
                 seen |= self._add_group(self._raw_group(layer), in_scope, scope)
+            except MisreadError as error:
+                inside = {m.name for m in self._members(error.group) if m.side != "in"}
+                inside = inside & set(in_scope) | {self._names[layer]}
+                reason = excluded_operation(error.group) or str(error)
+                self.excluded.update(dict.fromkeys(inside, reason))
+                seen |= inside
         self._exclude_failing(list(self.groups))
         for name in in_scope:
             if name not in self.scored:
@@ -104,7 +116,7 @@ class PruningGraph:
         return found
 
     def _raw_group(self, layer: nn.Module, *tried: nn.Module) -> Group:
-        """Return Torch-Pruning's group of all output channels of a layer; tied ones share a root.
+        """Return the group of all output channels of a layer.
 
         Where the group holds only a part of another layer's outputs, that layer becomes the root.
         """
@@ -112,38 +124,22 @@ class PruningGraph:
         assert pruner is not None
         channels = list(range(pruner.get_out_channels(layer)))
         raw = self._graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-        items = group_items(raw)
-        for item in items:
+        for item in group_items(raw):
             producer = item.dep.target.module
             produces = isinstance(producer, CONVOLUTIONS) and self._side(item.dep) == "out"
             partly = produces and len(set(item.idxs)) < width_of(producer, "out")
             if partly and producer not in tried:
                 return self._raw_group(producer, layer, *tried)
-        if any(isinstance(item.dep.target.module, SplitPart) for item in items):
-            root_of = tied_roots(raw)
-            for item in items:
-                item.root_idxs = [root_of[root] for root in item.root_idxs]
         return raw
 
     def _add_group(
         self, raw: Group, in_scope: dict[str, nn.Module], scope: Sequence[str]
     ) -> set[str]:
         """Add a group or exclude its layers; return the layers in the scope that produce it."""
-        members = tuple(
-            Member(
-                self._names[item.dep.target.module],
-                item.dep.target.module,
-                self._side(item.dep),
-                np.asarray(item.idxs),
-                np.asarray(item.root_idxs),
-            )
-            for item in group_items(raw)
-            if item.dep.target.module in self._names
-        )
+        members = self._members(raw)
         root = members[0]
         size, partitions = len(set(root.roots)), find_partitions(members, raw)
-        parts = math.lcm(*(p.count for p in partitions if not p.balanced))
-        group = CoupledGroup(root.name, size, members, raw, parts)
+        group = CoupledGroup(root.name, size, members, raw, equal_parts(size, partitions))
         inside = {m.name: m.layer for m in group.producers if m.name in in_scope}
         reason = (
             excluded_layer(group, set(self.predictors), scope)
@@ -156,6 +152,19 @@ class PruningGraph:
         else:
             self.excluded.update(dict.fromkeys(inside, reason))
         return set(inside)
+
+    def _members(self, raw: Group) -> tuple[Member, ...]:
+        return tuple(
+            Member(
+                self._names[item.dep.target.module],
+                item.dep.target.module,
+                self._side(item.dep),
+                np.asarray(item.idxs),
+                np.asarray(item.root_idxs),
+            )
+            for item in group_items(raw)
+            if item.dep.target.module in self._names
+        )
 
     def _exclude_failing(self, names: Sequence[str]) -> None:
         """Exclude groups whose trial pruning fails (found by bisection)."""

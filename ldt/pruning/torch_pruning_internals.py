@@ -3,6 +3,7 @@
 ``tests/test_internals.py`` names what is missing when a release changes it.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch_pruning as tp
@@ -26,6 +27,7 @@ __all__ = [
     "Node",
     "SplitIndexMapping",
     "group_items",
+    "group_of",
     "parameter_name",
     "prunes_outputs",
 ]
@@ -48,6 +50,18 @@ class GroupItem(Protocol):
 def group_items(group: Group) -> list[GroupItem]:
     """Return the items of a group; Torch-Pruning declares ``root_idxs`` as None."""
     return cast(list[GroupItem], group.items)
+
+
+def group_of(
+    graph: tp.DependencyGraph, members: Sequence[tuple[Dependency, dict[int, int]]]
+) -> Group:
+    """Return a group of what is pruned, each with its channels and the root of each of them."""
+    group = Group()
+    setattr(group, "_DG", graph)  # noqa: B010 - declared as None
+    for dep, channels in members:
+        group.add_dep(dep, list(channels))
+        group_items(group)[-1].root_idxs = list(channels.values())
+    return group
 
 
 def prunes_outputs(group: Group, dep: Dependency) -> bool:

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from ldt.report import study_figures
 from ldt.report.images import album
-from ldt.report.tables import SIZES, Column, Value, compare, percent
+from ldt.report.tables import SIZES, TARGETS, Column, Value, compare, percent
 from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs import STATES
 from ldt.runs.aggregate import Cell, cells, varying
@@ -124,11 +124,14 @@ def _rows(found: Sequence[Cell]) -> list[dict[str, Value]]:
     """Return the table of runs; all rows have the same columns."""
     rows = [(cell, run) for cell in found for run in cell.runs]
     names = shown_metrics((run.row for _, run in rows), (cell.metric for cell in found))
-    return [_row(cell, run, names) for cell, run in rows]
+    known = {key for _, run in rows for key in run.row}
+    sizes = [column for column in (*SIZES, *TARGETS) if column.key in known]
+    after = [*(Column(name, name, 3) for name in names), *sizes]
+    return [_row(cell, run, after) for cell, run in rows]
 
 
-def _row(cell: Cell, run: Run, names: Sequence[str]) -> dict[str, Value]:
-    """Return one row of the table of runs, with the metrics `names`."""
+def _row(cell: Cell, run: Run, after: Sequence[Column]) -> dict[str, Value]:
+    """Return one row of the table of runs, with the columns measured after the last cut."""
     row = run.row
     before = row.get(f"base_{cell.metric}")
     values = {
@@ -139,7 +142,6 @@ def _row(cell: Cell, run: Run, names: Sequence[str]) -> dict[str, Value]:
         "headline": Value(cell.metric, cell.metric),
         "before": _number(before, Column("", "", 3)),
     }
-    after = (*(Column(name, name, 3) for name in names), *SIZES)
     measured = {column.title: _number(row.get(column.key), column) for column in after}
     removed = _number(row.get("rate"), Column("", "", 1, 100))
     return values | measured | {"removed (%)": removed}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ldt.report.terminal import BUDGETS, shown_metrics
+from ldt.report.terminal import BUDGETS, LATENCY_TARGETS, RUNTIME_TIMES, shown_metrics
 from ldt.runs.aggregate import Cell, notes, summarise
 from ldt.runs.formatting import number
 
@@ -33,7 +33,9 @@ SIZES = (
     Column("params", "parameters (M)", 3, 1e-6, -1),
     Column("multiply_adds", "multiply-adds (G)", 3, 1e-9, -1),
     Column("latency_ms", "latency (ms)", 1, 1.0, -1),
+    *(Column(key, title, 2, 1.0, -1) for key, title in RUNTIME_TIMES.items()),
 )
+TARGETS = tuple(Column(key, title, 2) for key, title in LATENCY_TARGETS.items())
 TEXTS = ("dataset", "detector", "method", "removed", "seeds")
 Table = list[dict[str, Value]]  # one row per cell, by column title
 
@@ -48,7 +50,7 @@ def columns(found: Sequence[Cell]) -> list[Column]:
     rows = (run.row for cell in found for run in cell.runs)
     names = shown_metrics(rows, (cell.metric for cell in found))
     after = [Column(name, name, 3, 1.0, 1) for name in names]
-    return [Column("base", "before", 3), *after, *SIZES]
+    return [Column("base", "before", 3), *after, *SIZES, *TARGETS]
 
 
 def compare(found: Sequence[Cell]) -> Table:
@@ -84,7 +86,8 @@ def _plus_minus(means: dict[str, Any], column: Column) -> str:
     mean, deviation = (
         number(means[key], column.digits, column.scale) for key in (column.key, f"{column.key}_std")
     )
-    constant = column in SIZES and not deviation.strip("0.")  # sizes are often equal for all seeds
+    sizes = (*SIZES, *TARGETS)  # often equal for all seeds
+    constant = column in sizes and not deviation.strip("0.")
     return mean if deviation == "-" or constant else f"{mean} ± {deviation}"
 
 
@@ -98,7 +101,7 @@ def _best(
             blocks[cell.block].append(index)
     best = set()
     for (_, _, budget, _), indices in blocks.items():
-        bound = "params" if budget == "params" else "multiply_adds"
+        bound = {"params": "params", "macs": "multiply_adds"}.get(budget)
         for column in shown:
             rounded = (means[column.key].iloc[indices] * column.scale).round(column.digits)
             top = rounded.max() if column.better > 0 else rounded.min()

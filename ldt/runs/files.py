@@ -33,6 +33,7 @@ ENVIRONMENT = "environment.json"  # versions, hardware, commit
 INPUTS = "inputs.json"  # fingerprints of the run's inputs
 STRUCTURE = "structure.json"  # layers per round, coupled groups
 LATENCY = "latency.json"  # latencies measured after the run
+LATENCY_TABLE = "latency_table.json"  # times of layers that a latency budget goes by
 LAST = "last.ckpt"  # from which an unfinished run resumes
 PREVIOUS = "last.ckpt.previous"  # the previous one, in case LAST is damaged
 INTERRUPTED = "interrupted.ckpt"  # the weights at Ctrl-C
@@ -104,6 +105,11 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def scores(round_: int) -> str:
     """Return the name of the file with a round's scores and removed channels."""
     return f"scores-{round_}.npz"
+
+
+def detections(round_: int) -> str:
+    """Return the name of the file with the detections of a round's validation."""
+    return f"detections-{round_}.npz"
 
 
 def score_files(folder: Path) -> dict[int, Path]:

@@ -32,7 +32,7 @@ FREE = (  # keys, and groups of keys, that are not part of the identity: results
     # locations
     *("dataset.root", "dataset.cache", "trainer.default_root_dir"),
     # limits of what is accepted
-    "dataset.max_pixels",
+    *("dataset.max_pixels", "dataset.open_reserved"),
     # hardware and speed
     *("dataset.workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
@@ -48,21 +48,30 @@ SOURCES = (  # keys interpolated by others (dataset.scale, ldt.enabled), which a
     *("dataset.scales", "detector.size", "method.ldt"),
 )
 UNPRUNED = (  # keys without effect if nothing is pruned
-    *("prune", "recipe.retrain_epochs", "recipe.retrain_lr", "method.ranking"),
+    *("prune", "distill", "recipe.retrain_epochs", "recipe.retrain_lr", "method.ranking"),
     *("method.inner_rounds", "method.criterion", "method.gradual"),
 )
 LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
     *("ldt.alpha_share", "ldt.beta_share", "ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
 )
+FOLDS_OFF = ("dataset.fold", "dataset.gap", "dataset.reserved_folds")  # without effect, folds=0
+FOLDS_ON = ("dataset.reserved_folds", "dataset.train_fraction", "dataset.split_seed")  # with folds
 MOSAIC = ("detector.mosaic_scale", "detector.mixup")  # keys without effect on other images
 REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
     "ldt.background": "auto",
     "dataset.max_detections": 100,
+    "dataset.folds": 0,
     "method.inner_rounds": 1,
     "prune.repair": "none",
+    "prune.round_to": 0,
+    "prune.channels": "scored",
+    "prune.weights": "kept",
+    "distill.neck": 0,
+    "distill.head": 0,
+    "distill.temperature": 1,
     "dataset.group_shapes": False,
     "dataset.filter_empty_gt": False,
     "dataset.min_size": 0,
@@ -153,7 +162,11 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
     augment = (config.get("recipe") or {}).get("augment", "mosaic")
     mosaic = () if augment == "mosaic" else MOSAIC
-    return (*pruning, *mosaic, *(LDT_OFF if _off(config) else given))
+    prune, distill = config.get("prune") or {}, config.get("distill") or {}
+    latency = () if prune.get("budget") == "latency" else ("prune.latency",)
+    folds = FOLDS_ON if (config.get("dataset") or {}).get("folds") else FOLDS_OFF
+    off = () if distill.get("neck") or distill.get("head") else ("distill.temperature",)
+    return (*pruning, *mosaic, *latency, *folds, *off, *(LDT_OFF if _off(config) else given))
 
 
 def cell(config: Mapping[str, Any]) -> Flat:
@@ -177,6 +190,8 @@ def _canonical(flat: Flat) -> Flat:
         found["detector.checkpoint"] = os.path.abspath(flat["detector.checkpoint"])
     if "::" not in (path := str(flat.get("detector.config", "::"))):  # a file, not a packaged one
         found["detector.config"] = os.path.abspath(os.path.expanduser(path))
+    if flat.get("prune.budget") != "latency" and flat["prune.round_to"] in ("auto", 1):
+        found["prune.round_to"] = 0
     if "prune.scope" in flat:
         found["prune.scope"] = sorted(flat["prune.scope"])
     return found
@@ -290,7 +305,8 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
     rate, seed = root.prune.rate, root.seed
     budget = IN_NAMES.get(root.prune.budget, root.prune.budget)
     stem = f"{stem}-{budget}{rate}-s{seed}"
-    groups = ("method", "prune", "ldt", "trainer")  # the complete configuration contains the name
+    # not all groups: the complete configuration contains the name
+    groups = ("method", "prune", "distill", "ldt", "trainer")
     config = {g: as_dict(root[g]) for g in groups}
     names = [stem + suffix for suffix in (suffix_of(given, config), _suffix_before(given))]
     study = RUNS / root.study

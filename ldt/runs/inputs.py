@@ -23,6 +23,7 @@ from ldt.runs.identity import OtherRunError
 log = logging.getLogger(__name__)
 
 PARTS = ("data", "model", "weights", "code")
+LATENCY = "latency"  # a further part, of runs with a latency budget: their table of times
 SPLITS = {"train": "training", "val": "validation"}
 BLOCK = 1 << 20  # bytes read at once
 LARGE = 4 << 20  # bytes; results for larger files are cached
@@ -196,7 +197,10 @@ def fingerprint(inputs: Mapping[str, Any]) -> str | None:
     """Return one hash of a run's recorded inputs; None if they were not recorded."""
     if not inputs:
         return None
-    return digest([json.dumps([inputs[part] for part in PARTS], sort_keys=True)])
+    parts = [inputs[part] for part in PARTS]
+    if LATENCY in inputs:
+        parts.append(inputs[LATENCY])
+    return digest([json.dumps(parts, sort_keys=True)])
 
 
 # A directory's inputs -------------------------------------------------------------------------
@@ -246,7 +250,8 @@ def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: Any) 
     known = files.read_json(folder / files.INPUTS)
     places = [p for p in known.get("places", []) if p != place] + [place] * (place is not None)
     own = {key: value for key, value in known.items() if key not in PARTS}
-    found = own | {part: now[part] for part in PARTS} | more | {"places": places}
+    parts = [part for part in (*PARTS, LATENCY) if part in now]
+    found = own | {part: now[part] for part in parts} | more | {"places": places}
     if found != known:
         files.write_json(folder / files.INPUTS, found)
 
@@ -308,6 +313,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         *_listed("detector.config", then["model"], now["model"]),
         *_hashes("other weights in", then["weights"], now["weights"]),
         *_hashes("other code in", then["code"], now["code"]),
+        *_listed("times of the latency budget", then.get(LATENCY, {}), now.get(LATENCY, {})),
     ]
 
 

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,21 @@ PACKAGES = (
     "torchvision",
     "lightning",
     "mmdet",
+    "onedl-mmdetection",
     "mmcv",
     "mmcv-lite",
     "mmengine",
+    "onedl-mmengine",
     "torch-pruning",
     "hydra-core",
     "numpy",
 )
+MODULES = {  # that several packages install: only the one whose module is imported is recorded
+    "mmdet": "mmdet",
+    "onedl-mmdetection": "mmdet",
+    "mmengine": "mmengine",
+    "onedl-mmengine": "mmengine",
+}
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def add_start(folder: Path, now: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries, and the hardware, as text."""
+    """Return the versions of Python and of the imported libraries, and the hardware, as text."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -90,9 +98,11 @@ def _versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            version = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+        if package not in MODULES or version == import_module(MODULES[package]).__version__:
+            versions[package] = version
     return versions
 
 

@@ -100,7 +100,7 @@ class Plan(_Record):
 
     rate: Number
     rounds: NaturalNumber
-    budget: Literal["params", "macs", "flops"]
+    budget: Literal["params", "macs", "flops", "latency"]
 
 
 class Finished(_Record):
@@ -129,6 +129,13 @@ class Inputs(_Record):
     places: list[str] = []
 
 
+class Times(_Record):
+    """``latency_table.json``: where the times were measured, and the times in ms."""
+
+    place: dict[str, str | int]
+    times: dict[str, Number]
+
+
 class Start(_Record):
     """Software and hardware of a start, in ``environment.json``."""
 
@@ -139,6 +146,7 @@ class Start(_Record):
 FINISHED = TypeAdapter(Annotated[Finished, AfterValidator(_has_metric)])
 ROUNDS = TypeAdapter(list[Round])  # rounds.csv
 INPUTS = TypeAdapter(Inputs)
+TIMES = TypeAdapter(Times)
 STARTS = TypeAdapter(list[Start])
 LATENCIES = TypeAdapter(dict[str, Number])  # latency.json
 

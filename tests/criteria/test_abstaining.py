@@ -77,7 +77,7 @@ def test_the_other_groups_are_pruned_to_the_rate(inner_rounds: int):
     wide = {name for name, layer in detector.model.named_modules() if is_wide(layer)}
     before = {name: layer.out_channels for name, layer in convolutions(detector.model)}
     record = prune_round(detector, Widths(100), [], schedule, 1, unpruned)
-    check_rate(detector, schedule, 1, unpruned)
+    check_rate(detector, schedule, 1, unpruned, record)
     after = {name: layer.out_channels for name, layer in convolutions(detector.model)}
     told = {name for name, reason in record.excluded.items() if "too many" in reason}
     assert told == {name for name in wide if name.startswith(("backbone", "neck"))} != set()

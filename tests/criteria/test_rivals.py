@@ -22,7 +22,7 @@ from ldt.criteria.px import PXCriterion
 from ldt.criteria.taylor import OBDCriterion, TaylorCriterion
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
-from ldt.pruning.trial import _restored
+from ldt.pruning.trial import restored
 
 RIVALS = {
     "hrank": HRankCriterion,
@@ -386,7 +386,7 @@ def parameters_that_go(graph: PruningGraph, channels: dict[str, list[int]]) -> d
     """For every parameter, which of its entries these channels take with them."""
     model, gone = graph.model, {}
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
-    with _restored(model):
+    with restored(model):
         for parameter in model.parameters():  # numbers its entries
             parameter.data = torch.arange(parameter.numel()).view(parameter.shape).to(parameter)
         graph.remove(channels)

@@ -303,5 +303,6 @@ def test_processes_at_once_write_the_same_bytes_as_this_one(tmp_path):
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(option, value):
-    with pytest.raises(ValueError, match=rf"RoadScenes\.{option} is .*must be .* from .* to "):
+    key = "scene_seed" if option == "seed" else option
+    with pytest.raises(ValueError, match=rf"dataset\.{key}=.*; allowed: .* of at least .*up to "):
         RoadScenes(**{option: value})

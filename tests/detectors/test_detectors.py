@@ -9,7 +9,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
-from real_data import YOLOX_NANO, needs
+from real_data import NANODET_G, YOLOX_NANO, needs
 from small import composed, prepared
 from torch import nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
@@ -261,6 +261,7 @@ def test_without_a_network_a_pretrained_backbone_says_what_to_do(tmp_path, monke
         ("yolof_tiny", YOLOF),
         ("yolox_s", YOLOX),
         ("yolox_nano", YOLOX),
+        ("nanodet_g", [f"{layer}.{i}" for layer in GFL for i in range(3)]),
     ],
 )
 def test_predictors_are_what_one_finds_by_hand(name, expected):
@@ -483,6 +484,25 @@ def test_a_pruned_checkpoint_is_told_from_a_foreign_one(tmp_path):
 def test_a_predictor_that_the_detector_lacks_is_refused():
     with pytest.raises(ValueError, match=r"head.gone, which GFL does not have.*bbox_head.gfl_cls"):
         DetectorModule(config_of("gfl_tiny"), "abc", RECIPE, (64, 128), predictors=["head.gone"])
+
+
+@pytest.mark.slow
+@needs(NANODET_G)
+def test_published_weights_give_the_outputs_of_the_module_that_came_with_them(monkeypatch):
+    own = fresh("nanodet_g", 80).eval()
+    weights = NANODET_G / "nanodet_g_coco_mmdet.pth"
+    load_weights(own, weights, predictors_of(own))
+    monkeypatch.syspath_prepend(NANODET_G)
+    given = build(model_config(str(NANODET_G / "nanodet_g_coco.py"), {}, 80, pretrained=False))
+    load_weights(given, weights, predictors_of(given))
+    images = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.no_grad():
+        pairs = zip(raw_forward(own, images), raw_forward(given.eval(), images), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    for part in ("data_preprocessor", "train_cfg", "test_cfg"):
+        assert str(getattr(own, part)) == str(getattr(given, part))
+    means = [(d.data_preprocessor.mean, d.data_preprocessor.std) for d in (own, given)]
+    assert all(torch.equal(one, other) for one, other in zip(*means, strict=True))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What stands for mmcv's compiled module, how it is found, and its operators on scores."""
 
+import math
 import re
 import subprocess
 import sys
@@ -84,9 +85,11 @@ def test_parameters_have_the_names_of_the_compiled_module():
         assert list(code.co_varnames[: code.co_argcount]) == compiled[name], name
 
 
-def test_a_missing_operator_names_itself_and_the_way_out():
-    with pytest.raises(NotImplementedError, match=r"'softnms'.*mim install"):
-        mmcv.ops.soft_nms(torch.rand(3, 4), torch.rand(3))
+def test_a_missing_operator_names_the_torch_that_a_compiled_mmcv_needs():
+    with pytest.raises(NotImplementedError) as raised:
+        mmcv.ops.nms_rotated(torch.rand(3, 5), torch.rand(3), 0.5)
+    assert "'nms_rotated' needs a compiled mmcv" in str(raised.value)
+    assert f"needs {_ext.COMPILES}, and torch {torch.__version__} is installed" in str(raised.value)
     assert not hasattr(_ext, "__wrapped__")  # introspection is not answered with an operator
 
 
@@ -161,6 +164,78 @@ def test_nms_of_nothing():
     dets, kept = mmcv.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert dets.shape == (0, 5)
     assert kept.shape == (0,)
+
+
+# ---------------------------------------------------------------- soft and matching NMS
+
+
+def soft_nms_by_definition(boxes, scores, threshold, sigma, least, method, offset):
+    left = dict(enumerate(scores.tolist()))
+    kept = {}
+    while left:
+        best = max(left, key=lambda i: left[i])
+        kept[best] = left.pop(best)
+        for i in list(left):
+            o = iou(boxes[best].tolist(), boxes[i].tolist(), offset)
+            hard, linear = float(o < threshold), 1 - o if o >= threshold else 1.0
+            left[i] *= {"naive": hard, "linear": linear, "gaussian": math.exp(-(o**2) / sigma)}[
+                method
+            ]
+            if left[i] < least:
+                del left[i]
+    return kept
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+def test_soft_nms(method, offset):
+    boxes, scores = some_boxes(60), torch.randperm(60) / 60 + 0.02
+    given = {"iou_threshold": 0.31, "sigma": 0.4, "min_score": 0.1, "method": method}
+    dets, kept = mmcv.ops.soft_nms(boxes, scores, **given, offset=offset)
+    expected = soft_nms_by_definition(boxes, scores, 0.31, 0.4, 0.1, method, offset)
+    assert 1 < len(expected) < 60
+    assert kept.tolist() == list(expected)
+    assert torch.equal(dets[:, :4], boxes[kept])
+    torch.testing.assert_close(dets[:, 4], torch.tensor(list(expected.values())))
+
+
+def test_soft_nms_of_equal_scores_and_empty_boxes():
+    boxes = torch.tensor([[4, 3, 5, 3], [4, 3, 5, 4], *[[3, 1, 3, 1]] * 4]).float()
+    scores = torch.tensor([0.9, 0.9, 0.5, 0.5, 0.4, 0.0])
+    dets, kept = mmcv.ops.soft_nms(boxes, scores, 0.6, sigma=0.5)  # the example of its docstring
+    assert kept.tolist() == [0, 1, 2, 3, 4]
+    apart = torch.tensor([[8 * i, 0, 8 * i + 4, 4] for i in range(4)]).float()
+    dets, kept = mmcv.ops.soft_nms(apart, torch.tensor([0.9, 0.05, 0.5, 0.5]), min_score=0.1)
+    assert kept.tolist() == [0, 3, 2]  # the last box fills the place of the dropped one
+    assert torch.equal(dets[:, 4], torch.tensor([0.9, 0.5, 0.5]))
+    assert mmcv.ops.soft_nms(boxes[:0], scores[:0])[0].shape == (0, 5)
+
+
+def test_soft_nms_in_batches_is_soft_nms_per_class():
+    boxes, scores, classes = some_boxes(60), torch.randperm(60) / 60, torch.randint(0, 3, (60,))
+    cfg = {"type": "soft_nms", "iou_threshold": 0.3, "min_score": 0.05}
+    dets, kept = mmcv.ops.batched_nms(boxes, scores, classes, cfg)
+    expected = {}
+    for c in range(3):
+        mine = (classes == c).nonzero()[:, 0].tolist()
+        found = soft_nms_by_definition(boxes[mine], scores[mine], 0.3, 0.5, 0.05, "linear", 0)
+        expected |= {mine[i]: score for i, score in found.items()}
+    assert kept.tolist() == sorted(expected, key=lambda i: -expected[i])
+    torch.testing.assert_close(dets[:, 4], torch.tensor([expected[i] for i in kept.tolist()]))
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5])
+def test_nms_match_groups_boxes_by_the_one_that_suppresses_them(threshold):
+    boxes, scores = some_boxes(60), torch.randperm(60) / 60
+    groups = mmcv.ops.nms_match(torch.cat([boxes, scores[:, None]], 1), threshold)
+    expected = {}
+    for i in scores.argsort(descending=True).tolist():
+        overlaps = ((k, iou(boxes[i].tolist(), boxes[k].tolist(), 0)) for k in expected)
+        first = next((k for k, o in overlaps if o >= threshold), i)
+        expected.setdefault(first, []).append(i)
+    assert [g.tolist() for g in groups] == list(expected.values())
+    assert 1 < len(groups) < 60
+    assert mmcv.ops.nms_match(torch.zeros(0, 5), threshold) == []
 
 
 # ---------------------------------------------------------------- focal loss

@@ -29,12 +29,15 @@ def doubles(*shape):
 
 
 def bilinear(plane, y, x):
-    """`plane` (C, H, W) at (y, x), 0 outside: each cell weighs (1 - |dy|)(1 - |dx|) if positive."""
+    """`plane` (C, H, W) at (y, x); 0 from one cell outside on, where mmcv gives no gradient."""
     value = plane.new_zeros(plane.shape[0])
-    for row in (math.floor(y), math.floor(y) + 1):
-        for col in (math.floor(x), math.floor(x) + 1):
+    if not (-1 < y < plane.shape[1] and -1 < x < plane.shape[2]):
+        return value
+    top, left = (math.floor(torch.as_tensor(place).item()) for place in (y, x))
+    for row, from_row in ((top, top + 1 - y), (top + 1, y - top)):
+        for col, from_col in ((left, left + 1 - x), (left + 1, x - left)):
             if 0 <= row < plane.shape[1] and 0 <= col < plane.shape[2]:
-                value = value + plane[:, row, col] * (1 - abs(y - row)) * (1 - abs(x - col))
+                value = value + plane[:, row, col] * from_row * from_col
     return value
 
 
@@ -92,7 +95,7 @@ def test_roi_align(aligned, ratio):
 
 
 def test_roi_align_maximum_is_refused():
-    with pytest.raises(NotImplementedError, match=r"pool_mode='max'.*mim install"):
+    with pytest.raises(NotImplementedError, match=r"pool_mode='max'.*needs torch"):
         mmcv.ops.roi_align(doubles(2, 3, 6, 7), ROIS, 2, 1.0, 2, "max", True)
 
 
@@ -159,7 +162,7 @@ def deform_conv_by_definition(x, offset, weight, mask, stride, pad, dilation, gr
                 for d in range(deform):
                     y = i * stride[0] - pad[0] + a * dilation[0] + taps[n, d, a, b, 0, i, j]
                     z = j * stride[1] - pad[1] + b * dilation[1] + taps[n, d, a, b, 1, i, j]
-                    sampled = bilinear(parts[n, d], y.item(), z.item()) * gates[n, d, a, b, i, j]
+                    sampled = bilinear(parts[n, d], y, z) * gates[n, d, a, b, i, j]
                     columns.view(deform, -1, kh, kw)[d, :, a, b] = sampled
         by_group = zip(weight.chunk(groups), columns.chunk(groups), strict=True)
         return torch.cat([(w * c).sum((1, 2, 3)) for w, c in by_group])
@@ -192,6 +195,27 @@ def test_deform_conv_v1(geometry):
     assert gradcheck(run, (x, offset, weight), fast_mode=True)
     plain = F.conv2d(x, weight, None, *geometry[:4])
     torch.testing.assert_close(run(x, torch.zeros_like(offset), weight), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_points_on_cells_and_at_the_border_have_the_gradients_of_mmcv(geometry):
+    x, offset, mask, weight = deform_inputs(geometry)
+    offset = torch.randint(-3, 4, offset.shape).double().requires_grad_()
+
+    def gradients(output):
+        inputs = (x, offset, weight, mask)
+        return torch.autograd.grad(output, inputs, torch.ones_like(output), materialize_grads=True)
+
+    fast = mmcv.ops.modulated_deform_conv2d(x, offset, mask, weight, None, *geometry)
+    slow = deform_conv_by_definition(x, offset, weight, mask, *geometry)
+    for one, other in zip(gradients(fast), gradients(slow), strict=True):
+        torch.testing.assert_close(one, other)
+    plain = mmcv.ops.deform_conv2d(x, offset, weight, *geometry)
+    ones = torch.ones_like(mask)
+    modulated = mmcv.ops.modulated_deform_conv2d(x, offset, ones, weight, None, *geometry)
+    for one, other in zip(gradients(plain), gradients(modulated), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -1,6 +1,7 @@
 """Laws of choosing channels: exact costs, met rates, compounding rounds, limits and rankings."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,17 @@ from small import REAL, SCOPE, SMALL, Case, case
 from torch import Tensor
 
 from ldt.evaluation.profiling import count_macs, count_parameters
-from ldt.pruning.budget import RANKINGS, TOLERANCE, Limits, UnreachableRateError, select_channels
+from ldt.pruning.budget import (
+    RANKINGS,
+    TOLERANCE,
+    Limits,
+    UnreachableRateError,
+    select_channels,
+    some_of,
+)
 from ldt.pruning.costs import Budget, CostModel
 from ldt.pruning.graph import PruningGraph
+from ldt.pruning.layer_types import width_of
 
 BUDGETS: tuple[Budget, ...] = ("params", "macs")
 WITH_HEAD = (*SCOPE, "head", "bbox_head")
@@ -137,6 +146,12 @@ def test_limits_count_from_the_unpruned_model_in_every_round() -> None:
         (64, 128, Limits(0.75, 4), 32),
         (30, 128, Limits(0.75, 4), 0),
         (3, 3, Limits(0.95, 4), 0),
+        (48, 48, Limits(0.95, 4, round_to=1), 44),
+        (48, 48, Limits(0.95, 4, round_to=8), 40),
+        (20, 20, Limits(0.95, 1, round_to=8), 12),
+        (128, 128, Limits(0.75, 4, round_to=48), 80),
+        (30, 128, Limits(0.95, 4, round_to=16), 14),
+        (8, 8, Limits(0.95, 4, round_to=8), 0),
     ],
 )
 def test_what_a_layer_may_lose(size: int, original: int, limits: Limits, expected: int) -> None:
@@ -158,6 +173,58 @@ def test_group_norm_loses_as_many_channels_from_each_group() -> None:
         )
         assert len(set(of_each.tolist())) == 1
     subject.outputs(subject.batches[0].images)
+
+
+def widths(graph: PruningGraph) -> dict[str, int]:
+    """What the layers of every group produce, by layer."""
+    return {
+        member.name: width_of(member.layer, "out")
+        for group in graph.groups.values()
+        for member in group.producers
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranking", ["global", "uniform"])
+@pytest.mark.parametrize(("name", "multiple"), [("gfl_tiny", 8), ("yolox_nano", 16)])
+def test_what_stays_of_a_layer_is_a_multiple(name: str, multiple: int, ranking: str) -> None:
+    subject = case(name)
+    graph, limits = subject.graph(), Limits(round_to=multiple)
+    before, whole, rate = widths(graph), count(subject, "macs"), 0.3
+    step = max(
+        CostModel(graph, "macs").saved({group: np.arange(min(g.size, limits.multiple(g)))})
+        for group, g in graph.groups.items()
+    )
+    cut(subject, rate * whole, TOLERANCE * whole, "macs", ranking, limits)
+    assert abs(whole - count(subject, "macs") - rate * whole) <= max(TOLERANCE * whole, step / 2)
+    after = widths(subject.graph())
+    assert after != before
+    assert all(width in (before[key], width // multiple * multiple) for key, width in after.items())
+    subject.outputs(subject.batches[0].images)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_coupled_parts_keep_multiples_too(name: str) -> None:
+    subject = case(name)
+    graph = subject.graph()
+    before = {group: g.size for group, g in graph.groups.items()}
+    limits = Limits(max_layer_rate=1.0, min_channels=1, round_to=4)
+    most = {group: limits.removable(g, g.size) for group, g in graph.groups.items()}
+    scores, costs = random_scores(graph), CostModel(graph, "params")
+    save = costs.saved({group: some_of(graph.groups[group], n) for group, n in most.items()})
+    chosen = select_channels(graph, scores, costs, save=save, tolerance=0.1, limits=limits)
+    graph.remove(chosen)
+    layers: dict[str, Any] = dict(subject.model.named_modules())
+    after = {group: layers[group].out_channels for group in before}  # of those too narrow to be one
+    after |= {group: g.size for group, g in subject.graph().groups.items()}
+    assert after == {group: before[group] - most[group] for group in before}
+    assert all(size % 4 == 0 or size == before[group] for group, size in after.items())
+    subject.outputs(subject.batches[0].images)
+
+
+def test_a_round_number_changes_nothing_where_a_step_is_one_channel() -> None:
+    saves = [cut(case("residual"), 2000, 300, limits=Limits(0.9, 2, r)) for r in (0, 1)]
+    assert saves[0] == saves[1]
 
 
 def test_global_removes_the_smallest_scores_of_all() -> None:

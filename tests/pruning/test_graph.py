@@ -22,8 +22,9 @@ from small import (
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
+from ldt.pruning import dependency
 from ldt.pruning.coupled_groups import CoupledGroup
-from ldt.pruning.dependency import traceable_split_attention
+from ldt.pruning.dependency import ChannelParameter, Tracer, traceable_split_attention
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import CONVOLUTIONS
 from ldt.pruning.structure import channels, record
@@ -69,11 +70,17 @@ def masked_outputs(
         return hook
 
     hooks = [layer.register_forward_hook(mask(layer)) for layer in dead]
+    parameters = [layer for layer in dead if isinstance(layer, ChannelParameter)]
+    before = [layer.values.clone() for layer in parameters]
+    for layer in parameters:
+        layer.values.data.index_fill_(layer.dim, torch.tensor(sorted(dead[layer])), 0.0)
     try:
         return subject.outputs(subject.batches[0].images)
     finally:
         for hook in hooks:
             hook.remove()
+        for layer, values in zip(parameters, before, strict=True):
+            layer.values.data.copy_(values)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -82,7 +89,8 @@ def test_cutting_equals_masking(name: str, seed: int) -> None:
     check_masking(case(name, seed), seed)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*REAL, "nanodet_g"])
 def test_cutting_equals_masking_in_detectors(name: str) -> None:
     check_masking(case(name), seed=0)
 
@@ -203,27 +211,22 @@ class Shuffling(nn.Module):
         return maps.view(len(maps), 3, 4, *maps.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
-class Scaled(nn.Module):
-    """A factor and an offset that are kept, and split, as one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.both = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(2))
+class ShufflingSixes(Shuffling):
+    """Shuffles groups of six channels, of which there are half as many after a trial."""
 
     def forward(self, x: Tensor) -> Tensor:
-        factor, offset = self.both.split(1)
-        return self.conv(x) * factor + offset
+        return self.conv(x).unflatten(1, (-1, 6)).transpose(1, -3).flatten(1, 2)
 
 
 class Weighted(nn.Module):
-    """A parameter of its own for every channel."""
+    """A parameter of its own for every channel, which is read in an unusual way."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.weight = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(1, 12, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * self.weight
+        return self.conv(x) * self.weight.flip(1)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ class Weighted(nn.Module):
         (Halves(6, 6), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
         (Mixing(), 12, SCOPE, "backbone.0.1.conv", "does not see"),
         (Shuffling(), 12, SCOPE, "backbone.0.1.conv", "does not"),
-        (Scaled(), 12, SCOPE, "backbone.0.1.conv", "split into parts"),
+        (ShufflingSixes(), 12, SCOPE, "backbone.0.1.conv", "by a hard-coded number"),
         (Weighted(), 12, SCOPE, "backbone.0.1.conv", "parameter backbone.0.1.weight"),
         (nn.Identity(), 12, ("head",), "head.0", "predictions of head.0"),
     ],
@@ -336,6 +339,49 @@ def test_what_is_multiplied_or_summed_part_by_part_goes_together(name: str) -> N
     assert (group.size, group.parts) == (12, 1)
     assert set(member.channels.tolist()) == set(range(24))
     assert (member.roots == member.channels % 12).all()
+
+
+def test_parameters_of_channels_are_members_of_groups() -> None:
+    graph = case("parametric").graph()
+    assert not graph.excluded
+    found = {m.name for g in graph.groups.values() for m in g.members}
+    own = {f"backbone.1.{name}" for name in ("scale", "places", "gamma")}
+    assert own <= found
+    assert "backbone.1.weights" not in found
+
+
+def test_channels_that_a_shuffle_spreads_over_groups_go_together() -> None:
+    graph = case("shuffled_groups").graph()
+    made = [(g, m) for g in graph.groups.values() for m in g.producers]
+    ((group, member),) = [(g, m) for g, m in made if m.name == "backbone.1.first.0"]
+    assert group.size == 6
+    assert (member.roots == member.channels % 6).all()
+    halves = case("shuffled_halves").graph()
+    passing = halves.groups["backbone.0.0.0"]
+    assert (passing.size, passing.parts) == (16, 4)  # two splits, the second of half of the first
+    assert {f"backbone.0.1.steps.{i}.0.0" for i in (0, 1)} <= set(halves.groups)
+
+
+def test_a_search_that_finds_ever_more_channels_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Tracer.build_dependency
+
+    def misread(self: Tracer, *given: Any, **options: Any) -> None:
+        """As if every operation moved the channels on, and back to where they had not come from."""
+        build(self, *given, **options)
+        for node in self.module2node.values():
+            for edge in node.dependencies:
+                edge.index_mapping[1] = lambda found: [i._replace(idx=i.idx + 1) for i in found]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracer, "build_dependency", misread)
+        graph = case("residual").graph()
+    assert not graph.groups
+    assert set(graph.excluded) == set(case("residual").graph().scored)
+    assert all("does not have" in reason for reason in graph.excluded.values())
+    monkeypatch.setattr(dependency, "MOST_CHANNELS", 20)
+    found = case("residual").graph()
+    assert "ever more" in found.excluded["backbone.0.1.second.0"]
+    assert not set(found.excluded) & set(found.scored)
 
 
 def test_split_attention_is_traced_as_what_it_computes() -> None:

@@ -54,29 +54,42 @@ def cells(text, first):
 
 
 def test_a_run_is_printed_with_one_line_a_round(tmp_path, capsys):
-    report.print_run(summary(row(0), row(1), row(2)), tmp_path)
+    faster = row(2, AP=0.45, latency_ms=6.17)
+    report.print_run(summary(row(0), row(1), faster), tmp_path)
     text = capsys.readouterr().out
-    assert cells(text, "base") == ["base", "0.400", "0.700", "0.690", "0.630", "0.410", "12.3",
-                                   "0.0"]  # fmt: skip
-    assert cells(text, "2") == ["2", "0.380", "0.700", "0.690", "0.210", "0.410", "12.3", "50.0"]
-    for part in ("AP *", "128x256", "2 threads, cpu", "parameters removed (%)"):
+    size = ["0.700", "0.690", "0.630", "0.410", "0.0", "12.3"]
+    assert cells(text, "base") == ["base", "0.400", *size]
+    assert cells(text, "2") == ["2", "0.450", "+0.050", "0.700", "0.690", "0.210", "0.410", "50.0",
+                                "6.2", "2.00x"]  # fmt: skip
+    for part in ("128x256", "2 threads, cpu", "of the base's parameters"):
         assert part in text
-    assert str(tmp_path / "round-2.ckpt") in text.splitlines()[-1]
+    assert f"results: {tmp_path}" in text
+    commands = [line.partition("ldt ")[2].split() for line in text.splitlines()[-3:]]
+    assert [words[0] for words in commands] == ["report", "predict", "export"]
+    assert {words[1] for words in commands[1:]} == {str(tmp_path / "round-2.ckpt")}
+
+
+def test_latencies_of_two_machines_are_not_compared(tmp_path, capsys):
+    report.print_run(summary(row(0), row(1, threads=4)), tmp_path)
+    text = capsys.readouterr().out
+    assert cells(text, "1")[-1] == "-"
+    assert "2 threads, cpu; 4 threads, cpu" in text
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
     bare = {"round": 1, "AP": NAN, "params": 1_000_000, "multiply_adds": 2e9, "rate": 0.5}
     report.print_run(summary(row(0), bare), tmp_path)
-    assert cells(capsys.readouterr().out, "1") == ["1", "-", "-", "-", "1.000", "2.000", "-",
-                                                   "50.0"]  # fmt: skip
+    assert cells(capsys.readouterr().out, "1") == ["1", "-", "-", "-", "-", "1.000", "2.000",
+                                                   "50.0", "-", "-"]  # fmt: skip
+    report.print_run(summary({**bare, "round": 0}, bare), tmp_path)
+    assert "latency" not in capsys.readouterr().out
 
 
 def test_any_metric_can_be_the_headline(tmp_path, capsys):
     report.print_run(summary(row(0, AP75=0.321), metric="AP75"), tmp_path)
     text = capsys.readouterr().out
-    assert "AP75 *" in text
-    assert "AP *" not in text
-    assert "0.321" in cells(text, "base")
+    assert cells(text, "round")[1:4] == ["AP75", "change", "AP"]
+    assert cells(text, "base")[1] == "0.321"
 
 
 def test_kittis_own_metric_is_shown_where_it_was_measured(tmp_path, capsys):
@@ -84,9 +97,37 @@ def test_kittis_own_metric_is_shown_where_it_was_measured(tmp_path, capsys):
     report.print_run(summary(row(0, **kitti), row(1, **kitti)), tmp_path)
     text = capsys.readouterr().out
     assert [name for name in cells(text, "round") if "kitti" in name] == list(kitti)
-    assert cells(text, "1")[4:7] == ["0.811", "0.722", "0.633"]
+    assert cells(text, "1")[5:8] == ["0.811", "0.722", "0.633"]
     report.print_run(summary(), tmp_path)
     assert "kitti_" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_tables_fit_a_terminal_with_whole_words(tmp_path, width, in_terminal):
+    kitti = {"kitti_easy": 0.811, "kitti_moderate": 0.722, "kitti_hard": 0.633}
+    rows = [row(t, **kitti, params=123_456_789) for t in range(3)]
+    shown = in_terminal(width)
+    report.print_run(summary(*rows, metric="kitti_moderate"), Path("runs/x"))
+    for name in ("a", "b" * 60):
+        finished(tmp_path, name, rounds=rows)
+    report.print_study(tmp_path, {"a": "method=ldt", "b" * 60: "method=l1 prune.rate=0.5"})
+    lines = shown.getvalue().splitlines()
+    told = [line for line in lines if str(tmp_path) not in line and "ldt " not in line]
+    assert max(map(len, told)) <= width
+    text = "\n".join(lines)
+    assert "…" not in text
+    for word in ("kitti_moderate", "change", "parameters", "latency", "speed-up", "finished"):
+        assert word in text.split()
+    assert "+0.000" in text
+    assert "method=l1 prune.rate=0.5" in text
+
+
+def test_the_numbers_of_a_sweep_are_those_of_its_jobs(study, capsys):
+    assert report.print_study(study, {"a-finished": "seed=0", "f-running": "seed=1"}) == 0
+    text = capsys.readouterr().out
+    assert "1 finished, 0 failed, 1 unfinished; 4 more in the study" in text
+    assert "seed=0" in text
+    assert "c-failed" not in text
 
 
 def test_long_paths_and_markup_are_printed_whole(tmp_path, capsys):
@@ -95,7 +136,7 @@ def test_long_paths_and_markup_are_printed_whole(tmp_path, capsys):
     (folder / "pictures" / "channels.png").touch()
     report.print_run(summary(run="a [red]b"), folder)
     lines = capsys.readouterr().out.splitlines()
-    assert any(str(folder / "pictures" / "channels.png") in line for line in lines)
+    assert f"results: {folder}" in lines
     assert any("a [red]b" in line for line in lines)
 
 
@@ -123,14 +164,17 @@ def test_a_study_counts_its_failures_and_prints_one_line_a_run(study, capsys):
     for name in ("a-finished", "b-nan", "c-failed", "d-corrupt", "e-partial", "f-running"):
         assert sum(line.strip().startswith(name) for line in lines) == 1
     text = "\n".join(lines)
-    numbers = "0.400 0.390 0.315 0.410 at 128x256 50.0 params"
+    numbers = "0.400 0.390 -0.010 50.0 0.315 0.410"
     assert " ".join(cells(text, "a-finished")) == f"a-finished finished AP {numbers}"
-    assert cells(text, "b-nan")[3:5] == ["0.400", "-"]
+    assert cells(text, "b-nan")[3:6] == ["0.400", "-", "-"]
     assert "rate [x] too high" in text
     assert "more lines" not in text
     assert str(study / "d-corrupt" / "summary.json") in text
     assert "notes" not in text
-    assert lines[-1] == "2 finished, 1 failed, 2 damaged, 1 unfinished"
+    assert lines[-2:] == [
+        "2 finished, 1 failed, 2 damaged, 1 unfinished",
+        f"next:  ldt report {study}",
+    ]
 
 
 def test_a_study_without_failures_returns_zero(tmp_path):

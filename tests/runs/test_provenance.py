@@ -1,8 +1,14 @@
 """What is told of software, hardware and commit."""
 
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
+import ldt  # noqa: F401  (first: mmcv's operators)
+
+# isort: split
+import mmdet
+import pytest
 import torch
 
 from ldt.runs.provenance import environment, git_state
@@ -11,8 +17,21 @@ from ldt.runs.provenance import environment, git_state
 def test_environment_names_what_a_number_depends_on():
     found = environment()
     assert found["torch"] == torch.__version__.partition("+")[0]
-    assert {"python", "numpy", "mmdet", "cpu", "cores", "threads", "gpus"} <= found.keys()
+    assert {"python", "numpy", "cpu", "cores", "threads", "gpus"} <= found.keys()
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("imported", "recorded"), [("3.3.0", "mmdet"), ("3.5.1", "onedl-mmdetection")]
+)
+def test_of_packages_with_the_same_module_the_imported_one_is_recorded(
+    imported: str, recorded: str, monkeypatch
+):
+    known = {"mmdet": "3.3.0", "onedl-mmdetection": "3.5.1"}
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: known.get(name) or installed(name))
+    monkeypatch.setattr(mmdet, "__version__", imported)
+    assert {name for name in environment() if name in known} == {recorded}
 
 
 def git(folder: Path, *arguments: str) -> str:
