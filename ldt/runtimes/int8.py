@@ -31,7 +31,8 @@ def quantise(model: Any, detector: Detector, images: Sequence[np.ndarray], spare
     is_onnx = hasattr(model, "graph")
     edges = (_onnx_edges if is_onnx else _openvino_edges)(model)
     kept = _after(edges, detector.predictors) | _first_parts(edges, spared)
-    nncf.set_log_level(logging.ERROR)
+    # its own function would change every handler that listens to it
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf.quantize(
         model,
         nncf.Dataset([{INPUT: image} for image in images] if is_onnx else list(images)),
