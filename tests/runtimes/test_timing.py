@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pruned_files import data_of, pruned_checkpoint
-from short_runs import rows, tiny
+from short_runs import TINY, rows
+from short_runs import command as run
 from small import case
 
-from ldt import experiment
 from ldt.cli.commands import RUNTIMES as NAMED
 from ldt.cli.commands import ldt as command
 from ldt.report import page, print_run
@@ -96,21 +96,22 @@ def test_benchmark_refuses_what_is_no_detector(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_reports_its_runtimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny(tmp_path, "method=none", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
-    folder = tmp_path / "study" / "run"
-    experiment.run(config, folder)
+    folder = tmp_path / "runs/study/run"
+    given = ("method=none", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
+    names = ("study=study", "run_name=run")
+    done = run(*TINY, *given, *names, cwd=tmp_path, drawn=False)
+    assert done.returncode == 0, done.stderr
     for row in rows(folder):
         assert row["onnxruntime/cpu_ms"] > 0
         assert row["eager/threaded_wall_ms"] > 0
         assert "openvino/cpu_ms" not in row
-    run = open_run(folder)
+    found = open_run(folder)
     print_run(files.read_json(folder / files.SUMMARY), folder)
     for text in (
         capsys.readouterr().out,
-        page.page(folder.parent, [run], 0),
-        write(cells([run]), "markdown"),
+        page.page(folder.parent, [found], 0),
+        write(cells([found]), "markdown"),
     ):
         assert "onnxruntime" in text  # a terminal breaks the line before the unit
         assert "openvino (ms)" not in text
