@@ -98,7 +98,7 @@ def test_benchmark_refuses_what_is_no_detector(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_reports_its_runtimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs/study/run"
-    given = ("method=none", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
+    given = ("method=l1", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
     names = ("study=study", "run_name=run")
     done = run(*TINY, *given, *names, cwd=tmp_path, drawn=False)
     assert done.returncode == 0, done.stderr
