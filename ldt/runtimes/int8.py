@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldt.detectors.adapter import Detector
-from ldt.runtimes.graph import INPUT
+from ldt.runtimes.detection_graph import INPUT
 from ldt.runtimes.packages import need
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from openvino import Model
 
 IMAGES = 300  # calibration images
 TRIALS = 3  # each leaves one part more of the backbone in float
@@ -43,7 +47,7 @@ def quantise(model: Any, detector: Detector, images: Sequence[np.ndarray], spare
     )
 
 
-def _onnx_edges(model: Any) -> dict[str, list[str]]:
+def _onnx_edges(model: "ModelProto") -> dict[str, list[str]]:
     """Return the names of the nodes that follow each node, in the order of the network."""
     users: dict[str, list[str]] = {}
     for node in model.graph.node:
@@ -56,7 +60,7 @@ def _onnx_edges(model: Any) -> dict[str, list[str]]:
     }
 
 
-def _openvino_edges(model: Any) -> dict[str, list[str]]:
+def _openvino_edges(model: "Model") -> dict[str, list[str]]:
     return {
         node.get_friendly_name(): [
             user.get_node().get_friendly_name()

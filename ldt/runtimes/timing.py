@@ -27,7 +27,7 @@ from ldt.config.kinds import Precision, RuntimeName
 from ldt.config.values import Count, check_fields
 from ldt.detectors.adapter import Detector
 from ldt.runs.provenance import cpu_name
-from ldt.runtimes.graph import evaluating, to_onnx
+from ldt.runtimes.detection_graph import evaluating, to_onnx
 from ldt.runtimes.packages import need
 from ldt.runtimes.sessions import F32
 
