@@ -30,7 +30,7 @@ from ldt.runtimes import int8
 from ldt.runtimes.about import KEY, About
 from ldt.runtimes.detection_graph import MOST, to_onnx
 from ldt.runtimes.file_detector import FileDetector, to_canvas
-from ldt.runtimes.packages import need
+from ldt.runtimes.packages import need, openvino_core
 from ldt.runtimes.parity import compare
 from ldt.runtimes.sessions import open_session
 
@@ -242,7 +242,7 @@ def read_model(file: Path, suffix: str) -> Any:
     """Return a file of ours as a model of ONNX or, for ``.xml``, of OpenVINO."""
     if suffix == ".onnx":
         return need("onnx").load(file)
-    return need("openvino").Core().read_model(file)
+    return openvino_core().read_model(file)
 
 
 # Checks ---------------------------------------------------------------------------------------

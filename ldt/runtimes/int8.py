@@ -8,7 +8,7 @@ import numpy as np
 
 from ldt.detectors.adapter import Detector
 from ldt.runtimes.detection_graph import INPUT
-from ldt.runtimes.packages import need
+from ldt.runtimes.packages import kept_signal_stack, need
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,14 +37,15 @@ def quantise(model: Any, detector: Detector, images: Sequence[np.ndarray], spare
     kept = _after(edges, detector.predictors) | _first_parts(edges, spared)
     # its own function would change every handler that listens to it
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf.quantize(
-        model,
-        nncf.Dataset([{INPUT: image} for image in images] if is_onnx else list(images)),
-        subset_size=len(images),
-        preset=nncf.QuantizationPreset.MIXED,
-        target_device=nncf.TargetDevice.CPU,
-        ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False),
-    )
+    with kept_signal_stack():
+        return nncf.quantize(
+            model,
+            nncf.Dataset([{INPUT: image} for image in images] if is_onnx else list(images)),
+            subset_size=len(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            target_device=nncf.TargetDevice.CPU,
+            ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False),
+        )
 
 
 def _onnx_edges(model: "ModelProto") -> dict[str, list[str]]:

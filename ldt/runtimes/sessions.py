@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ldt.runtimes.about import KEY, About, read_about
-from ldt.runtimes.packages import need
+from ldt.runtimes.packages import need, openvino_core
 
 if TYPE_CHECKING:
     from onnx import GraphProto, TypeProto
@@ -159,12 +159,11 @@ def _dims(kind: "TypeProto") -> list[int]:
 
 
 def _open_openvino(path: Path, threads: int | None) -> OpenVinoSession:
-    openvino = need("openvino")
     weights = path.with_suffix(".bin")
     if not weights.is_file() or weights.resolve().parent != path.resolve().parent:
         raise ValueError(f"its weights {weights.name} are not beside it")
     content = _bytes(path, LARGEST_XML)
-    core = openvino.Core()
+    core = openvino_core()
     try:
         model = core.read_model(content, _bytes(weights, LARGEST_FILE))
     except ValueError:

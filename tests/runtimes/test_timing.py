@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pruned_files import data_of, pruned_checkpoint
-from short_runs import TINY, rows
+from short_runs import TINY, python, rows
 from short_runs import command as run
 from small import case
 
@@ -57,6 +57,34 @@ def test_every_runtime_times_a_detector_and_leaves_it_as_it_was() -> None:
     weights = sum(4 * p.numel() for p in detector.model.parameters())
     assert "eager/file_bytes" not in found
     assert found["onnxruntime/file_bytes"] == pytest.approx(weights, rel=0.1)
+
+
+AFTER_OPENVINO = """
+import gc, signal
+from ldt.runtimes.packages import kept_signal_stack, need
+from ldt.runtimes.timing import measure_runtimes
+from small import case
+
+measure_runtimes(case("gfl_tiny").target, ["openvino"], runs=1)
+with kept_signal_stack():
+    image = need("openvino.opset13").parameter([1])
+    model = need("openvino").Model([need("openvino.opset13").relu(image)], [image], "relu")
+    first, second = (need("openvino").Core().compile_model(model, "CPU") for _ in range(2))
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("alive", flush=True))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_signals_are_handled_after_openvino_has_run() -> None:
+    """It replaces the stack for them; the process would be killed without a word."""
+    done = python("-W", "ignore", "-c", AFTER_OPENVINO, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1:] == ["alive"]
 
 
 def test_a_runtime_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
