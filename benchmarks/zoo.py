@@ -48,7 +48,7 @@ from ldt.evaluation.profiling import count_parameters
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE
 from ldt.runtimes.about import About
-from ldt.runtimes.graph import MOST
+from ldt.runtimes.detection_graph import MOST
 from ldt.runtimes.parity import BOX, SCORE, compare
 from ldt.runtimes.sessions import open_session
 

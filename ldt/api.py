@@ -468,7 +468,7 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
     return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 
 
-def _samples(item: Any) -> Any:
+def _samples(item: object) -> Any:
     """Return the labels of an item or batch of ``images``."""
     if not isinstance(item, Mapping) or not {"inputs", "data_samples"} <= item.keys():
         raise ValueError(f"images holds a {type(item).__name__}; {ALLOWED_IMAGES}")

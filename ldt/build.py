@@ -161,7 +161,7 @@ def build_schedule(config: DictConfig) -> PruningSchedule:
     )
 
 
-def _round_to(prune: Any) -> int:
+def _round_to(prune: DictConfig) -> int:
     """Return the number that widths are multiples of."""
     if prune.round_to != "auto":
         return prune.round_to

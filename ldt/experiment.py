@@ -467,5 +467,5 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 def without_hydra(whole: DictConfig) -> DictConfig:
     """Return a composed configuration without Hydra's part, which run names are derived from."""
     HydraConfig.instance().set_config(whole)
-    keys: Any = [key for key in whole if key != "hydra"]
+    keys = [str(key) for key in whole if key != "hydra"]
     return OmegaConf.masked_copy(whole, keys)

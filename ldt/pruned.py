@@ -1,7 +1,6 @@
 """The detector type ``PrunedDetector`` of exported configs; see their ``custom_imports``."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from mmdet.registry import MODELS
 from torch import nn
@@ -13,7 +12,7 @@ from ldt.pruning import structure
 
 @MODELS.register_module(name="PrunedDetector")
 def pruned_detector(
-    detector: str, sizes: structure.Structure, shapes: Mapping[str, str], **model: Any
+    detector: str, sizes: structure.Structure, shapes: Mapping[str, str], **model: object
 ) -> nn.Module:
     """Build an mmdet detector with a pruned structure; its weights are loaded afterwards.
 

@@ -1,6 +1,7 @@
 """Laws of the benchmark's plan and driver; its cells are stand-ins that write what runs write."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def driver(tmp_path, plan_file, monkeypatch):
 
     def start(name, **options):
         ran.clear()
-        places = {"runs": tmp_path / "runs", "choices": tmp_path / "choices", "file": plan_file}
+        places = {"runs": tmp_path / "runs", "records": tmp_path / "records", "file": plan_file}
         return run.start(name, GIVEN, **options, **places)
 
     start.ran = ran
@@ -102,9 +103,13 @@ def test_stages_share_no_images_and_methods_have_equal_trials(detector, dataset)
     for cells in (*stages.values(), plan.finals(None)):
         assert len({cell.name for cell in cells}) == len(cells)
     trials = [cell for cell in stages["development"] if cell.score]
-    counts = {score: sum(c.score == score for c in trials) for score in plan.scores}
-    assert len(set(counts.values())) == 1
-    assert {cell.training for cell in trials} == {"plain", "ldt"}
+    counts = {score: len({c.trial for c in trials if c.score == score}) for score in plan.scores}
+    assert set(counts.values()) == {6}
+    by_score = {score: {c.training for c in trials if c.score == score} for score in plan.scores}
+    assert by_score.pop("ldt") == {"plain", "ldt"}
+    assert all(trainings == {"plain"} for trainings in by_score.values())
+    rivals = [cell for cell in stages["test"] if cell.score not in ("", "ldt")]
+    assert {cell.budget for cell in rivals if cell.training == "ldt"} == {"macs"}
     opened = [any("reserved" in key for key in cell.overrides) for cell in stages["reserved"]]
     assert all(opened) or dataset == "roadscenes"
     others = [*stages["development"], *stages["test"]]
@@ -185,15 +190,20 @@ def test_finished_cells_are_skipped_and_choices_are_frozen(driver, tmp_path, cap
     said = capsys.readouterr().out
     assert f"[{len(cells)}/{len(cells)}]" in said
     assert "0.00 h of one core left" in said
-    frozen = json.loads((tmp_path / "choices/yolox_nano_kitti.json").read_text())
+    frozen = json.loads((tmp_path / "records/yolox_nano_kitti/choices.json").read_text())
     assert {own["macs"] for own in frozen["choices"].values()} == {"global_per_cost_own"}
     driver("development")
     assert driver.ran == []
-    some = tmp_path / "runs" / stage.study / cells[5] / files.SUMMARY
-    some.unlink()  # a killed run
+    assert not list((tmp_path / "runs").glob(f"*/light*/{files.LAST}"))
+    shutil.rmtree(tmp_path / "runs")  # another machine
+    driver("development")
+    assert driver.ran == []
+    lines = (file := tmp_path / "records/yolox_nano_kitti/cells.csv").read_text().splitlines(True)
+    (lost,) = [line for line in lines if line.startswith(f"{cells[5]},")]
+    file.write_text("".join(line for line in lines if line != lost))  # a killed run
     driver("development")
     assert driver.ran == [cells[5]]
-    assert not list((tmp_path / "runs").glob(f"*/light*/{files.LAST}"))
+    assert sorted(file.read_text().splitlines(True)) == sorted(lines)
 
 
 def test_scores_are_dropped_until_the_plan_fits(driver, capsys):
@@ -212,7 +222,7 @@ def test_the_page_has_the_statistics_of_kept_detections(driver, tmp_path, plan_f
     driver("development")
     driver("test")
     (tmp_path / "README.md").write_text("# A\n" + "\n".join(page.MARKS) + "\nend\n")
-    found = page.build(tmp_path / "runs", tmp_path, plan_file)
+    found = page.build(tmp_path, plan_file)
     assert [results.stage for results in found] == ["development", "test"]
     text = (tmp_path / "README.md").read_text()
     assert "**Primary endpoint**" in text
@@ -229,6 +239,6 @@ def test_the_page_has_the_statistics_of_kept_detections(driver, tmp_path, plan_f
     cells = files.read_rows(tmp_path / "results.csv")
     assert {row["kind"] for row in cells if row["stage"] == "test"} > {BASE, LIGHT, FULL, SCRATCH}
     before = (tmp_path / "results.md").read_text()
-    page.build(tmp_path / "runs", tmp_path, plan_file)
+    page.build(tmp_path, plan_file)
     assert (tmp_path / "results.md").read_text() == before  # nothing is drawn by chance
     assert text == (tmp_path / "README.md").read_text()

@@ -21,11 +21,10 @@ from benchmark.plan import (
     STAGES,
     WIDTHS,
     Cell,
-    Choices,
     Plan,
 )
+from benchmark.records import CHOICES, Records
 
-from ldt.evaluation.kept_detections import load
 from ldt.evaluation.paired_bootstrap import (
     Interval,
     Resampled,
@@ -36,10 +35,9 @@ from ldt.evaluation.paired_bootstrap import (
     verdict,
 )
 from ldt.evaluation.resampled_ap import Matches, match
-from ldt.runs import DONE, files
+from ldt.runs import files
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 LDT, PLAIN, RANDOM = "ldt", "plain", "random"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 DRAWS = 1000
@@ -57,7 +55,7 @@ class Results:
     """A stage of a detector and a data set.
 
     Attributes:
-        study: name of the study.
+        study: detector and data set.
         stage: name of the stage.
         cells: the last round of each finished run, by cell and replicate.
         resampled: AP of the same cells.
@@ -84,18 +82,17 @@ def identify(cell: Cell) -> Id:
     return cell.kind, cell.training, cell.score, cell.budget, cell.switch
 
 
-def read(plan: Plan, stage: str, runs: Path, frozen: Mapping[str, Any]) -> Results | None:
+def read(plan: Plan, stage: str, records: Records, frozen: Mapping[str, Any]) -> Results | None:
     """Read the finished cells of a stage; None if there are none.
 
-    Of development those with the frozen choices are read.
+    Of development those with the frozen choices are read, without the trials without retraining.
     """
-    study = f"benchmark_{plan.detector}_{plan.dataset}"
     choices = frozen["choices"]
     plan = replace(plan, scores=tuple(choices), main=tuple(frozen["main"]))
     if stage == "development":
         trials = {s: {b: [trial] for b, trial in by.items()} for s, by in choices.items()}
         planned = [
-            *(c for c in plan.development() if not c.score or _is_chosen(c, choices)),
+            *(cell for cell in plan.development() if not cell.score),
             *plan.finals(trials),
             *plan.switched(choices),
         ]
@@ -104,23 +101,17 @@ def read(plan: Plan, stage: str, runs: Path, frozen: Mapping[str, Any]) -> Resul
     found: dict[Id, dict[int, Row]] = {}
     matched: dict[Id, dict[int, Matches]] = {}
     for cell in planned:
-        folder = runs / study / cell.name
-        summary = files.read_json(folder / files.SUMMARY)
-        if summary.get("status") != DONE:
+        row, detections = records.row(cell), records.detections(cell)
+        if row is None or detections is None:
             continue
-        row = summary["rounds"][-1]
-        images, classes = load(folder / files.detections(row["round"]))
+        images, classes = detections
         found.setdefault(identify(cell), {})[cell.replicate] = row
         own = matched.setdefault(identify(cell), {})
         own[cell.replicate] = match(images, len(classes))
     if not found:
         return None
     same = {one: stage for own in matched.values() for one in own} if plan.same_images else None
-    return Results(study, stage, found, resample(matched, same, DRAWS), len(planned))
-
-
-def _is_chosen(cell: Cell, choices: Choices) -> bool:
-    return choices[cell.score][cell.budget] == cell.trial
+    return Results(plan.name, stage, found, resample(matched, same, DRAWS), len(planned))
 
 
 # Numbers --------------------------------------------------------------------------------------
@@ -223,7 +214,7 @@ def text(results: Results, cells: Sequence[Row], differences: Sequence[Row]) -> 
     """Write the section of a stage."""
     done = sum(map(len, results.cells.values()))
     parts = [
-        f"## {results.study.removeprefix('benchmark_').replace('_', ' ')}: {results.stage}\n",
+        f"## {results.study.replace('_', ' ')}: {results.stage}\n",
         f"{done} of {results.planned} cells. AP in %, 95 % intervals.\n",
         primary(differences),
         _grid(cells),
@@ -298,22 +289,20 @@ def _table(rows: Sequence[Row]) -> str:
 # Files ----------------------------------------------------------------------------------------
 
 
-def build(
-    runs: Path = ROOT / "runs", folder: Path = HERE, plan: Path = HERE / "plan.yaml"
-) -> list[Results]:
-    """Write all files of the benchmark from the runs that there are; return the stages.
+def build(folder: Path = HERE, plan: Path = HERE / "plan.yaml") -> list[Results]:
+    """Write all files of the benchmark from the records that there are; return the stages.
 
     Args:
-        runs: directory of all studies.
-        folder: of the files, and of the frozen choices in ``choices``.
+        folder: of the files, with the directory ``records``.
         plan: the plan.
     """
     found, sections, cells, differences = [], [], [], []
-    for file in sorted((folder / "choices").glob("*.json")):
+    for file in sorted((folder / "records").glob(f"*/{CHOICES}")):
         frozen = json.loads(file.read_text("utf-8"))
-        detector, _, dataset = file.stem.rpartition("_")
+        detector, _, dataset = file.parent.name.rpartition("_")
         for stage in STAGES:
-            results = read(Plan.read(detector, dataset, plan), stage, runs, frozen)
+            records = Records(file.parent)
+            results = read(Plan.read(detector, dataset, plan), stage, records, frozen)
             if results is None:
                 continue
             own, against = list(cell_rows(results)), list(comparisons(results))
@@ -335,7 +324,7 @@ def _write_readme(readme: Path, found: Sequence[Results], differences: Sequence[
         if results.stage == "development":
             continue
         own = [d for d in differences if (d["study"], d["stage"]) == (results.study, results.stage)]
-        name = results.study.removeprefix("benchmark_").replace("_", " ")
+        name = results.study.replace("_", " ")
         lines.append(f"{name}, {results.stage}. {primary(own)}" if primary(own) else "")
     start, end = MARKS
     before, _, rest = readme.read_text("utf-8").partition(start)

@@ -113,6 +113,11 @@ class Plan:
         return cls(content, detector, dataset, scores, main, epochs, retrain_epochs)
 
     @property
+    def name(self) -> str:
+        """What distinguishes the files of this plan."""
+        return f"{self.detector}_{self.dataset}"
+
+    @property
     def shared(self) -> list[str]:
         """Overrides of all stages."""
         own = self.content["datasets"][self.dataset]
@@ -225,7 +230,18 @@ class Plan:
             for training in self.content["trainings"]:
                 for score in scores:
                     for budget in self.content["budgets"]:
-                        yield replicate, training, score, budget
+                        if self._has(stage, training, score, budget):
+                            yield replicate, training, score, budget
+
+    def _has(self, stage: str, training: str, score: str, budget: str) -> bool:
+        """Return whether a stage has a score with a training.
+
+        The score in question is tried with both. Its rivals get the first, which is theirs, and
+        both where effects are told apart: in the test of the primary endpoint.
+        """
+        own = next(iter(self.content["trainings"]))
+        crossed = stage != "development" and budget == PRIMARY
+        return training == own or score == SCORE or crossed
 
     def _bases(self, stage: str) -> Iterator[Cell]:
         for replicate in self.replicates(stage):

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmark.clock import CUT, EPOCH, Clock, table
 from benchmark.plan import BASE, FULL, STAGES, Cell, Plan, best
+from benchmark.records import CHOICES, Records
 
 from ldt.config.paths import quote_paths
 from ldt.experiment import composed, run
@@ -40,7 +41,7 @@ from ldt.runs import DONE, files
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-CHOICES = HERE / "choices"
+RECORDS = HERE / "records"
 INTERRUPTED = 130  # exit code of a run after Ctrl-C
 CHANGED = ("detector=", "dataset=")  # of the overrides, what the plan depends on
 
@@ -52,32 +53,33 @@ class Stage:
         plan: the plan.
         given: overrides of the command, for every cell.
         runs: directory of all studies.
-        choices: directory of the frozen choices.
+        records: directory of what finished cells have found, and of the frozen choices.
     """
 
     def __init__(
-        self, plan: Plan, given: Sequence[str], runs: Path = ROOT / "runs", choices: Path = CHOICES
+        self,
+        plan: Plan,
+        given: Sequence[str],
+        runs: Path = ROOT / "runs",
+        records: Path = RECORDS,
     ) -> None:
         self.plan, self.given = plan, list(given)
-        self.study = f"benchmark_{plan.detector}_{plan.dataset}"
+        self.study = f"benchmark_{plan.name}"
         self.folder = runs / self.study
-        self.clock = Clock(self.folder)
-        self.frozen = choices / f"{plan.detector}_{plan.dataset}.json"
+        self.records = Records(records / plan.name)
+        self.clock = Clock(self.records.folder)
+        self.frozen = self.records.folder / CHOICES
 
     # Cells --------------------------------------------------------------------------------
 
-    def finished(self, cell: Cell) -> bool:
-        """Return whether the run of a cell is finished."""
-        return files.read_json(self.folder / cell.name / files.SUMMARY).get("status") == DONE
-
     def left(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that are not finished."""
-        return [cell for cell in cells if not self.finished(cell)]
+        return [cell for cell in cells if self.records.row(cell) is None]
 
     def accuracy(self, cell: Cell) -> float | None:
         """Return the AP of a finished cell."""
-        summary = files.read_json(self.folder / cell.name / files.SUMMARY)
-        return summary["rounds"][-1].get("AP") if summary.get("status") == DONE else None
+        row = self.records.row(cell)
+        return row["AP"] if row else None
 
     def run(self, cell: Cell, study: str = "", more: Sequence[str] = ()) -> float:
         """Run a cell in a process of its own, so that nothing of it outlives it.
@@ -182,14 +184,14 @@ class Stage:
     def develop(self) -> None:
         """Run the trials, retrain the best, and freeze the choices."""
         trials, switched = self.plan.development(), self.plan.switched(None)
-        self._all(trials, [], [*self.plan.finals(None), *switched])
+        self._all("development", trials, [], [*self.plan.finals(None), *switched])
         finalists = self._best(trials, self.plan.content["finalists"])
         finals = self.plan.finals(finalists)
-        self._all(finals, trials, switched)
+        self._all("development", finals, trials, switched)
         choices = {s: {b: own[0] for b, own in by.items()} for s, by in finalists.items()}
         for score, by in self._best(finals, 1).items():
             choices[score] |= {budget: own[0] for budget, own in by.items()}
-        self._all(self.plan.switched(choices), [*trials, *finals], [])
+        self._all("development", self.plan.switched(choices), [*trials, *finals], [])
         failed = [cell.name for cell in self.left([*trials, *finals])]
         if failed:
             say(f"{len(failed)} cells have failed, see their run.log: {', '.join(failed)}")
@@ -237,10 +239,13 @@ class Stage:
         self.plan = replace(self.plan, scores=tuple(frozen["choices"]), main=tuple(frozen["main"]))
         return frozen["choices"]
 
-    def _all(self, cells: Sequence[Cell], done: Sequence[Cell], later: Sequence[Cell]) -> None:
+    def _all(
+        self, stage: str, cells: Sequence[Cell], done: Sequence[Cell], later: Sequence[Cell]
+    ) -> None:
         """Run cells, telling after each how much of the stage is done and when it will end.
 
         Args:
+            stage: name of the stage.
             cells: the cells.
             done: those of the stage before them.
             later: as many as will follow them.
@@ -248,11 +253,12 @@ class Stage:
         total = len(done) + len(cells) + len(later)
         began, used = time.time(), 0.0
         for place, cell in enumerate(cells):
-            if self.finished(cell):
+            if self.records.row(cell):
                 continue
             seconds = self.run(cell)
             used += seconds
-            if self.finished(cell):
+            self.records.add(cell, self.folder / cell.name, stage)
+            if self.records.row(cell):
                 self.clock.add(cell.sort, seconds)
                 self.tidy(cell)
             left = self.clock.total(self.left([*cells[place + 1 :], *later]))
@@ -294,9 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="of every cell: detector=... dataset=...")
     parser.add_argument("--hours", type=float, help="limit of the plan; default: that of the plan")
     parser.add_argument("--plan", action="store_true", help="print the hours, run nothing")
+    parser.add_argument(
+        "--records", type=Path, default=RECORDS,
+        help="folder of what finished cells have found; with a new one all is run again",
+    )  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
     try:
-        start(given.stage, given.overrides, given.hours, given.plan)
+        start(given.stage, given.overrides, given.hours, given.plan, records=given.records)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 
@@ -315,7 +325,7 @@ def start(
         overrides: of every cell.
         hours: limit; None: that of the plan.
         only_plan: print the hours, and run nothing but a probe.
-        places: ``file`` of the plan, directories ``runs`` and ``choices``.
+        places: ``file`` of the plan, directories ``runs`` and ``records``.
     """
     logging.getLogger().setLevel(logging.WARNING)
     groups = dict(key.split("=", 1) for key in overrides if key.startswith(CHANGED))
@@ -350,7 +360,7 @@ def start(
         if name == "development":
             stage.develop()
         else:
-            stage._all(stage.plan.test(choices, name), [], [])
+            stage._all(name, stage.plan.test(choices, name), [], [])
     return stage
 
 

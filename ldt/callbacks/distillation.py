@@ -107,7 +107,7 @@ class Distillation(L.Callback):
         pl_module.loss_terms.pop(self.NAME, None)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Observe the student for this step only: copies of the module must not hold the hooks."""
         if not self._active:
@@ -119,7 +119,7 @@ class Distillation(L.Callback):
         self._hooks.callback(detector.register_forward_pre_hook(self._teach).remove)
         self._hooks.enter_context(outputs_of(pl_module.adapter, self._outputs))
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *_: object) -> None:
         """Forget the step."""
         self._hooks.close()
         self._outputs.clear()

@@ -41,7 +41,7 @@ class RunProgress(ProgressBar):
         """Show progress again."""
         self._silent = False
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
         """Set the number of images of an epoch, as the trainer's limits leave it."""
         if self._silent:
             return
@@ -60,7 +60,7 @@ class RunProgress(ProgressBar):
             if step.is_training and step.epochs:
                 step.images = step.epochs * trainer.num_training_batches * self._images
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: object) -> None:
         """Begin a step with the first epoch of a phase."""
         if self._silent:
             return
@@ -87,7 +87,7 @@ class RunProgress(ProgressBar):
         """Return the number of the current epoch in its phase, from 1."""
         return self.loop.epochs_before(trainer.current_epoch) + 1
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         """Count the images of the batch; log the epoch with its loss and time after the last."""
         if self._silent:
             return
@@ -106,14 +106,14 @@ class RunProgress(ProgressBar):
             name = f"{steps.label(self._step)}  {progress.epoch_of(self._step)}"
         progress.say(f"{name}  loss {_loss(trainer):.4f}  {seconds:.1f} s{progress.left()}")
 
-    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, *_: object) -> None:
         """Begin to measure a round, unless this is a validation within a phase."""
         alone = trainer.state.fn == "validate"  # before the fit
         if not self._silent and (alone or self.loop.is_last_epoch(trainer.current_epoch)):
             progress.begin(MEASURE, self.loop.round)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: object
     ) -> None:
         """Count the images of the batch."""
         steps = progress.current_steps()

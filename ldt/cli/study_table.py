@@ -41,7 +41,7 @@ class StudyTable(Callback):
 
     _report: JobReport | None = None
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         """Forget earlier sweeps; Hydra calls it in the launching process."""
         here = str(config.hydra.launcher._target_).endswith(".BasicLauncher")
         place = None
@@ -50,7 +50,7 @@ class StudyTable(Callback):
         StudyTable.jobs, StudyTable.progress = [], SweepProgress(place)
         display().above = None if here else self.progress.draw
 
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_start(self, config: DictConfig, **kwargs: object) -> None:
         """Begin a job; Hydra calls it before each job."""
         if config.hydra.mode == RunMode.MULTIRUN:
             self._report = report_of(config.hydra.job.num)
@@ -60,7 +60,7 @@ class StudyTable(Callback):
             self.progress.start(config.hydra.job.num)
         return None
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: object) -> None:
         """Keep the result of a job; Hydra calls it after each job."""
         self.jobs.append(job_return)
         if config.hydra.mode == RunMode.MULTIRUN:

@@ -42,7 +42,7 @@ class SweepJob:
 
     cell: str
     state: str = WAITING
-    result: Any = None
+    result: object = None
     started: float = 0.0
     seconds: float = 0.0
     left: float | None = None
@@ -81,7 +81,7 @@ class SweepProgress:
         job.state, job.started = RUNNING, time.monotonic()
         log.info("job %d of %d: %s", number + 1, len(self.jobs), job.cell)
 
-    def end(self, number: int, state: str, result: Any) -> None:
+    def end(self, number: int, state: str, result: object) -> None:
         """End a job, counted from 0."""
         if number >= len(self.jobs):
             return
@@ -198,7 +198,7 @@ class SweepProgress:
         return first, min(first + room, len(self.jobs))
 
 
-def shown(result: Any) -> str:
+def shown(result: object) -> str:
     """Format the result of a job."""
     values = result if isinstance(result, tuple) else (result,)
     return ", ".join(_number(value) for value in values if isinstance(value, float | int))
@@ -235,7 +235,7 @@ class JobReport:
         self._write(RUNNING, None)
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def end(self, state: str, result: Any) -> None:
+    def end(self, state: str, result: object) -> None:
         """End the job."""
         self._over.set()
         if self._streams is not None:
@@ -248,7 +248,7 @@ class JobReport:
         while not self._over.wait(1):
             self._write(RUNNING, None)
 
-    def _write(self, state: str, result: Any) -> None:
+    def _write(self, state: str, result: object) -> None:
         steps = display().steps
         left = steps.seconds_left() if steps is not None else None
         told = {"state": state, "left": left, "result": result}

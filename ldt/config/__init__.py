@@ -325,7 +325,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("from_config", _from_config, replace=True)
 
 
-def _run_name(overrides: Any, *, _root_: Any) -> str:
+def _run_name(overrides: object, *, _root_: Any) -> str:
     """Look the function up by its dotted path: the schema must not import ``ldt.runs``."""
     from hydra.utils import get_method
 

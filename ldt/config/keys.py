@@ -194,7 +194,7 @@ def _fields(schema: type, prefix: str) -> Iterator[str]:
             yield from _fields(item.type, f"{prefix}{item.name}.")
 
 
-def _paths(plain: Any, without: Iterable[str], prefix: str = "") -> Iterator[str]:
+def _paths(plain: object, without: Iterable[str], prefix: str = "") -> Iterator[str]:
     """All given keys, dotted, except the rejected ones."""
     for name, value in plain.items() if isinstance(plain, dict) else ():
         if (path := f"{prefix}{name}") not in without:

@@ -77,7 +77,7 @@ def _unambiguous(key: str, value: str, known: bool) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def _leaves(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _leaves(node: object, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """All leaf values below a node, with the keys that lead to them."""
     if isinstance(node, (dict, list)):
         for key, inner in node.items() if isinstance(node, dict) else enumerate(node):

@@ -109,7 +109,7 @@ def _is_open(value: object) -> bool:
     return isinstance(value, str) and (value == "???" or "${" in value)
 
 
-def _example(item: Field[Any], kind: Any) -> object:
+def _example(item: Field[Any], kind: object) -> object:
     """Return an allowed value of a key for messages: its default, or a number."""
     default = item.default_factory() if callable(item.default_factory) else item.default
     if default not in (MISSING, None):
@@ -121,7 +121,7 @@ def _example(item: Field[Any], kind: Any) -> object:
     return None
 
 
-def checked_kind(kind: Any) -> Any:
+def checked_kind(kind: object) -> Any:
     """Return what the schema allows: the second argument of ``Annotated`` where that is a type."""
     if get_origin(kind) is Annotated:
         return next((limit for limit in get_args(kind)[1:] if get_origin(limit)), kind)
@@ -190,7 +190,7 @@ def checked(where: str) -> Callable[[F], F]:
 
 
 def check_fields(
-    instance: Any, keys: Mapping[str, str], examples: Mapping[str, Any] | None = None
+    instance: object, keys: Mapping[str, str], examples: Mapping[str, Any] | None = None
 ) -> None:
     """Check the fields of a dataclass against their annotations.
 
@@ -213,11 +213,11 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _choices(kind: Any) -> tuple[Any, ...]:
+def _choices(kind: object) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def described(kind: Any) -> str:
+def described(kind: object) -> str:
     """Describe the allowed values of a type; empty if it has no words for them."""
     if choices := _choices(kind):
         return ", ".join(map(typed, choices))

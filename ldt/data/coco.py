@@ -67,7 +67,7 @@ def _without_mask(node: dict) -> dict:
     return node
 
 
-def _fault_of(entry: Any, fields: dict[str, str]) -> str:
+def _fault_of(entry: object, fields: dict[str, str]) -> str:
     """Describe the first field that is missing or of another kind; empty if all are good."""
     if not isinstance(entry, dict):
         return f" is {str(entry)[:60]!r}; expected an object with {_list(fields)}"

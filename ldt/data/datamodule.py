@@ -20,7 +20,7 @@ from lightning.fabric.utilities import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from mmdet.datasets import MultiImageMixDataset
 from mmengine.dataset import BaseDataset, pseudo_collate
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ldt.config.kinds import Augment, Pad
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
@@ -415,7 +415,7 @@ class DetectionDataModule(LightningDataModule, ABC):
 
     def _loader(
         self,
-        dataset: Any,
+        dataset: Dataset,
         batch_size: int | None,
         sampler: EpochSampler | SizeSampler | None = None,
     ) -> DataLoader:

@@ -103,7 +103,7 @@ def _uncached(step: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in step.items() if key not in aside} | {"type": CACHED[kind]}
 
 
-def _tuples(node: Any, key: str = "") -> Any:
+def _tuples(node: object, key: str = "") -> Any:
     """Turn lists of numbers, as configurations have them, into the tuples that mmdet asks for."""
     if isinstance(node, dict):
         return {name: _tuples(value, name) for name, value in node.items()}

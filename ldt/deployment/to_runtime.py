@@ -29,9 +29,9 @@ from ldt.runs.refusal import refusing
 from ldt.runs.run import checkpoint_of
 from ldt.runtimes import int8
 from ldt.runtimes.about import KEY, About
+from ldt.runtimes.detection_graph import MOST, to_onnx
 from ldt.runtimes.file_detector import FileDetector, to_canvas
-from ldt.runtimes.graph import MOST, to_onnx
-from ldt.runtimes.packages import need
+from ldt.runtimes.packages import need, openvino_core
 from ldt.runtimes.parity import compare
 from ldt.runtimes.sessions import open_session
 
@@ -153,7 +153,7 @@ def resized(steps: Sequence[dict[str, Any]], size: tuple[int, int] | None) -> li
 
 def own_limit(detector: Detector) -> int | None:
     """Return the number of detections that mmdet's detector returns at most; None: no limit."""
-    config: Any = getattr(detector.model, "test_cfg", None) or {}
+    config = getattr(detector.model, "test_cfg", None) or {}
     return (config.get("rcnn") or config).get("max_per_img")
 
 
@@ -183,7 +183,7 @@ def _about(
     checkpoint: str | Path,
 ) -> About:
     counted, path = count_params_and_macs(detector), Path(checkpoint).absolute()
-    config: Any = getattr(detector.model, "test_cfg", None) or {}
+    config = getattr(detector.model, "test_cfg", None) or {}
     threshold = (config.get("rcnn") or config).get("score_thr")
     number = path.stem.removeprefix("round-")
     packages = ("ldt", "torch", "mmdet", "onnx", "onnxruntime", "openvino", "nncf")
@@ -244,7 +244,7 @@ def read_model(file: Path, suffix: str) -> Any:
     """Return a file of ours as a model of ONNX or, for ``.xml``, of OpenVINO."""
     if suffix == ".onnx":
         return need("onnx").load(file)
-    return need("openvino").Core().read_model(file)
+    return openvino_core().read_model(file)
 
 
 # Checks ---------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class _RowsStay(TorchFunctionMode):
         self._slices: deque[tuple[Tensor, Tensor, Any]] = deque(maxlen=8)  # slice, of what, which
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None
+        self, func: Callable, types: object, args: tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__getitem__:

@@ -5,7 +5,6 @@ tower for each scale. ``conf/detector/nanodet_g.yaml`` puts them into mmdet's GF
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
@@ -70,7 +69,7 @@ class NanoDetBackbone(BaseModule):
         widths: Sequence[int] = (32, 64, 128, 256),
         pairs: Sequence[int] = (1, 2, 2, 3),
         out_indices: Sequence[int] = (1, 2, 3),
-        init_cfg: Any = None,
+        init_cfg: dict | None = None,
     ) -> None:
         leaky = {"a": LEAKY_RELU["negative_slope"], "nonlinearity": "leaky_relu"}
         super().__init__(init_cfg or {"type": "Kaiming", "layer": "Conv2d", **leaky})
@@ -98,7 +97,9 @@ class NanoDetPAN(BaseModule):
         init_cfg: mmengine's.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, init_cfg: Any = None) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: int, init_cfg: dict | None = None
+    ) -> None:
         xavier = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}
         super().__init__(init_cfg or xavier)
         self.laterals = nn.ModuleList(

@@ -113,7 +113,7 @@ def _plain_model(config: Config | Mapping[str, Any]) -> PlainConfig:
 
 def class_count(model: nn.Module) -> int | None:
     """Return how many classes the detector's head predicts; None if it does not say so."""
-    head: Any = getattr(model, "bbox_head", None)
+    head = getattr(model, "bbox_head", None)
     if head is None:
         head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
     head = head[0] if isinstance(head, nn.ModuleList) else head  # of a cascade

@@ -88,7 +88,7 @@ class ConfigRecipe:
         raise ValueError(f"recipe.{key} of {self.name}: {told}; {OTHERWISE}") from cause
 
 
-def _drop_scope(node: Any) -> None:
+def _drop_scope(node: object) -> None:
     """Drop the scopes that mmengine adds to what is inherited from a package, in place."""
     if isinstance(node, dict):
         if node.get("_scope_") in SCOPES:
@@ -99,7 +99,7 @@ def _drop_scope(node: Any) -> None:
             _drop_scope(item)
 
 
-def _listed(node: Any) -> Any:
+def _listed(node: object) -> Any:
     """Turn tuples into lists, as configurations are read back from files."""
     if isinstance(node, Mapping):
         return {key: _listed(value) for key, value in node.items()}

@@ -144,7 +144,7 @@ def check_transform(step: Step) -> None:
             )
 
 
-def _wrapped(node: Any) -> Iterator[Step]:
+def _wrapped(node: object) -> Iterator[Step]:
     """Yield a transform and those that it wraps, at any depth."""
     if isinstance(node, Mapping):
         if "type" in node:

@@ -148,7 +148,7 @@ def _without_loaders(model: Mapping[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def _copied(node: Any) -> Any:
+def _copied(node: object) -> Any:
     if isinstance(node, Mapping):
         return {key: _copied(value) for key, value in node.items()}
     return type(node)(map(_copied, node)) if isinstance(node, (list, tuple)) else node
@@ -276,7 +276,7 @@ class _Allocation(TorchDispatchMode):
         self.left, self.tensors = most, tensors
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if {"device", "dtype"} <= {argument.name for argument in func._schema.arguments}:

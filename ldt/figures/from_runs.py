@@ -20,7 +20,7 @@ from ldt.figures.detections import Scene, ShownBoxes, draw_detections
 from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
-from ldt.objects import corners
+from ldt.objects import Instances, corners
 from ldt.pruning import structure
 from ldt.runs.files import picture_folder, round_checkpoint
 from ldt.runs.formatting import number
@@ -199,7 +199,7 @@ def _boxes(instances: Any) -> ShownBoxes:
     return ShownBoxes(_corners(instances), instances.labels.numpy(force=True), scores)
 
 
-def _corners(instances: Any) -> np.ndarray:
+def _corners(instances: Instances) -> np.ndarray:
     return corners(instances).numpy(force=True).copy()
 
 

@@ -82,7 +82,14 @@ class PruningGraph:
                 f"prune.scope={list(scope)} contains no convolution; the detector's parts are: "
                 f"{parts}"
             )
-        seen = set(predictors) & set(in_scope)  # how their outputs are decoded is not traced
+        self._find_groups(in_scope, scope)
+        self._exclude_failing(list(self.groups))
+        for name in in_scope:
+            if name not in self.scored:
+                self.excluded.setdefault(name, "not reached by tracing")
+
+    def _find_groups(self, in_scope: dict[str, nn.Module], scope: Sequence[str]) -> None:
+        seen = {*self.predictors} & {*in_scope}  # how their outputs are decoded is not traced
         self.excluded.update({name: f"its channels are predictions of {name}" for name in seen})
         for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
             if self._names[layer] in seen:
@@ -95,10 +102,6 @@ class PruningGraph:
                 reason = excluded_operation(error.group) or str(error)
                 self.excluded.update(dict.fromkeys(inside, reason))
                 seen |= inside
-        self._exclude_failing(list(self.groups))
-        for name in in_scope:
-            if name not in self.scored:
-                self.excluded.setdefault(name, "not reached by tracing")
 
     def _forward_unfrozen(self, model: nn.Module, images: Tensor) -> Any:
         return self.forward(model.requires_grad_(True), images)  # mmdet's eval() freezes stages

@@ -7,7 +7,7 @@ network saves is measured on the network with half of its channels.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from math import lcm
@@ -105,7 +105,7 @@ def _bare(size: tuple[int, int], width: int) -> tuple[Unit, Point]:
     return Unit("", size), (width, width)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _pair(value: int | Iterable[int]) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     return int(pair[0]), int(pair[1])
 
@@ -117,7 +117,9 @@ def find_units(graph: PruningGraph) -> dict[str, list[Unit]]:
     found: dict[str, list[Unit]] = {}
     made_by: dict[int, tuple[str, int, Tensor]] = {}  # keeps the tensors: ids stay unique
 
-    def layer_called(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def layer_called(
+        name: str, module: nn.Module, inputs: Sequence[Tensor], output: Tensor
+    ) -> None:
         linear = isinstance(module, nn.Linear)
         positions = (inputs[0].numel() // inputs[0].shape[-1], 1)
         size = positions if linear else (int(inputs[0].shape[2]), int(inputs[0].shape[3]))
@@ -126,11 +128,11 @@ def find_units(graph: PruningGraph) -> dict[str, list[Unit]]:
         calls.append(Unit.of(module, norm, size))
         made_by[id(output)] = (name, len(calls) - 1, output)
 
-    def norm_called(_module: nn.Module, inputs: Any, output: Any) -> None:
+    def norm_called(_module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         if id(inputs[0]) in made_by:
             made_by[id(output)] = (*made_by[id(inputs[0])][:2], output)
 
-    def activation_called(module: nn.Module, inputs: Any) -> None:
+    def activation_called(module: nn.Module, inputs: Sequence[Tensor]) -> None:
         if id(inputs[0]) in made_by:
             name, call, _ = made_by[id(inputs[0])]
             found[name][call] = replace(found[name][call], activation=type(module).__name__)

@@ -68,7 +68,7 @@ def band(
     )
 
 
-def line(x: Sequence[float], y: Sequence[float], look: Look, **more: Any) -> go.Scatter:
+def line(x: Sequence[float], y: Sequence[float], look: Look, **more: object) -> go.Scatter:
     """Markers joined by a line."""
     return go.Scatter(
         x=x,

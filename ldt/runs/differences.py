@@ -30,7 +30,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     return sorted(found, key=lambda difference: difference[0])
 
 
-def _nests(there: Any, has_old: bool, now: Any, has_new: bool) -> bool:
+def _nests(there: object, has_old: bool, now: object, has_new: bool) -> bool:
     """Whether to recurse: all present values are dicts and at least one is not empty."""
     sides = [value for value, has in ((there, has_old), (now, has_new)) if has]
     return all(isinstance(value, dict) for value in sides) and any(sides)

@@ -344,7 +344,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _check_characters(text: str, content: Any) -> None:
+def _check_characters(text: str, content: object) -> None:
     """Refuse halves of surrogate pairs, which can be read but not written.
 
     Raises:
@@ -417,16 +417,16 @@ def check_archive(path: Path, most: int = LARGEST_FILE) -> None:
         raise ValueError(f"{path} unpacks to more than {most / 2**20:.0f} MiB")
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write plain data as indented JSON."""
     write_text(path, _json(data))
 
 
-def _json(data: Any) -> str:
+def _json(data: object) -> str:
     return json.dumps(data, indent=2, allow_nan=True) + "\n"
 
 
-def write_first(path: Path, data: Any) -> None:
+def write_first(path: Path, data: object) -> None:
     """Write plain data as JSON unless there is a file; of several processes the first writes it."""
     draft = path.with_name(f"{DRAFT}{os.getpid()}-first-{path.name}")
     write_json(draft, data)

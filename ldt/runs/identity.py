@@ -207,7 +207,7 @@ def canonical_budget(name: str) -> str:
     return BUDGET_ALIASES.get(name, name)
 
 
-def short_hash(facts: Any) -> str:
+def short_hash(facts: object) -> str:
     """Return an 8-digit hexadecimal hash of plain data."""
     return _hex(json.dumps(facts, sort_keys=True, default=str))
 
@@ -216,7 +216,7 @@ def _hex(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _number(key: str, value: Any) -> Any:
+def _number(key: str, value: object) -> Any:
     """Convert integral floats to integers; Lightning distinguishes 1 batch from a share of 1.0."""
     if not isinstance(value, float) or not value.is_integer():
         return value
@@ -319,7 +319,7 @@ def run_name(overrides: ListConfig, root: DictConfig) -> str:
 
 def _without_names(root: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without the keys that contain the run's name."""
-    names: Any = [key for key in root if key not in ("hydra", "logger", "run_name")]
+    names = [str(key) for key in root if key not in ("hydra", "logger", "run_name")]
     config = OmegaConf.masked_copy(root, names)
     expand_home(config)
     return as_dict(config)

@@ -143,7 +143,7 @@ def record(
     return json.loads(json.dumps(found))  # as read back from JSON: tuples become lists
 
 
-def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
+def _local_weights(node: object, name: str = "model") -> dict[str, str]:
     """Local files loaded by ``init_cfg`` entries of a model config, by dotted key."""
     found: dict[str, str] = {}
     for key, value in _children(node):
@@ -154,7 +154,7 @@ def _local_weights(node: Any, name: str = "model") -> dict[str, str]:
     return found
 
 
-def _children(node: Any) -> Iterable[tuple[str, Any]]:
+def _children(node: object) -> Iterable[tuple[str, Any]]:
     """Keys and values of a dict, or indices and items of a list."""
     if isinstance(node, Mapping):
         return node.items()
@@ -245,7 +245,7 @@ def _other_images(folder: Path, data: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: Any) -> None:
+def write(folder: Path, now: Mapping[str, Any], place: str | None, **more: object) -> None:
     """Record a run's inputs and append the current location of its data."""
     known = files.read_json(folder / files.INPUTS)
     places = [p for p in known.get("places", []) if p != place] + [place] * (place is not None)

@@ -35,7 +35,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
         return _moved(files.read_config(folder))
 
 
-def _moved(node: Any) -> Any:
+def _moved(node: object) -> Any:
     """Replace the paths of classes that have moved."""
     if isinstance(node, dict):
         found = {key: _moved(value) for key, value in node.items()}
@@ -152,7 +152,7 @@ LATENCIES = TypeAdapter(dict[str, Number])  # latency.json
 
 
 def check(
-    file: Path, schema: TypeAdapter[Any], content: Any, remedy: str = "remove it to run again"
+    file: Path, schema: TypeAdapter[Any], content: object, remedy: str = "remove it to run again"
 ) -> None:
     """Check that the content of a file has the shape of its kind.
 

@@ -82,7 +82,7 @@ def read_about(text: str | None) -> About:
 def _as_tuples(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return transforms with tuples, which mmdet asks for, in place of JSON's lists."""
 
-    def convert(node: Any) -> Any:
+    def convert(node: object) -> Any:
         if isinstance(node, dict):
             return {key: convert(value) for key, value in node.items()}
         return tuple(map(convert, node)) if isinstance(node, list) else node

@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldt.detectors.adapter import Detector
-from ldt.runtimes.graph import INPUT
-from ldt.runtimes.packages import need
+from ldt.runtimes.detection_graph import INPUT
+from ldt.runtimes.packages import kept_signal_stack, need
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from openvino import Model
 
 IMAGES = 300  # calibration images
 TRIALS = 3  # each leaves one part more of the backbone in float
@@ -33,17 +37,18 @@ def quantise(model: Any, detector: Detector, images: Sequence[np.ndarray], spare
     kept = _after(edges, detector.predictors) | _first_parts(edges, spared)
     # its own function would change every handler that listens to it
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf.quantize(
-        model,
-        nncf.Dataset([{INPUT: image} for image in images] if is_onnx else list(images)),
-        subset_size=len(images),
-        preset=nncf.QuantizationPreset.MIXED,
-        target_device=nncf.TargetDevice.CPU,
-        ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False),
-    )
+    with kept_signal_stack():
+        return nncf.quantize(
+            model,
+            nncf.Dataset([{INPUT: image} for image in images] if is_onnx else list(images)),
+            subset_size=len(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            target_device=nncf.TargetDevice.CPU,
+            ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False),
+        )
 
 
-def _onnx_edges(model: Any) -> dict[str, list[str]]:
+def _onnx_edges(model: "ModelProto") -> dict[str, list[str]]:
     """Return the names of the nodes that follow each node, in the order of the network."""
     users: dict[str, list[str]] = {}
     for node in model.graph.node:
@@ -56,7 +61,7 @@ def _onnx_edges(model: Any) -> dict[str, list[str]]:
     }
 
 
-def _openvino_edges(model: Any) -> dict[str, list[str]]:
+def _openvino_edges(model: "Model") -> dict[str, list[str]]:
     return {
         node.get_friendly_name(): [
             user.get_node().get_friendly_name()

@@ -8,12 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ldt.runtimes.about import KEY, About, read_about
-from ldt.runtimes.packages import need
+from ldt.runtimes.packages import need, openvino_core
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, TypeProto
+    from openvino import InferRequest, Model
 
 SUFFIXES = (".onnx", ".xml")
 LARGEST_FILE = 2**31 - 1  # bytes, as ONNX's own limit
@@ -54,7 +59,7 @@ class OpenVinoSession:
     """An OpenVINO model, on the CPU."""
 
     about: About
-    request: Any
+    request: "InferRequest"
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
         """Return the outputs for an image; see :class:`Session`."""
@@ -132,11 +137,11 @@ def checked_onnx(content: bytes) -> About:
     return about
 
 
-def _GRAPHS(onnx: Any) -> set[int]:
+def _GRAPHS(onnx: ModuleType) -> set[int]:
     return {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
+def _tensors(graph: "GraphProto") -> Iterator[Any]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -148,18 +153,17 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from (sparse.values, sparse.indices)
 
 
-def _dims(kind: Any) -> list[int]:
+def _dims(kind: "TypeProto") -> list[int]:
     """Return the known sizes of an ONNX tensor; unknown ones are 1."""
     return [side.dim_value or 1 for side in kind.tensor_type.shape.dim]
 
 
 def _open_openvino(path: Path, threads: int | None) -> OpenVinoSession:
-    openvino = need("openvino")
     weights = path.with_suffix(".bin")
     if not weights.is_file() or weights.resolve().parent != path.resolve().parent:
         raise ValueError(f"its weights {weights.name} are not beside it")
     content = _bytes(path, LARGEST_XML)
-    core = openvino.Core()
+    core = openvino_core()
     try:
         model = core.read_model(content, _bytes(weights, LARGEST_FILE))
     except ValueError:
@@ -175,7 +179,7 @@ def _open_openvino(path: Path, threads: int | None) -> OpenVinoSession:
     return OpenVinoSession(about, compiled.create_infer_request())
 
 
-def checked_openvino(model: Any) -> About:
+def checked_openvino(model: "Model") -> About:
     """Return the metadata of an OpenVINO model that was read; see :func:`checked_onnx`."""
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
     about = read_about(text)

@@ -27,8 +27,8 @@ from ldt.config.kinds import Precision, RuntimeName
 from ldt.config.values import Count, check_fields
 from ldt.detectors.adapter import Detector
 from ldt.runs.provenance import cpu_name
-from ldt.runtimes.graph import evaluating, to_onnx
-from ldt.runtimes.packages import need
+from ldt.runtimes.detection_graph import evaluating, to_onnx
+from ldt.runtimes.packages import need, openvino_core
 from ldt.runtimes.sessions import F32
 
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
@@ -186,7 +186,7 @@ def _onnxruntime(file: Path, threads: int) -> Call:
 
 def _openvino(file: Path, threads: int) -> Call:
     settings = {**F32, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    compiled = need("openvino").Core().compile_model(str(file), "CPU", settings)
+    compiled = openvino_core().compile_model(str(file), "CPU", settings)
     inputs = [torch.zeros(tuple(each.shape)).numpy() for each in compiled.inputs]
     return partial(compiled.create_infer_request().infer, inputs)
 

@@ -23,8 +23,8 @@ from ldt.detectors.fixed_shapes import fixed_shapes
 from ldt.runs.refusal import is_refusal
 from ldt.runtimes import int8
 from ldt.runtimes.about import KEY, read_about
+from ldt.runtimes.detection_graph import check_exportable
 from ldt.runtimes.file_detector import FileDetector, to_canvas
-from ldt.runtimes.graph import check_exportable
 from ldt.runtimes.packages import need
 from ldt.runtimes.sessions import checked_onnx, open_session
 

@@ -16,8 +16,8 @@ from torchvision.ops import deform_conv2d
 
 from ldt.detectors.fixed_shapes import fixed_shapes
 from ldt.detectors.forward import eval_with_gradients, one_image
-from ldt.runtimes import graph as graphs
-from ldt.runtimes.graph import DetectionGraph, RawGraph, to_onnx
+from ldt.runtimes import detection_graph as graphs
+from ldt.runtimes.detection_graph import DetectionGraph, RawGraph, to_onnx
 from ldt.runtimes.parity import Differences, Found, compare, detected, of_outputs
 from ldt.runtimes.sessions import F32
 

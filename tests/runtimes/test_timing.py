@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pruned_files import data_of, pruned_checkpoint
-from short_runs import rows, tiny
+from short_runs import TINY, python, rows
+from short_runs import command as run
 from small import case
 
-from ldt import experiment
 from ldt.cli.commands import RUNTIMES as NAMED
 from ldt.cli.commands import ldt as command
 from ldt.report import page, print_run
@@ -59,6 +59,34 @@ def test_every_runtime_times_a_detector_and_leaves_it_as_it_was() -> None:
     assert found["onnxruntime/file_bytes"] == pytest.approx(weights, rel=0.1)
 
 
+AFTER_OPENVINO = """
+import gc, signal
+from ldt.runtimes.packages import kept_signal_stack, need
+from ldt.runtimes.timing import measure_runtimes
+from small import case
+
+measure_runtimes(case("gfl_tiny").target, ["openvino"], runs=1)
+with kept_signal_stack():
+    image = need("openvino.opset13").parameter([1])
+    model = need("openvino").Model([need("openvino.opset13").relu(image)], [image], "relu")
+    first, second = (need("openvino").Core().compile_model(model, "CPU") for _ in range(2))
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("alive", flush=True))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_signals_are_handled_after_openvino_has_run() -> None:
+    """It replaces the stack for them; the process would be killed without a word."""
+    done = python("-W", "ignore", "-c", AFTER_OPENVINO, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1:] == ["alive"]
+
+
 def test_a_runtime_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"onnxruntime.*pip install 'ldt\[deploy\]'"):
@@ -96,21 +124,22 @@ def test_benchmark_refuses_what_is_no_detector(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_reports_its_runtimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny(tmp_path, "method=none", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
-    folder = tmp_path / "study" / "run"
-    experiment.run(config, folder)
+    folder = tmp_path / "runs/study/run"
+    given = ("method=l1", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
+    names = ("study=study", "run_name=run")
+    done = run(*TINY, *given, *names, cwd=tmp_path, drawn=False)
+    assert done.returncode == 0, done.stderr
     for row in rows(folder):
         assert row["onnxruntime/cpu_ms"] > 0
         assert row["eager/threaded_wall_ms"] > 0
         assert "openvino/cpu_ms" not in row
-    run = open_run(folder)
+    found = open_run(folder)
     print_run(files.read_json(folder / files.SUMMARY), folder)
     for text in (
         capsys.readouterr().out,
-        page.page(folder.parent, [run], 0),
-        write(cells([run]), "markdown"),
+        page.page(folder.parent, [found], 0),
+        write(cells([found]), "markdown"),
     ):
         assert "onnxruntime" in text  # a terminal breaks the line before the unit
         assert "openvino (ms)" not in text

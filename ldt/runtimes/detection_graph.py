@@ -157,7 +157,7 @@ def check_exportable(model: nn.Module) -> None:
 
 def _regions(model: nn.Module) -> int:
     """Return the number of regions that a second stage looks at; 0 without one."""
-    config: Any = getattr(model, "test_cfg", None) or {}
+    config = getattr(model, "test_cfg", None) or {}
     return (config.get("rpn") or {}).get("max_per_img", 0) if hasattr(model, "roi_head") else 0
 
 
