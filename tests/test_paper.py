@@ -276,7 +276,10 @@ def test_a_figure_shows_the_runs_of_its_cells(study, tmp_path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["table9", "recipe.epochs=2"], "no conf/experiment/table9.yaml; there are benchmark, fig1_discri"),
+        (
+            ["table9", "recipe.epochs=2"],
+            "no conf/experiment/table9.yaml; there are benchmark, fig1_discri",
+        ),
         (["table1_coco", "table9"], "'table9' is no override like recipe.epochs=2; name one"),
     ],
 )

@@ -20,11 +20,12 @@ from ldt.data.image_files import MAX_PIXELS, SUFFIXES
 from ldt.data.pipelines import build_transforms, limited, test_steps
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
-from ldt.runs.files import write_json, writing
+from ldt.runs.files import PICTURES, check_target, write_json, writing
 from ldt.runs.refusal import refusing
 from ldt.runtimes.file_detector import FileDetector
 from ldt.runtimes.sessions import SUFFIXES as SUFFIXES_OF_FILES
 
+PREDICTIONS, IMAGES = "predictions.json", "images.json"
 MOST_TOLD = 5  # images that cannot be read
 
 
@@ -139,6 +140,8 @@ def predict(
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; allowed: a score from 0 to 1, e.g. 0.3")
         paths, out = find_images(sources), Path(out)
+        for file in (PREDICTIONS, IMAGES, f"{PICTURES}/0001.jpg"):
+            check_target(out / file)
         predictor = Predictor(checkpoint, device, max_pixels, trust)
     out.mkdir(parents=True, exist_ok=True)
     draw, images, boxes, bad = _painter(predictor.classes, threshold), [], [], []
@@ -148,7 +151,7 @@ def predict(
         except (ValueError, OSError) as error:
             bad.append(str(error))
             continue
-        draw(pixels, sample, out / "pictures" / f"{number:04d}-{path.stem}.jpg")
+        draw(pixels, sample, out / PICTURES / f"{number:04d}-{path.stem[:50]}.jpg")
         height, width = pixels.shape[:2]
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
         boxes += _results(number, sample)
@@ -166,9 +169,9 @@ def predict(
 def _write(out: Path, classes: Sequence[str], images: list[dict], boxes: list[dict]) -> None:
     """Write the results of all images, and which image each id is."""
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
-    write_json(out / "predictions.json", boxes)
+    write_json(out / PREDICTIONS, boxes)
     about = {"images": images, "annotations": [], "categories": categories}
-    write_json(out / "images.json", about)
+    write_json(out / IMAGES, about)
 
 
 def _results(number: int, sample: Any) -> list[dict[str, Any]]:
