@@ -9,10 +9,7 @@ machine does not count), the median of interleaved calls.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +33,7 @@ from ldt.detectors.forward import one_image
 from ldt.detectors.models import quiet
 from ldt.runs.provenance import environment
 from ldt.runtimes.sessions import open_session
-
-
-def cpu_ms(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Return the median CPU time of each call in ms, after a call for warming up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(runs):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            times[name].append(1000 * (time.process_time() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
+from ldt.runtimes.timing import Network, time_in_turns
 
 
 def main() -> None:
@@ -90,7 +75,9 @@ def main() -> None:
             found[name] = measure_ap(file, data)
             session = open_session(file, threads=1)
             calls[name] = lambda session=session: session(pixels)
-        times = cpu_ms(calls, given.runs)
+        networks = {name: Network(call) for name, call in calls.items()}
+        timings = time_in_turns(networks, given.runs, warmup=1)
+        times = {name: timing.cpu_ms for name, timing in timings.items()}
     for name, ap in found.items():
         speed = times["eager"] / times[name]
         print(f"{name:14} AP {ap:.4f}  {times[name]:7.2f} ms  {speed:.2f}x")

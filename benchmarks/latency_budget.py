@@ -171,7 +171,7 @@ def main() -> None:
 def _cuts(
     rates: Sequence[float], latency_rates: Sequence[float], runtime: RuntimeName
 ) -> list[Cut]:
-    multiple = default_round_to("latency", Runtime(runtime))
+    multiple = default_round_to("latency")
     without = [Cut("macs", r, how, 0, runtime) for r in rates for how in ("uniform", PER_COST)]
     return [*without, *(Cut("latency", r, PER_COST, multiple, runtime) for r in latency_rates)]
 

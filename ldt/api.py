@@ -246,7 +246,7 @@ def prune(
     )
     method = find_method(criterion, ranking)
     target = _target(latency)
-    multiple = default_round_to(parse_budget(budget), target)
+    multiple = default_round_to(parse_budget(budget))
     schedule = PruningSchedule.one_shot(
         _rate(rate, keep, target),
         budget=budget,

@@ -165,7 +165,7 @@ def _round_to(prune: DictConfig) -> int:
     """Return the number that widths are multiples of."""
     if prune.round_to != "auto":
         return prune.round_to
-    return default_round_to(parse_budget(prune.budget), LatencyTarget(**prune.latency))
+    return default_round_to(parse_budget(prune.budget))
 
 
 def distilled(plain: dict[str, Any]) -> dict[str, float]:

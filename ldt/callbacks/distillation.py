@@ -1,7 +1,7 @@
 """Distillation from the unpruned base while the pruned detector retrains."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ldt.loop.round_record import RoundRecord
 from ldt.module import DetectorModule
 from ldt.objects import Objects
 from ldt.pruning.coupled_groups import Member
+from ldt.pruning.hooks import outputs_of
 from ldt.runs import files
 
 Readers = list[tuple[str, Member]]  # the groups of a map's channels, and a layer that reads them
@@ -77,6 +78,7 @@ class Distillation(L.Callback):
         self._active = False
         self._teacher: Detector | None = None
         self._readers: list[Readers] = []  # per map of the neck
+        self._left: list[Tensor] = []  # of each map's channels; empty: not known yet
         self._hooks = ExitStack()
         self._outputs: list[Tensor] = []  # of the student's predictors, in this step
         self._wanted: tuple[list[Tensor], list[Tensor]] = ([], [])  # the teacher's maps and outputs
@@ -87,11 +89,11 @@ class Distillation(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore which channels are left."""
-        self._active, self._kept = state_dict["active"], state_dict["kept"]
+        self._active, self._kept, self._left = state_dict["active"], state_dict["kept"], []
 
     def cut(self, record: RoundRecord) -> None:
         """Follow the removal of channels; from now on the student differs from the base."""
-        self._active = True
+        self._active, self._left = True, []
         for name, kept in record.kept.items():
             before = self._kept.get(name)
             self._kept[name] = [int(c) if before is None else before[c] for c in kept]
@@ -117,12 +119,12 @@ class Distillation(L.Callback):
             self._load(pl_module.adapter)
         detector: nn.Module = pl_module.detector
         self._hooks.callback(detector.register_forward_pre_hook(self._teach).remove)
-        self._hooks.enter_context(outputs_of(pl_module.adapter, self._outputs))
+        self._outputs = self._hooks.enter_context(outputs_of(predictors_of(pl_module.adapter)))
 
     def on_train_batch_end(self, *_: object) -> None:
         """Forget the step."""
         self._hooks.close()
-        self._outputs.clear()
+        self._outputs = []
         self._wanted = ([], [])
 
     def _load(self, student: Detector) -> None:
@@ -131,14 +133,13 @@ class Distillation(L.Callback):
         model = load_pruned(path, weight.device).to(weight.dtype).requires_grad_(False)
         self._teacher = Detector(model, student.input_size, student.neck, student.predictors)
         self._readers = find_readers(self._teacher, self.scope)
-        model.requires_grad_(False)
 
     @torch.no_grad()
     def _teach(self, _model: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert self._teacher is not None
-        outputs: list[Tensor] = []
         model, images = self._teacher.model, inputs[0]
-        with neck_maps(model, self._teacher.neck) as maps, outputs_of(self._teacher, outputs):
+        predictors = predictors_of(self._teacher)
+        with neck_maps(model, self._teacher.neck) as maps, outputs_of(predictors) as outputs:
             if self.head:
                 self._teacher.raw_maps(images)
             else:
@@ -152,10 +153,13 @@ class Distillation(L.Callback):
         maps, outputs = self._wanted
         losses = {}
         if self.neck and maps:
-            theirs = [
-                m[:, kept_channels(m.shape[1], readers, self._kept)]
-                for m, readers in zip(maps, self._readers, strict=True)
-            ]
+            if not self._left:  # on the device: a copy from the host would wait for it
+                pairs = zip(maps, self._readers, strict=True)
+                self._left = [
+                    kept_channels(m.shape[1], readers, self._kept).to(m.device)
+                    for m, readers in pairs
+                ]
+            theirs = [m[:, left] for m, left in zip(maps, self._left, strict=True)]
             losses["loss_distill_neck"] = self.neck * self._mean(features, theirs)
         if self.head and outputs:
             losses["loss_distill_head"] = self.head * self._mean(self._outputs, outputs)
@@ -167,15 +171,9 @@ class Distillation(L.Callback):
         return torch.stack(found).mean()
 
 
-@contextmanager
-def outputs_of(detector: Detector, found: list[Tensor]) -> Iterator[None]:
-    """Collect the outputs of all predictors, in the order of their calls, within the context."""
-    with ExitStack() as hooks:
-        for name in detector.predictors:
-            layer = detector.model.get_submodule(name)
-            hook = layer.register_forward_hook(lambda *call: found.append(call[-1]))
-            hooks.callback(hook.remove)
-        yield
+def predictors_of(detector: Detector) -> list[nn.Module]:
+    """Return the layers that compute the raw maps."""
+    return [detector.model.get_submodule(name) for name in detector.predictors]
 
 
 def find_readers(detector: Detector, scope: Sequence[str]) -> list[Readers]:

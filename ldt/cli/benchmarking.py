@@ -20,7 +20,7 @@ from ldt.report.terminal import console
 from ldt.runs.provenance import cpu_name
 from ldt.runs.refusal import refusing
 from ldt.runtimes.sessions import SUFFIXES, open_session
-from ldt.runtimes.timing import Network, Runtime, RuntimeName, time_in_turns
+from ldt.runtimes.timing import Network, Runtime, RuntimeName, open_all, time_in_turns
 
 OF_FILES: dict[str, RuntimeName] = {".onnx": "onnxruntime", ".xml": "openvino"}
 
@@ -114,8 +114,7 @@ def _of_checkpoint(
     sizes = counts["params"], counts["macs"]
     settings = [Runtime(name, threads=count) for name in runtimes for count in threads]
     entries = []
-    for setting in settings:
-        network = stack.enter_context(setting.opened(detector))
+    for setting, network in open_all(settings, detector, stack).items():
         size = network.file_bytes or path.stat().st_size
         network = Network(network.call, size, network.gpu)
         about = (setting.runtime, setting.threads, "raw", setting.precision)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ldt.config.values import checked
 from ldt.criteria.base import Batch, Criterion, Target
 from ldt.pruning.graph import PruningGraph
+from ldt.pruning.hooks import outputs_of
 from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS
 from ldt.pruning.torch_pruning_internals import Group
 
@@ -236,19 +237,9 @@ def _channel_scale(norm: Norm) -> Forward:
 
 def _outputs(graph: PruningGraph, forwards: dict[nn.Module, Forward], x: Tensor) -> list[Tensor]:
     """Return the predictors' maps for input x with the forwards of some modules replaced."""
-    outputs: list[Tensor] = []
     predictors = [graph.model.get_submodule(name) for name in graph.predictors]
-
-    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    hooks = [predictor.register_forward_hook(keep) for predictor in predictors]
-    try:
-        with replaced_forwards(forwards):
-            graph.forward(graph.model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with outputs_of(predictors) as outputs, replaced_forwards(forwards):
+        graph.forward(graph.model, x)
     return outputs
 
 

@@ -151,8 +151,13 @@ def resized(steps: Sequence[dict[str, Any]], size: tuple[int, int] | None) -> li
 
 def own_limit(detector: Detector) -> int | None:
     """Return the number of detections that mmdet's detector returns at most; None: no limit."""
+    return _settings(detector).get("max_per_img")
+
+
+def _settings(detector: Detector) -> dict[str, Any]:
+    """Return mmdet's settings of how boxes are chosen, of the last stage."""
     config = getattr(detector.model, "test_cfg", None) or {}
-    return (config.get("rcnn") or config).get("max_per_img")
+    return config.get("rcnn") or config
 
 
 def _check_int8(quantised: bool, raw: bool, images: Images, force: bool) -> None:
@@ -181,8 +186,7 @@ def _about(
     checkpoint: str | Path,
 ) -> About:
     counted, path = count_params_and_macs(detector), Path(checkpoint).absolute()
-    config = getattr(detector.model, "test_cfg", None) or {}
-    threshold = (config.get("rcnn") or config).get("score_thr")
+    threshold = _settings(detector).get("score_thr")
     number = path.stem.removeprefix("round-")
     packages = ("ldt", "torch", "mmdet", "onnx", "onnxruntime", "openvino", "nncf")
     return About(
@@ -281,15 +285,15 @@ def _quantised(
     file = plain.parent / "int8" / plain.name
     file.parent.mkdir()
     small = about.model_copy(update={"precision": "int8"})
-    known = images.data is not None and about.outputs == "detections"
-    before = measure_ap(plain, images.data) if images.data is not None and known else math.nan
+    data = images.data if about.outputs == "detections" else None
+    before = math.nan if data is None else measure_ap(plain, data)
     loss = math.inf
     for spared in range(1, int8.TRIALS + 1):
         model = read_model(plain, plain.suffix)
         _save(int8.quantise(model, detector, shown, spared), small, file)
-        if images.data is None or not known:
+        if data is None:
             return file
-        after = measure_ap(file, images.data)
+        after = measure_ap(file, data)
         loss = before - after
         tell(
             f"AP {before:.4f} in float, {after:.4f} in int8, {len(shown)} calibration images; "

@@ -15,6 +15,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from ldt.pruning.hooks import outputs_of
+
 
 def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
     """Find the module whose output feeds the head: ``neck``, or the backbone if there is none.
@@ -85,16 +87,13 @@ def _two_stage_outputs(
     detector: TwoStageDetector, images: Tensor, samples: list[DetDataSample]
 ) -> list[object]:
     """Return the outputs of the region proposal network and of the second stage."""
-    maps, rpn_outputs = detector.extract_feat(images), []
+    maps = detector.extract_feat(images)
+    rpn_outputs: list[object] = []
     regions = [sample.proposals for sample in samples]
     if detector.with_rpn:
         heads = [m for m in detector.rpn_head.modules() if hasattr(m, "predict_by_feat")]
-        hooks = [m.register_forward_hook(lambda *call: rpn_outputs.append(call[-1])) for m in heads]
-        try:
+        with outputs_of(heads) as rpn_outputs:
             proposals = detector.rpn_head.predict(maps, samples, rescale=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         if not rpn_outputs:  # learnt proposals, which come with features of their own
             regions = proposals
     return [rpn_outputs, detector.roi_head.forward(maps, regions, samples)]
@@ -170,21 +169,29 @@ def _tensors(node: object) -> Iterator[Tensor]:
 
 
 @contextmanager
-def eval_with_gradients(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode with gradients for all parameters; restore both on exit."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode; every module has its own mode again on exit."""
     modes = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
-    for parameter, _ in grads:
-        parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
-        for parameter, required in grads:
-            parameter.requires_grad_(required)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def eval_with_gradients(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode with gradients for all parameters; restore both on exit."""
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with evaluating(model), torch.enable_grad():  # mmdet's eval() freezes parameters
+        for parameter, _ in grads:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter, required in grads:
+                parameter.requires_grad_(required)
 
 
 def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> list[str]:

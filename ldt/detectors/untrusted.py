@@ -77,6 +77,13 @@ class Record(BaseModel):
     resize: list[dict[str, Any]] = []
 
 
+def first_error(error: PydanticError, otherwise: str) -> str:
+    """Return in a line where data do not fit their schema, or what of, and why."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or otherwise
+    return f"{where[:200]}: {first['msg']}"
+
+
 def checked(checkpoint: Mapping[str, Any], trust: bool = False) -> dict[str, Any]:
     """Return a checkpoint with a record that can be built from, without what loads further files.
 
@@ -94,9 +101,7 @@ def checked(checkpoint: Mapping[str, Any], trust: bool = False) -> dict[str, Any
     try:
         Record.model_validate(record)
     except PydanticError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the record"
-        raise ValueError(f"{where[:200]}: {first['msg']}") from error
+        raise ValueError(first_error(error, "the record")) from error
     _check_weights(checkpoint.get("state_dict"))
     model = _without_loaders(record["model"])
     use_mmdet()

@@ -51,7 +51,7 @@ def format_cut(
     before: Mapping[str, int],
     after: Mapping[str, int],
     row: Mapping[str, Any],
-    counts: Mapping[str, int],
+    counts: Mapping[str, float],
 ) -> str:
     """Format what a cut has removed, for the log.
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -32,7 +32,6 @@ from ldt.detectors.freezing import thaw
 from ldt.detectors.mmengine_internals import initialise_again
 from ldt.evaluation import kept_detections, profiling
 from ldt.evaluation.round_metrics import (
-    count_params_and_macs,
     format_cut,
     format_round,
     measure_latency,
@@ -60,6 +59,7 @@ from ldt.runtimes.latency_table import LatencyTable
 from ldt.runtimes.timing import Runtime, RuntimeName, measure_runtimes
 
 log = logging.getLogger(__name__)
+C = TypeVar("C", bound=L.Callback)
 
 
 class PruneRetrain(L.Callback):
@@ -277,9 +277,9 @@ class PruneRetrain(L.Callback):
                 self._begin_rounds(trainer, pl_module)
             self._set_end(trainer)
         elif self.is_last_epoch(trainer.current_epoch):
-            for callback in _averages(trainer):
+            for callback in _of_kind(trainer, ExponentialMovingAverage):
                 callback.finish(pl_module)
-            for terms in _ldt_losses(trainer):
+            for terms in _of_kind(trainer, LDTLoss):
                 terms.finish()
             self._finish_round(trainer, pl_module)
             self._begin_rounds(trainer, pl_module)
@@ -297,15 +297,14 @@ class PruneRetrain(L.Callback):
     # Recording and pruning ----------------------------------------------------------------
 
     def _finish_round(self, trainer: L.Trainer, module: DetectorModule) -> None:
-        counts, unpruned = count_params_and_macs(module.adapter), self._unpruned.costs
+        counts, unpruned = self._unpruned.measure(module.adapter), self._unpruned.costs
         path = self.folder / files.round_checkpoint(self.round)
         trainer.save_checkpoint(path, weights_only=True)
         row: dict[str, Any] = {"round": self.round, **self._metrics}
         row["params"], row["multiply_adds"] = counts["params"], counts["macs"]
         row["rate"] = 0.0
         if self.schedule.budget in unpruned:  # no latency where nothing is pruned
-            left = self._unpruned.left(module.adapter, self.schedule.budget)
-            row["rate"] = 1 - left / unpruned[self.schedule.budget]
+            row["rate"] = 1 - counts[self.schedule.budget] / unpruned[self.schedule.budget]
         row["params_rate"] = 1 - counts["params"] / unpruned["params"]
         row["multiply_adds_rate"] = 1 - counts["macs"] / unpruned["macs"]
         row["file_bytes"] = path.stat().st_size if trainer.is_global_zero else 0
@@ -414,7 +413,7 @@ class PruneRetrain(L.Callback):
         before: Mapping[str, int],
     ) -> None:
         check_same_channels(trainer, record)
-        for distillation in _distillations(trainer):
+        for distillation in _of_kind(trainer, Distillation):
             distillation.cut(record)
         if trainer.is_global_zero:
             record.save(self.folder / files.scores(self.round))
@@ -443,22 +442,15 @@ class PruneRetrain(L.Callback):
         module.fit_to_device()
         rewrap_ddp(trainer)
         rebuild_optimizers(trainer)
-        for callback in _averages(trainer):
+        for callback in _of_kind(trainer, ExponentialMovingAverage):
             callback.restart(trainer, module)
-        for terms in _ldt_losses(trainer):
+        for terms in _of_kind(trainer, LDTLoss):
             terms.forget()
 
 
-def _averages(trainer: L.Trainer) -> list[ExponentialMovingAverage]:
-    return [c for c in callbacks_of(trainer) if isinstance(c, ExponentialMovingAverage)]
-
-
-def _ldt_losses(trainer: L.Trainer) -> list[LDTLoss]:
-    return [c for c in callbacks_of(trainer) if isinstance(c, LDTLoss)]
-
-
-def _distillations(trainer: L.Trainer) -> list[Distillation]:
-    return [c for c in callbacks_of(trainer) if isinstance(c, Distillation)]
+def _of_kind(trainer: L.Trainer, kind: type[C]) -> list[C]:
+    """Return the callbacks of a class."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, kind)]
 
 
 def _data(trainer: L.Trainer) -> DetectionDataModule:

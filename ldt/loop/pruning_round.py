@@ -60,9 +60,9 @@ class Unpruned:
         """Measure the size of a detector."""
         return cls(_costs_of(detector, table), layer_channels(detector), table)
 
-    def left(self, detector: Detector, budget: Budget) -> float:
-        """Return what a detector has of a budget now."""
-        return _costs_of(detector, self.table)[budget]
+    def measure(self, detector: Detector) -> dict[str, float]:
+        """Return what a detector has now, by budget."""
+        return _costs_of(detector, self.table)
 
     def cost_model(self, detector: Detector, graph: PruningGraph, budget: Budget) -> CostModel:
         """Return what removing channels of a detector saves of a budget."""
@@ -239,7 +239,7 @@ def selection_arguments(
     """Return the arguments of ``select_channels`` that end round ``after``, possibly a fraction."""
     budget = schedule.budget
     total = unpruned.costs[budget]
-    removed = total - unpruned.left(detector, budget)
+    removed = total - unpruned.measure(detector)[budget]
     return {
         "costs": unpruned.cost_model(detector, graph, budget),
         "save": schedule.removed_share(after) * total - removed,
@@ -295,14 +295,15 @@ def check_rate(
     round_: int,
     unpruned: Unpruned,
     record: RoundRecord,
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Raise RuntimeError unless a round has removed what the cost model said.
 
-    A time is only predicted: a warning tells if it is far from what was asked for. Return the
-    parameters and MACs that are left.
+    A time is only predicted: a warning tells if it is far from what was asked for. Return what is
+    left, by budget.
     """
     budget, asked = schedule.budget, schedule.left_share(round_)
-    total, left = unpruned.costs[budget], unpruned.left(detector, budget)
+    counts = unpruned.measure(detector)
+    total, left = unpruned.costs[budget], counts[budget]
     if budget == "latency":
         if abs(left / total / asked - 1) > FAR:
             log.warning(
@@ -315,7 +316,7 @@ def check_rate(
             f"round {round_} removed {1 - left / total:.2%} of the {schedule.budget}, not the "
             f"{1 - record.left / total:.2%} of the cost model: it and the pruned network disagree"
         )
-    return count_params_and_macs(detector)
+    return counts
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from ldt.config.values import (
 from ldt.pruning.budget import Limits
 from ldt.pruning.costs import parse_budget
 from ldt.runtimes.latency_table import LatencyTarget
-from ldt.runtimes.timing import ROUND_TO, Runtime
 
 KEYS = {  # what the user types for each field
     "rate": "prune.rate",
@@ -34,13 +33,16 @@ KEYS = {  # what the user types for each field
 }
 
 
-def default_round_to(budget: Budget, runtime: Runtime) -> int:
+ROUND_TO = 16  # in every runtime
+
+
+def default_round_to(budget: Budget) -> int:
     """Return what widths are multiples of by default; 0: any number.
 
     Only a latency budget rounds: the kernels of the runtimes compute in blocks of channels
     (``benchmarks/latency_budget.py``).
     """
-    return ROUND_TO[runtime.runtime] if budget == "latency" else 0
+    return ROUND_TO if budget == "latency" else 0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldt.pruning.budget import some_of
 from ldt.pruning.costs import CostModel, LayerCost
 from ldt.pruning.dependency import depthwise
 from ldt.pruning.graph import PruningGraph
@@ -237,8 +238,7 @@ def half_of(graph: PruningGraph) -> dict[str, list[int]]:
     for name, group in graph.groups.items():
         multiple = lcm(group.parts, BLOCK)
         keep = max(round(group.size / 2 / multiple), 1) * multiple
-        each = max(group.size - keep, 0) // group.parts
-        found[name] = np.arange(group.size).reshape(group.parts, -1)[:, :each].reshape(-1).tolist()
+        found[name] = some_of(group, max(group.size - keep, 0)).tolist()
     return found
 
 

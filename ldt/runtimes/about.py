@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Len
 from pydantic import BaseModel, StrictFloat, StrictInt, ValidationError
 
-from ldt.detectors.untrusted import Printable, Side, checked_steps
+from ldt.detectors.untrusted import Printable, Side, checked_steps, first_error
 
 KEY = "ldt"  # of the metadata of an ONNX file, and of the rt_info of an OpenVINO model
 MOST_TEXT = 2**20  # characters
@@ -72,9 +72,7 @@ def read_about(text: str | None) -> About:
     try:
         about = About.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the metadata"
-        raise ValueError(f"{where[:200]}: {first['msg']}") from error
+        raise ValueError(first_error(error, "the metadata")) from error
     about.resize = checked_steps(_as_tuples(about.resize))
     return about
 

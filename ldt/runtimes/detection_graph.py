@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldt.detectors.adapter import Detector
 from ldt.detectors.fixed_shapes import fixed_shapes
-from ldt.detectors.forward import one_image
+from ldt.detectors.forward import evaluating, one_image
 from ldt.objects import corners
 
 OPSET = 17
@@ -159,18 +159,6 @@ def _regions(model: nn.Module) -> int:
     """Return the number of regions that a second stage looks at; 0 without one."""
     config = getattr(model, "test_cfg", None) or {}
     return (config.get("rpn") or {}).get("max_per_img", 0) if hasattr(model, "roi_head") else 0
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode; every module has its own mode again on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

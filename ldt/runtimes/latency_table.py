@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,9 +88,12 @@ class LatencyTable:
         """
         name = inputs.digest([repr(detector.model), detector.input_size])
         name = f"{type(detector.model).__name__} {name}"
-        self._look_up({name: lambda: self.runtime.opened(detector, self.device)}, self._base)
         if self._base is None:
-            self._base = self.runtime.kept(detector, self.device), self.times[name]
+            unpruned = self.runtime.kept(detector, self.device)
+            self._look_up({name: lambda: nullcontext(unpruned)})
+            self._base = unpruned, self.times[name]
+        else:
+            self._look_up({name: lambda: self.runtime.opened(detector, self.device)}, self._base)
         return self.times[name]
 
     def prepare(self, detector: Detector, graph: PruningGraph) -> None:

@@ -9,9 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ldt.detectors.adapter import Detector
-from ldt.detectors.forward import one_image
+from ldt.detectors.forward import evaluating, one_image
 from ldt.objects import corners
-from ldt.runtimes.detection_graph import RawGraph, evaluating
+from ldt.runtimes.detection_graph import RawGraph
 from ldt.runtimes.sessions import Session
 
 BOX, SCORE = 0.1, 1e-3  # pixels and score that a file may differ by

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ldt.runs.refusal import one_line
 from ldt.runtimes.about import KEY, About, read_about
 from ldt.runtimes.packages import need, openvino_core
 
@@ -99,7 +100,7 @@ def _open_onnx(path: Path, threads: int | None) -> OnnxSession:
     try:  # from memory: there is no folder to find further files in
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types
-        raise ValueError(f"ONNX Runtime cannot open it ({_line(error)})") from error
+        raise ValueError(f"ONNX Runtime cannot open it ({one_line(error)[:300]})") from error
     return OnnxSession(about, session)
 
 
@@ -132,7 +133,7 @@ def checked_onnx(content: bytes) -> About:
     try:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except Exception as error:
-        raise ValueError(f"its graph is not valid ({_line(error)})") from error
+        raise ValueError(f"its graph is not valid ({one_line(error)[:300]})") from error
     _check_tensors(_dims(value.type) for value in [*inferred.value_info, *inferred.output])
     return about
 
@@ -169,13 +170,13 @@ def _open_openvino(path: Path, threads: int | None) -> OpenVinoSession:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"it is damaged or no OpenVINO model ({_line(error)})") from error
+        raise ValueError(f"it is damaged or no OpenVINO model ({one_line(error)[:300]})") from error
     about = checked_openvino(model)
     options = F32 | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     try:
         compiled = core.compile_model(model, "CPU", options)
     except Exception as error:
-        raise ValueError(f"OpenVINO cannot compile it ({_line(error)})") from error
+        raise ValueError(f"OpenVINO cannot compile it ({one_line(error)[:300]})") from error
     return OpenVinoSession(about, compiled.create_infer_request())
 
 
@@ -215,7 +216,3 @@ def _bytes(path: Path, most: int) -> bytes:
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path.name} has {size} bytes; allowed: {most}")
     return path.read_bytes()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

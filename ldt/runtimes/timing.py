@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from ldt.config.kinds import Precision, RuntimeName
 from ldt.config.values import Count, check_fields
 from ldt.detectors.adapter import Detector
+from ldt.detectors.forward import evaluating
 from ldt.runs.provenance import cpu_name
-from ldt.runtimes.detection_graph import evaluating, to_onnx
+from ldt.runtimes.detection_graph import to_onnx
 from ldt.runtimes.packages import need, openvino_core
 from ldt.runtimes.sessions import F32
 
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
-ROUND_TO: dict[RuntimeName, int] = {"eager": 16, "onnxruntime": 16, "openvino": 16}
 WARMUP = 3  # calls before the first one that is timed
 Key = TypeVar("Key")
 Call = Callable[[], object]
@@ -116,10 +116,12 @@ class Runtime:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # of the exporter's age
                 torch.onnx.export(network, (image,), str(file), dynamo=False)
-            return Network(self.opened_file(file), file.stat().st_size)
+            return self.opened_file(file)
 
     @contextmanager
-    def opened(self, detector: Detector, device: torch.device | None = None) -> Iterator[Network]:
+    def opened(
+        self, detector: Detector, device: torch.device | None = None, file: Path | None = None
+    ) -> Iterator[Network]:
         """Yield what computes the detector's raw maps of one image.
 
         The detector must not change within the context; it is in eval mode there.
@@ -127,6 +129,7 @@ class Runtime:
         Args:
             detector: the detector.
             device: where it is to be executed eagerly; None: where it is.
+            file: the detector, for the other runtimes, see :func:`exported`; None: it is exported.
         """
         if self.runtime == "eager":
             if device is not None and device != detector.example().device:
@@ -135,9 +138,8 @@ class Runtime:
             with evaluating(detector.model):
                 yield self._eagerly(detector.raw_maps, detector.example())
             return
-        with tempfile.TemporaryDirectory(prefix="ldt-") as folder:
-            file = to_onnx(detector, Path(folder) / "raw.onnx", detector.input_size)
-            network = Network(self.opened_file(file), file.stat().st_size)
+        with exported(detector) if file is None else nullcontext(file) as written:
+            network = self.opened_file(written)
         yield network
 
     def kept(self, detector: Detector, device: torch.device | None = None) -> Network:
@@ -162,15 +164,21 @@ class Runtime:
         finally:
             torch.set_num_threads(before)
 
-    def opened_file(self, file: Path) -> Call:
-        """Return a function that runs an ONNX file of our own on zeros.
+    def opened_file(self, file: Path) -> Network:
+        """Return what runs an ONNX file of our own on zeros.
 
         Raises:
             ImportError: the runtime is not installed.
         """
-        if self.runtime == "openvino":
-            return _openvino(file, self.threads)
-        return _onnxruntime(file, self.threads)
+        opened = _openvino if self.runtime == "openvino" else _onnxruntime
+        return Network(opened(file, self.threads), file.stat().st_size)
+
+
+@contextmanager
+def exported(detector: Detector) -> Iterator[Path]:
+    """Yield an ONNX file of the detector's raw maps, which is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="ldt-") as folder:
+        yield to_onnx(detector, Path(folder) / "raw.onnx", detector.input_size)
 
 
 def _onnxruntime(file: Path, threads: int) -> Call:
@@ -270,11 +278,11 @@ def measure_runtimes(
     found: dict[str, float] = {}
     many = available_cpus()
     with ExitStack() as stack:
-        networks = {
-            (name, count): stack.enter_context(Runtime(name, threads=count).opened(detector))
-            for name in runtimes
-            for count in sorted({1, many})
-        }
+        settings = [
+            Runtime(name, threads=count) for name in runtimes for count in sorted({1, many})
+        ]
+        opened = open_all(settings, detector, stack)
+        networks = {(s.runtime, s.threads): network for s, network in opened.items()}
         timings = time_in_turns(networks, runs)
     for name in runtimes:
         for what, count in (("", 1), ("threaded_", many)):
@@ -284,6 +292,15 @@ def measure_runtimes(
         if size := networks[name, 1].file_bytes:
             found[f"{name}/file_bytes"] = size
     return found
+
+
+def open_all(
+    settings: Sequence[Runtime], detector: Detector, stack: ExitStack
+) -> dict[Runtime, Network]:
+    """Return a detector in several runtimes, exported once; the stack ends them."""
+    files = any(setting.runtime != "eager" for setting in settings)
+    file = stack.enter_context(exported(detector)) if files else None
+    return {s: stack.enter_context(s.opened(detector, file=file)) for s in settings}
 
 
 def available_cpus() -> int:
