@@ -39,14 +39,6 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of this process leave no pictures, which take half of a tiny run's time."""
-    from forked import draw_nothing
-
-    draw_nothing(monkeypatch)
-
-
-@pytest.fixture
 def in_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.StringIO]:
     """A function that makes all output that of a terminal of some columns, without colours."""
     from rich.console import Console

@@ -18,8 +18,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds after which a process counts as hanging, on a slow and busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -45,15 +43,12 @@ class Forked:
         cwd: the folder it starts in.
         out: the file that its stdout is appended to.
         err: the same for stderr.
-        drawn: whether a finished run is drawn, which takes half of a tiny run's time.
     """
 
-    def __init__(
-        self, arguments: Sequence[str], cwd: Path, out: Path, err: Path, drawn: bool = True
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], cwd: Path, out: Path, err: Path) -> None:
         start_server()
         self.arguments = list(arguments)
-        given = (self.arguments, cwd, environment(), out, err, drawn)
+        given = (self.arguments, cwd, environment(), out, err)
         self._process: Any = CONTEXT.Process(target=_work, args=given)
         self._process.start()
 
@@ -76,11 +71,11 @@ class Forked:
         os.kill(self.pid, number)
 
 
-def run(*arguments: str, cwd: Path, drawn: bool = True) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = Forked(arguments, cwd, out, err, drawn).wait()
+        code = Forked(arguments, cwd, out, err).wait()
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
@@ -96,20 +91,12 @@ def _changed(**variables: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Leave out the pictures of finished runs."""
-    from ldt.figures import from_runs
-
-    patch.setattr(from_runs, "draw_run", lambda *_: None)
-
-
 def _work(
     arguments: list[str],
     cwd: Path,
     variables: Mapping[str, str],
     out: Path,
     err: Path,
-    drawn: bool,
 ) -> None:
     """Become the command, in a forked process."""
     os.setsid()
@@ -122,8 +109,6 @@ def _work(
     for stream, path in ((1, out), (2, err)):
         with path.open("ab") as file:
             os.dup2(file.fileno(), stream)
-    if not drawn:
-        draw_nothing(pytest.MonkeyPatch())
     script = arguments[0]
     start = cwd if script == "-m" else Path(script).parent
     ours = {str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)}

@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
-from short_runs import rows, tiny
+from short_runs import DRAWN, rows, tiny
 
 from ldt import experiment
 from ldt.callbacks import checkpoint_io, wandb_logger
@@ -174,7 +174,13 @@ def differences(one: Path, two: Path) -> list[str]:
 
 def configurations(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """The jobs of a study: the one that is killed first."""
-    options = [f"method={given.method}", "ldt.memory=2", "ldt.warmup_epochs=0", "prune.rounds=2"]
+    options = [
+        f"method={given.method}",
+        "ldt.memory=2",
+        "ldt.warmup_epochs=0",
+        "prune.rounds=2",
+        *DRAWN,
+    ]
     if given.wandb:
         for kind in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR", "ARTIFACT_DIR"):
             os.environ[f"WANDB_{kind}"] = name = str(folder / "wandb" / kind)

@@ -75,7 +75,6 @@ def test_only_training_steps_are_compiled(calls):
     assert all("forward" not in m.__dict__ for m in (*module.modules(), *copied.modules()))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_compiled_again_after_every_cut(tmp_path, calls, monkeypatch):
     compiled = []
     plain = Detector.compile

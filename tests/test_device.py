@@ -229,7 +229,6 @@ def test_a_round_of_pruning(repair):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("undrawn")
 def test_a_whole_run_on_the_device_is_one_on_the_cpu(tmp_path, monkeypatch):
     options = ["method=ldt", "recipe.ema=0.05", "ldt.memory=1", "recipe.channels_last=false"]
     experiment.run(tiny(tmp_path, *options), tmp_path / "cpu")

@@ -9,7 +9,7 @@ import torch
 import wandb_here
 from hydra.core.utils import JobReturn, JobStatus
 from real_data import COCO, KITTI, needs
-from short_runs import ROOT, SCENES, TINY, command, python, rows, summary, tiny
+from short_runs import DRAWN, ROOT, SCENES, TINY, command, python, rows, summary, tiny
 from small import composed
 
 import ldt
@@ -29,7 +29,7 @@ ROUNDS = 2
 def finished(tmp_path_factory):
     """A finished run: its configuration, folder and result."""
     folder = tmp_path_factory.mktemp("finished")
-    config = tiny(folder, "report.latency_runs=30")
+    config = tiny(folder, "report.latency_runs=30", *DRAWN)
     return config, folder / "run", experiment.run(config, folder / "run")
 
 
@@ -97,7 +97,7 @@ def test_a_folder_belongs_to_one_configuration(finished, nothing_is_trained):
 
 @pytest.mark.slow
 def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch):
-    config = tiny(tmp_path, "method=none")
+    config = tiny(tmp_path, "method=none", *DRAWN)
     with monkeypatch.context() as patch:
         patch.setattr(from_runs, "draw_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -112,7 +112,6 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     plain = LDTLoss._warmup_factor
     monkeypatch.setattr(
@@ -132,7 +131,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_loading_processes_change_nothing(tmp_path):
     """Also not the first epoch, whose loading begins before any epoch starts."""
     plain = ["recipe.augment=mosaic", "recipe.plain_epochs=1", "method=none", "report.pictures=0"]
@@ -276,6 +274,7 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
         "prune.rate=0.5",
         "recipe.batch_size=2",
         "logger=wandb",
+        "report.pictures=1",
         f"hydra.run.dir={tmp_path / 'run'}",
         cwd=tmp_path,
     )
@@ -289,7 +288,6 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_runs_of_a_study_share_their_base_training(tmp_path, monkeypatch):
     trained = []
     plain = DetectorModule.training_step

@@ -31,7 +31,6 @@ SIZE = (64, 128)
 DETECTORS = ("gfl", "atss", "yolox_s", "yolof")
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_after_a_cut_every_parameter_of_the_scope_has_a_gradient(detector, tmp_path, monkeypatch):
     held, whole = [], []

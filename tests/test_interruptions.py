@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from short_runs import ROOT, TINY, command, python, rows, summary, tiny
+from short_runs import DRAWN, ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
@@ -22,7 +22,7 @@ from ldt.module import DetectorModule
 from ldt.runs import files
 from ldt.runs.signals import interrupting
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
+pytestmark = pytest.mark.slow
 ONE = ["trainer=cpu", "method=none", "recipe.epochs=3"]
 
 
@@ -34,7 +34,7 @@ def options(folder, name, *more):
 def begun(folder, name, *more):
     """A running `run.py`, with its output kept in <folder>/<name>.out."""
     arguments, out = options(folder, name, *more), folder / f"{name}.out"
-    return forked.Forked([str(ROOT / "run.py"), *arguments], folder, out, out, drawn=False)
+    return forked.Forked([str(ROOT / "run.py"), *arguments], folder, out, out)
 
 
 def wait_for(file, process):
@@ -120,13 +120,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def repeat(*folders, cwd):
-    return forked.run("-m", "ldt.cli", "repeat", *map(str, folders), cwd=cwd, drawn=False)
+    return forked.run("-m", "ldt.cli", "repeat", *map(str, folders), cwd=cwd)
 
 
 def test_the_same_command_gives_the_same_numbers_and_a_run_can_be_repeated(tmp_path):
     config = ["trainer=cpu", "prune=oneshot", "report.pictures=0"]
     for name in ("one", "two"):
-        done = command(*options(tmp_path, name, *config), cwd=tmp_path, drawn=False)
+        done = command(*options(tmp_path, name, *config), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     done = repeat(tmp_path / "one", tmp_path / "three", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -248,9 +248,7 @@ MOMENTS = {
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        forked.draw_nothing(patch)
-        experiment.run(based(folder), folder / "whole")
+    experiment.run(based(folder), folder / "whole")
     return folder
 
 
@@ -319,7 +317,7 @@ def test_a_directory_that_is_removed_ends_the_run_in_one_line(tmp_path, monkeypa
 
 
 def test_a_full_disk_while_drawing_keeps_the_result(tmp_path, monkeypatch):
-    config = tiny(tmp_path, "trainer=cpu", "method=none")
+    config = tiny(tmp_path, "trainer=cpu", "method=none", *DRAWN)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -21,7 +21,6 @@ def resident():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's /proc")
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore")
 def test_memory_does_not_grow_over_six_rounds(tmp_path, monkeypatch):
     held = []

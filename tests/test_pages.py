@@ -150,7 +150,7 @@ def test_the_commands_of_the_researcher_work(tmp_path):
     first = [re.sub(r"^(prune.rate|seed)=([^,]*),.*", r"\1=\2", text) for text in sweep[2:]]
     small = [text for text in TINY if not text.startswith("prune.rate")]
     cache = f"dataset.cache={tmp_path / 'cache'}"
-    done = command(*first, *small, "trainer=cpu", cache, cwd=tmp_path, drawn=False)
+    done = command(*first, *small, "trainer=cpu", cache, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (report,) = (given for given in shell(README) if "runs/compare" in given)
     done = forked.run("-m", "ldt.cli", *report[1:], cwd=tmp_path)

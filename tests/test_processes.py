@@ -29,7 +29,7 @@ def options(folder, name, *more):
 
 
 def finished(folder, name, *more):
-    done = command(*options(folder, name, *more), cwd=folder, drawn=False)
+    done = command(*options(folder, name, *more), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / name
 
@@ -95,7 +95,7 @@ def steps(folder, name, *more):
     folder.mkdir()
     recipe = ["dataset.train=10", "recipe.epochs=2", "recipe.base_batch_size=2", "method=none"]
     arguments = [str(ROOT / "tests/recorded.py"), str(folder), *recipe, *more]
-    done = forked.run(*arguments, cwd=folder, drawn=False)
+    done = forked.run(*arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for file in folder.glob("steps-*.json"):
@@ -211,7 +211,7 @@ def test_a_mistake_in_all_jobs_is_told_once_before_any(tmp_path):
 
 def test_a_mistake_in_one_job_leaves_the_others_alone(tmp_path):
     arguments = [*TINY, "trainer=cpu", f"dataset.cache={tmp_path / 'cache'}", "method=none"]
-    done = command("-m", *arguments, "recipe.batch_size=-1,4", cwd=tmp_path, drawn=False)
+    done = command("-m", *arguments, "recipe.batch_size=-1,4", cwd=tmp_path)
     assert done.returncode == 1
     assert "recipe.batch_size=-1; allowed" in done.stderr
     assert "1 finished, 0 failed" in done.stdout

@@ -17,6 +17,7 @@ from ldt.progress.display import (
     say,
     show,
     status,
+    track,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "say",
     "show",
     "status",
+    "track",
 ]

@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from ldt.progress import console as consoles
 from ldt.progress.console import print_lines, rank
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ANNOUNCED = (MEASURE, SCORE, DRAW)  # steps of which a log has no other line for a while
 FRAMES = 2  # per second
 AT_FIRST = 1.0  # seconds before the first line of a log
@@ -230,6 +231,14 @@ def running(text: str = "") -> Iterator[None]:
         here.steps, here.status, here.note = before
         if not here.depth:
             here.close()
+
+
+def track(items: Sequence[T], text: str) -> Iterator[T]:
+    """Yield items, showing how many of them have begun: ``timing layers 3/40``."""
+    with running():
+        for place, item in enumerate(items, 1):
+            status(f"{text} {place}/{len(items)}")
+            yield item
 
 
 def pause() -> None:

@@ -7,7 +7,6 @@ by the same ones.
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
+from ldt import progress
 from ldt.config.values import Positive
 from ldt.detectors.adapter import Detector
 from ldt.pruning.graph import PruningGraph
@@ -154,10 +152,7 @@ class LatencyTable:
                 log.info(
                     "timing %d layers in %s, once on this machine", len(todo), self.runtime.runtime
                 )
-            shown = sys.stderr.isatty() and len(todo) > 1
-            for name in track(
-                todo, "timing layers", console=Console(stderr=True), disable=not shown
-            ):
+            for name in progress.track(todo, "timing layers"):
                 with missing[name]() as network:
                     cached[name] = self._measured(network, beside)
             if todo:

@@ -105,7 +105,6 @@ def test_heads_whose_predictors_are_not_maps_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_with_a_teacher_ends_as_one_that_was_not(tmp_path, monkeypatch):
     options = [*DISTILL, "prune=oneshot", "recipe.retrain_epochs=2", "recipe.ema=0.05"]
     options += ["trainer.log_every_n_steps=1", "trainer.precision=bf16-mixed"]

@@ -9,7 +9,7 @@ import pytest
 import wandb_here
 from browser import needs_chromium, opened
 from omegaconf import OmegaConf
-from short_runs import rows, summary, tiny
+from short_runs import DRAWN, rows, summary, tiny
 
 from ldt import experiment
 from ldt.callbacks import wandb_logger
@@ -52,7 +52,9 @@ def sweep(server, tmp_path_factory):
     """The study's folder, after two jobs in one process and the base that they share."""
     folder = tmp_path_factory.mktemp("compare")
     for method in METHODS:
-        experiment.run(online(folder, method, f"method={method}", "base=shared"), folder / method)
+        experiment.run(
+            online(folder, method, f"method={method}", "base=shared", *DRAWN), folder / method
+        )
     return folder
 
 
@@ -116,6 +118,7 @@ def test_pictures_and_the_table_of_rounds_arrive(server, sweep):
     for folder, identity in runs(sweep).items():
         files = server.files(identity)
         pictures = {content for name, content in files.items() if name.endswith(".png")}
+        assert pictures
         assert pictures == {file.read_bytes() for file in (folder / "pictures").glob("*.png")}
         (table,) = [json.loads(files[name]) for name in files if name.endswith(".table.json")]
         at = table["columns"].index("params")
@@ -136,7 +139,7 @@ def test_the_pruned_checkpoint_is_an_artifact(server, sweep):
 @pytest.mark.slow
 def test_a_finished_job_leaves_its_run_alone(server, sweep):
     before = len(server.record.read_text())
-    experiment.run(online(sweep, "l1", "method=l1", "base=shared"), sweep / "l1")
+    experiment.run(online(sweep, "l1", "method=l1", "base=shared", *DRAWN), sweep / "l1")
     assert len(server.record.read_text()) == before
 
 
@@ -186,7 +189,6 @@ def test_an_interrupted_job_arrives_as_failed(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_a_resumed_job_goes_on_in_the_same_run(server, tmp_path, monkeypatch):
     more = ["recipe.epochs=2", "report.pictures=0", "logger.checkpoint=false"]
     config = online(tmp_path, "resumed", "method=none", *more)

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
-from short_runs import summary, tiny
+from short_runs import DRAWN, summary, tiny
 
 from ldt import cli, experiment
 from ldt.build import data_of, module_of
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory):
     """The folder of a finished run in a study, of one cut."""
     folder = tmp_path_factory.mktemp("figures")
-    changed = ("prune=oneshot", "dataset.val=12", "prune.batch_size=4")
+    changed = ("prune=oneshot", "dataset.val=12", "prune.batch_size=4", *DRAWN)
     experiment.run(tiny(folder, *changed), folder / "study" / "tiny")
     return folder / "study" / "tiny"
 

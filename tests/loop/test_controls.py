@@ -8,7 +8,7 @@ import ldt
 from ldt import experiment
 from ldt.runs.run import open_run
 
-pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 OPTIONS = ["prune=oneshot", "recipe.retrain_epochs=0", "ldt.enabled=false"]
 
 

@@ -6,7 +6,6 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from forked import draw_nothing
 from mmdet.apis import init_detector
 from short_runs import python, rows, summary, tiny
 from small import SCOPE
@@ -24,8 +23,6 @@ from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
-
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 # The plan -------------------------------------------------------------------------------------
 
@@ -128,7 +125,6 @@ def two_rounds(tmp_path_factory):
     lr += ["recipe.min_lr=0", "recipe.retrain_lr=0.25"]
     more = ["ldt.memory=2", "ldt.warmup_epochs=0"]
     with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch)
         watch = Watch(patch)
         experiment.run(tiny(folder, *lr, *more), folder / "run")
     return folder / "run", watch

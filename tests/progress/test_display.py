@@ -86,6 +86,20 @@ def test_log_lines_prints_and_warnings_are_whole_and_above_the_display(in_termin
     assert all(line.startswith(" " * 10 + "word") for line in wrapped)  # below the message
 
 
+def test_items_are_counted_in_place_of_the_steps_of_the_run(in_terminal):
+    file, seen = in_terminal(80), []
+    with progress.running():
+        shown_steps()
+        progress.begin(BASE)
+        for item in progress.track("abc", "timing layers"):
+            seen.append(item)
+            display.display()._live.refresh()
+            (line,) = filter(None, screen(file.getvalue()))
+            assert line.rstrip(" .") == f"timing layers {len(seen)}/3"
+        assert display.display().line().startswith("base")
+    assert seen == list("abc")
+
+
 def test_paths_are_not_broken_by_line_feeds(in_terminal, logged):
     file = in_terminal(80)
     path = f"/{'long' * 40}"
@@ -103,7 +117,7 @@ def test_what_is_logged_while_held_comes_after_what_is_printed(in_terminal, logg
 
 
 @pytest.mark.slow
-def test_a_run_in_a_terminal(tmp_path, in_terminal, logged, undrawn):
+def test_a_run_in_a_terminal(tmp_path, in_terminal, logged):
     width = 80
     file = in_terminal(width)
     folder = tmp_path / "tiny"
@@ -137,7 +151,7 @@ def test_a_run_in_a_terminal(tmp_path, in_terminal, logged, undrawn):
 def test_the_output_of_a_command_has_every_epoch_once_and_no_control_character(tmp_path):
     arguments = ["method=l1", "recipe.epochs=3", "recipe.retrain_epochs=2", "trainer=cpu"]
     given = [*TINY, f"dataset.cache={tmp_path}", *arguments, "study=s", "run_name=x"]
-    done = command(*given, cwd=tmp_path, drawn=False)
+    done = command(*given, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     text = done.stdout
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
@@ -155,7 +169,7 @@ def test_the_output_of_a_command_has_every_epoch_once_and_no_control_character(t
 
 
 @pytest.mark.slow
-def test_a_resumed_run_shows_where_it_goes_on(tmp_path, undrawn, caplog, monkeypatch):
+def test_a_resumed_run_shows_where_it_goes_on(tmp_path, caplog, monkeypatch):
     config = tiny(tmp_path, "method=l1", "recipe.epochs=2", "recipe.retrain_epochs=3",
                   "prune.rounds=1")  # fmt: skip
 

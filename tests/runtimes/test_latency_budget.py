@@ -100,7 +100,6 @@ def test_the_latency_asked_for_is_met_and_widths_are_multiples(clock) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_trains_cuts_and_resumes(clock, tmp_path, monkeypatch) -> None:
     config = tiny(tmp_path, *RUN)
     experiment.run(config, tmp_path / "whole")

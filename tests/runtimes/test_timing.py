@@ -128,7 +128,7 @@ def test_a_run_reports_its_runtimes(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder = tmp_path / "runs/study/run"
     given = ("method=l1", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
     names = ("study=study", "run_name=run")
-    done = run(*TINY, *given, *names, cwd=tmp_path, drawn=False)
+    done = run(*TINY, *given, *names, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for row in rows(folder):
         assert row["onnxruntime/cpu_ms"] > 0
