@@ -250,6 +250,7 @@ def _train(
         trainer.loggers = [*trainer.loggers, *open_log()]
         about = _claim(claimed, data, folder, loop.table)
         _announce(config, plan, loop, trainer, data, folder)
+    _draw_labels(config, data, folder)
     resume = resumable(folder)
     progress.status(f"starting {trainer.world_size} process{'es' * (trainer.world_size > 1)}")
     if config.trainer.get("enable_progress_bar", True):
@@ -292,6 +293,13 @@ def _announce(
     root, precision = trainer.strategy.root_device, str(trainer.precision)
     device = describe_device(root, trainer.world_size, precision)
     print_banner(as_dict(config), plan, data, loop.unpruned, device, folder)
+
+
+@rank_zero_only
+def _draw_labels(config: DictConfig, data: DetectionDataModule, folder: Path) -> None:
+    """Draw what the data hold, while their annotations are in memory."""
+    if config.report.figures:
+        from_runs.draw_labels_of(data, folder)
 
 
 def _summary(

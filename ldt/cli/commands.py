@@ -203,6 +203,9 @@ def figures(
       stability       channel utilities per batch (Fig. 6)
       channels        channels kept in each layer
       shrinking       width of each layer over the rounds, PNG and GIF
+      results         losses and metrics over the epochs
+      precision_recall, class_ap, confusion
+                      accuracy class by class, of the kept detections
 
     A RUN is a run directory (its last round) or one of its round-<t>.ckpt files.
 

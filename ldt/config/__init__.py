@@ -261,8 +261,8 @@ class ReportConfig:
     runtimes: Annotated[list[str], list[kinds.RuntimeName]] = field(default_factory=list)
     pictures: NaturalNumber = 8  # validation images drawn; 0: no detector is run for pictures
     figures: bool = True  # draw figures and count every layer's cost, when the run is finished
-    # keep the detections of every round's validation (detections-<t>.npz)
-    detections: bool = False
+    # keep the detections of every round's validation (detections-<t>.npz), which figures show
+    detections: bool = True
 
 
 @dataclass

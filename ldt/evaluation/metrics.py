@@ -136,6 +136,39 @@ def coco_ap(
     """Return COCO's averages (keys of `COCO_AVERAGES`) and AP per class; nan without truths."""
     if not any(len(image.truths.labels) for image in images):
         return dict.fromkeys(COCO_AVERAGES, float("nan")), [float("nan")] * num_classes
+    result = _coco_result(images, max_detections)
+    averages = {ours: _from_coco(result[theirs].item()) for ours, theirs in COCO_AVERAGES.items()}
+    per_class = [float("nan")] * num_classes
+    # only classes that occur are returned, and a single one without its dimension
+    labels = result["classes"].reshape(-1).tolist()
+    for label, ap in zip(labels, result["map_per_class"].reshape(-1).tolist(), strict=True):
+        per_class[label] = _from_coco(ap)
+    return averages, per_class
+
+
+def precision_curves(
+    images: Sequence[Image], num_classes: int, max_detections: int = MAX_DETECTIONS
+) -> np.ndarray:
+    """Return COCO's precision at IoU 0.5, [101, num_classes]; nan for a class without truths.
+
+    Rows are the recalls 0, 0.01, ... 1, so that the mean of a column is AP50 of its class.
+    """
+    curves = np.full((101, num_classes), np.nan)
+    if not any(len(image.truths.labels) for image in images):
+        return curves
+    result = _coco_result(images, max_detections, curves=True)
+    found = result["precision"][0, :, :, 0, -1].numpy()  # IoU, recall, class, area, detections
+    labels = result["classes"].reshape(-1).tolist()
+    for label, column in zip(labels, found.T, strict=True):
+        if column.min() >= 0:
+            curves[:, label] = column
+    return curves
+
+
+def _coco_result(
+    images: Sequence[Image], max_detections: int, curves: bool = False
+) -> dict[str, Tensor]:
+    """Return torchmetrics' result; with ``curves`` also precision and recall."""
     metric = MeanAveragePrecision(
         iou_type="bbox",
         # torchmetrics' own lists are float32: their 0.6 and 0.3 are larger than 6/10 and 3/10, so
@@ -144,19 +177,13 @@ def coco_ap(
         rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
         max_detection_thresholds=[1, min(10, max_detections), max_detections],  # all in use: last
         class_metrics=True,
+        extended_summary=curves,
         backend="faster_coco_eval",
         sync_on_compute=False,  # every rank has all images already
     )
     metric.warn_on_many_detections = False
     metric.update([_coco_detections(image) for image in images], [_coco_truths(i) for i in images])
-    result = metric.compute()
-    averages = {ours: _from_coco(result[theirs].item()) for ours, theirs in COCO_AVERAGES.items()}
-    per_class = [float("nan")] * num_classes
-    # only classes that occur are returned, and a single one without its dimension
-    labels = result["classes"].reshape(-1).tolist()
-    for label, ap in zip(labels, result["map_per_class"].reshape(-1).tolist(), strict=True):
-        per_class[label] = _from_coco(ap)
-    return averages, per_class
+    return metric.compute()
 
 
 def voc_ap(images: Sequence[Image], num_classes: int) -> list[float]:
@@ -195,10 +222,14 @@ def _true_and_false(scored: np.ndarray, truths: np.ndarray, ignored: np.ndarray)
     true, false = tpfp_default(
         scored.astype(np.float32), truths.astype(np.float32), none, iou_thr=VOC_IOU
     )
-    boxes = torch.from_numpy(scored[:, :4])
-    inside = bbox_overlaps(boxes, torch.from_numpy(ignored), mode="iof").numpy()
-    false[0, inside.max(axis=1, initial=0) >= VOC_IOU] = 0
+    false[0, within_ignored(scored[:, :4], ignored)] = 0
     return np.vstack((true, false))
+
+
+def within_ignored(boxes: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Return of which boxes [n, 4] half of the own area or more lies in an ignored box [m, 4]."""
+    inside = bbox_overlaps(torch.from_numpy(boxes), torch.from_numpy(ignored), mode="iof").numpy()
+    return inside.max(axis=1, initial=0) >= VOC_IOU
 
 
 def _coco_detections(image: Image) -> dict[str, Tensor]:

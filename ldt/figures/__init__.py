@@ -4,5 +4,6 @@ The command `ldt figures` makes that data from the directories of runs.
 """
 
 NAMES = (  # of the figures that the command draws
-    "curves", "discriminants", "attention", "detections", "stability", "channels", "shrinking"
+    "curves", "discriminants", "attention", "detections", "stability", "channels", "shrinking",
+    "results", "precision_recall", "class_ap", "confusion",
 )  # fmt: skip

@@ -8,28 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ldt.data.datamodule import DetectionDataModule
+from ldt.data.summary import NAMES
 from ldt.detectors.checkpoints import detector_of, read
+from ldt.evaluation import kept_detections
+from ldt.evaluation.confusion import confusion_matrix
 from ldt.evaluation.gradcam import heatmap
+from ldt.evaluation.metrics import coco_ap, precision_curves
 from ldt.evaluation.neck_statistics import NeckSpace, neck_spaces
+from ldt.figures.accuracy import draw_class_ap, draw_confusion, draw_precision_recall
 from ldt.figures.attention import Attention, View
 from ldt.figures.channels import draw_channels
 from ldt.figures.curves import draw_curve
 from ldt.figures.detections import Scene, ShownBoxes, draw_detections
 from ldt.figures.discriminants import draw_discriminants
+from ldt.figures.labels import draw_labels
 from ldt.figures.shrinking import draw_shrinking
 from ldt.figures.style import save
+from ldt.figures.training import draw_training
 from ldt.objects import Instances, corners
 from ldt.pruning import structure
-from ldt.runs.files import picture_folder, round_checkpoint
+from ldt.runs.files import detections, picture_folder, round_checkpoint
 from ldt.runs.formatting import number
+from ldt.runs.run import training_log
 
 if TYPE_CHECKING:
     from mmdet.models.detectors import BaseDetector
 
 log = logging.getLogger(__name__)
 
+METRICS = ("AP", "AP50", "AP75", "mAP", "kitti_moderate")  # shown over the epochs
 SHOWN_PARTS = ("backbone", "neck")
 ENOUGH = 256  # maximum validation images whose objects are shown
 
@@ -43,7 +53,9 @@ def draw_run(
 ) -> None:
     """Draw a run's figures into ``<folder>/pictures``.
 
-    These are ``metric_vs_params.png``, and for pruned runs ``channels.png`` and ``shrinking.png``.
+    These are ``results.png`` (losses and metrics over epochs), ``metric_vs_params.png``, for pruned
+    runs ``channels.png`` and ``shrinking.png``, and from the kept detections of the base and the
+    last round ``precision_recall.png``, ``class_ap.png`` and ``confusion.png``.
     Those that run detectors on validation images are ``detections.png`` (ground truth, base and
     last round) and, with LDT, ``discriminants.png`` of the base, unless there are too few objects.
 
@@ -71,7 +83,14 @@ def draw_run(
         titles = [title(rows[end], metric) for end in ends]
         shown = scenes([files[end] for end in ends], data, pictures)
         save(draw_detections(shown, data.classes, titles), target / "detections.png")
+    log_of_run = training_log(folder)
+    if len(log_of_run):
+        save(draw_training(log_of_run, METRICS), target / "results.png")
     save(draw_curve(rows, metric), target / "metric_vs_params.png")
+    kept = {end_title(rows[end]): folder / detections(rows[end]["round"]) for end in ends}
+    if all(file.is_file() for file in kept.values()):
+        for name, figure in accuracy_figures(kept).items():
+            save(figure, target / f"{name}.png")
     if len(files) > 1:
         networks = [channels(file) for file in files]
         save(draw_channels(networks[0], networks[-1]), target / "channels.png")
@@ -80,6 +99,41 @@ def draw_run(
     if pictures and summary.get("ldt"):
         images = min(ENOUGH, _validated(data, limit))
         _draw_base(files[0], rows[0], metric, data, images, target / "discriminants.png")
+
+
+def accuracy_figures(kept: Mapping[str, Path]) -> dict[str, Figure]:
+    """Draw the figures of kept detections by their names, empty if there is no object.
+
+    Args:
+        kept: files with detections by the detector's name, one detector or base and pruned.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        DamagedError: a file cannot be read.
+    """
+    found = {name: kept_detections.load(file) for name, file in kept.items()}
+    classes = next(iter(found.values()))[1]
+    images = {name: images for name, (images, _) in found.items()}
+    curves = {name: precision_curves(own, len(classes)) for name, own in images.items()}
+    if not any(np.isfinite(own).any() for own in curves.values()):
+        return {}
+    matrices = {name: confusion_matrix(own, len(classes)) for name, own in images.items()}
+    aps = {name: coco_ap(own, len(classes))[1] for name, own in images.items()}
+    return {
+        "precision_recall": draw_precision_recall(curves, classes),
+        "class_ap": draw_class_ap(aps, classes),
+        "confusion": draw_confusion(matrices, classes),
+    }
+
+
+def draw_labels_of(data: DetectionDataModule, folder: Path) -> None:
+    """Draw what the splits of a run hold into ``<folder>/pictures/labels.png``."""
+    counts = {name: data.object_counts(split) for split, name in NAMES.items()}
+    areas = {
+        name: [area for image in data.facts(split) for area in image.areas]
+        for split, name in NAMES.items()
+    }
+    save(draw_labels(counts, areas, data.classes), picture_folder(folder) / "labels.png")
 
 
 def _validated(data: DetectionDataModule, limit: float | None) -> int:
@@ -114,8 +168,13 @@ def class_names(data: DetectionDataModule) -> list[str]:
 
 def title(row: Mapping[str, Any], metric: str, name: str | None = None) -> str:
     """Two-line title: the round's name (or the given one), its metric and size."""
-    name = name or ("base" if row["round"] == 0 else f"round {row['round']}")
+    name = name or end_title(row)
     return f"{name}\n{number(row.get(metric), 3)} {metric}, {number(row['params'], 2, 1e-6)} M"
+
+
+def end_title(row: Mapping[str, Any]) -> str:
+    """Short name of a detector: ``base`` or ``round 2``."""
+    return "base" if row["round"] == 0 else f"round {row['round']}"
 
 
 def side_title(row: Mapping[str, Any], metric: str) -> str:

@@ -23,7 +23,9 @@ from ldt.figures.discriminants import draw_discriminants
 from ldt.figures.shrinking import animate_shrinking, draw_shrinking
 from ldt.figures.stability import draw_stability
 from ldt.figures.style import save
+from ldt.figures.training import draw_training
 from ldt.runs.files import check_target, picture_folder
+from ldt.runs.files import detections as detections_file
 from ldt.runs.refusal import refusing
 from ldt.runs.run import Run, load_config, open_run
 
@@ -104,11 +106,48 @@ def shrinking(runs: Sequence[Run], given: Options) -> Figure:
     return draw_shrinking(*_rounds(runs[0]))
 
 
+def results(runs: Sequence[Run], given: Options) -> Figure:
+    """Losses and metrics over the epochs."""
+    return draw_training(runs[0].log, from_runs.METRICS)
+
+
+def precision_recall(runs: Sequence[Run], given: Options) -> Figure:
+    """Precision and recall of each class; for a single run, base and last round."""
+    return _accuracy(runs, "precision_recall")
+
+
+def class_ap(runs: Sequence[Run], given: Options) -> Figure:
+    """AP of each class; for a single run, base and last round."""
+    return _accuracy(runs, "class_ap")
+
+
+def confusion(runs: Sequence[Run], given: Options) -> Figure:
+    """Confusion matrices; for a single run, base and last round."""
+    return _accuracy(runs, "confusion")
+
+
+def _accuracy(runs: Sequence[Run], name: str) -> Figure:
+    ends = _ends(runs)
+    titles = [title.split("\n")[0] for title in _titles(ends)]
+    names = titles if len(set(titles)) == len(ends) else [run.folder.name for run in ends]
+    kept = {
+        name: run.folder / detections_file(run.measured["round"])
+        for name, run in zip(names, ends, strict=True)
+    }
+    drawn = from_runs.accuracy_figures(kept)
+    if not drawn:
+        raise ValueError("no validation image has an object: there is no accuracy to draw")
+    return drawn[name]
+
+
 DRAWN: dict[str, Callable[[Sequence[Run], Options], Figure]] = {
     function.__name__: function
-    for function in (discriminants, attention, detections, stability, channels, shrinking)
+    for function in (
+        *(discriminants, attention, detections, stability, channels, shrinking),
+        *(results, precision_recall, class_ap, confusion),
+    )
 }
-ALONE = ("stability", "channels", "shrinking")  # figures of exactly one run
+ALONE = ("stability", "channels", "shrinking", "results")  # figures of exactly one run
 
 
 def _rounds(run: Run) -> tuple[list[dict[str, int]], list[str]]:

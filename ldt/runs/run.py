@@ -138,16 +138,7 @@ class Run:
         run has several logs; for steps trained twice the later values are used. A damaged log is
         left out with a warning.
         """
-        import pandas as pd
-
-        log: Any = pd.DataFrame(index=pd.Index([], name="step"))
-        for folder in files.log_folders(self.folder):
-            file = folder / files.METRICS
-            part = files.tolerated(lambda file=file: _read_log(file), None)
-            if part is not None and len(part):
-                earlier: Any = log[log.index < part.index[0]]
-                log = pd.concat([earlier, part]) if len(log) else part
-        return log
+        return training_log(self.folder)
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
@@ -217,6 +208,20 @@ class Run:
                 f"`ldt layers {self.folder}` creates it from the run's checkpoints"
             )
         return found
+
+
+def training_log(folder: Path) -> pd.DataFrame:
+    """Return the training log of a run's directory; see :attr:`Run.log`."""
+    import pandas as pd
+
+    log: Any = pd.DataFrame(index=pd.Index([], name="step"))
+    for part_folder in files.log_folders(folder):
+        file = part_folder / files.METRICS
+        part = files.tolerated(lambda file=file: _read_log(file), None)
+        if part is not None and len(part):
+            earlier: Any = log[log.index < part.index[0]]
+            log = pd.concat([earlier, part]) if len(log) else part
+    return log
 
 
 def _read_log(file: Path) -> pd.DataFrame | None:

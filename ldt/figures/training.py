@@ -1,0 +1,96 @@
+"""Plot a run's losses and metrics over its epochs."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ldt.figures.look import DARK, GREY, LABELS, LIGHT
+from ldt.figures.style import FONT, PAGE_CM, SMALL, new_figure, tidy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS, PANEL_CM = 4, 3.6
+TOTAL = "train/loss"
+SMOOTHED = 20  # points of a curve of losses that are averaged into one of the darker line
+
+
+def draw_training(log: "pd.DataFrame", metrics: Sequence[str]) -> Figure:
+    """Plot each training loss and each metric of the validations, with a line at every cut.
+
+    Args:
+        log: training log by optimizer step, see :attr:`ldt.runs.run.Run.log`.
+        metrics: names of the validation metrics to show; those that were not logged are omitted.
+
+    Returns:
+        A figure of page width, a panel for each quantity; the total loss comes first.
+
+    Raises:
+        ValueError: there is neither a loss nor a metric in the log.
+    """
+    losses = sorted(name for name in log if str(name).startswith(TOTAL))
+    shown = [f"val/{name}" for name in metrics if f"val/{name}" in log]
+    if not losses and not shown:
+        raise ValueError("the log has no loss (train/loss...) and no metric (val/...)")
+    epochs = _epochs(log)
+    rows = -(-len(losses + shown) // COLUMNS)
+    figure = new_figure(PAGE_CM, rows * PANEL_CM + 0.6)
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes, name in zip(grid.ravel(), [*losses, *shown], strict=False):
+        there = log[name].notna().to_numpy()
+        _plot(axes, epochs[there], log[name].to_numpy()[there], name)
+        for cut in _cuts(log, epochs):
+            axes.axvline(cut, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
+    for axes in grid.ravel()[len(losses + shown) :]:
+        axes.set_axis_off()
+    figure.supxlabel("epoch (dashed: a cut)" if _cuts(log, epochs) else "epoch", fontsize=FONT)
+    return figure
+
+
+def _epochs(log: "pd.DataFrame") -> np.ndarray:
+    """Return the epochs that are over after each step, fractions included."""
+    steps = log.index.to_numpy(float) + 1
+    count = float(log["epoch"].max()) + 1
+    return steps * count / steps.max()
+
+
+def _cuts(log: "pd.DataFrame", epochs: np.ndarray) -> list[float]:
+    """Return the epochs after which channels were removed: ends of rounds but the last."""
+    if "round/round" not in log:
+        return []
+    ends = epochs[log["round/round"].notna().to_numpy()]
+    return list(map(float, ends[:-1]))
+
+
+def _plot(axes: Axes, epochs: np.ndarray, values: np.ndarray, name: str) -> None:
+    key = name.split("/", 1)[1]
+    if name.startswith("val/"):
+        axes.plot(epochs, values, "o-", color=DARK, markersize=2, linewidth=1.0)
+        axes.set_ylim(0, 1.1 * float(np.max(values)) or 1)
+    else:
+        axes.plot(epochs, values, color=LIGHT, linewidth=0.8)
+        axes.plot(epochs, _smooth(values), color=DARK, linewidth=1.0)
+        axes.set_ylim(*_range(values))
+    axes.set_title(LABELS.get(key, key), fontsize=SMALL)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    tidy(axes)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Return the mean over a window around each value."""
+    width = max(1, min(SMOOTHED, len(values) // 4))
+    window: Any = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Return limits that a few enormous losses at the start do not set."""
+    high = float(np.nanquantile(values, 0.98)) if len(values) > SMOOTHED else float(np.max(values))
+    low = min(0.0, float(np.nanmin(values)))
+    return low, 1.1 * high if high > low else low + 1
