@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+FRAMES = ("video", "pictures")
 EXPORTS = ("mmdet", "onnx", "openvino")
 TRUST = click.option(
     "--trust",
@@ -336,13 +337,14 @@ def prune(
 def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
     """Write the pruned detector of CHECKPOINT for mmdet, ONNX Runtime or OpenVINO.
 
-    For mmdet, OUT is a folder, for config.py and weights.pth. For the others it is a file, .onnx
-    or .xml, that takes an image of fixed size and gives boxes, scores and labels. It is written
-    only if it detects what the detector detects.
+    CHECKPOINT is a file, or a run's directory (its last round). For mmdet, OUT is a folder, for
+    config.py and weights.pth. For the others it is a file, .onnx or .xml, that takes an image of
+    fixed size and gives boxes, scores and labels. It is written only if it detects what the
+    detector detects.
 
     \b
     Examples:
-      ldt export runs/default/<run>/round-2.ckpt exported
+      ldt export runs/default/<run> exported
       ldt export runs/default/<run>/round-2.ckpt detector.onnx --format onnx
       ldt export runs/default/<run>/round-2.ckpt detector.xml --format openvino --int8
     """
@@ -354,7 +356,7 @@ def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
 
 
 @ldt.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=PATH, metavar="CHECKPOINT")
 @click.argument("images", type=PATH, nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--out", type=PATH, default=Path("predictions"), show_default=True, help="Folder.")
 @click.option(
@@ -371,6 +373,21 @@ def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
     show_default=True,
     help="Larger images are not decoded.",
 )
+@click.option(
+    "--every",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Of a video take every N-th frame.",
+)
+@click.option(
+    "--frames",
+    type=click.Choice(FRAMES),
+    default=FRAMES[0],
+    show_default=True,
+    help="What the frames of a video are drawn into.",
+)
 @TRUST
 def predict(
     checkpoint: Path,
@@ -378,28 +395,41 @@ def predict(
     out: Path,
     threshold: float,
     max_pixels: int,
+    every: int,
+    frames: Any,
     trust: bool,
 ) -> None:
-    """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
+    """Detect objects in images, videos, or folders of them, with the detector of CHECKPOINT.
 
-    CHECKPOINT may also be an exported file, .onnx or .xml. Images that cannot be read are named
-    at the end, after the results of the others are written.
+    CHECKPOINT may also be a run's directory (its last round), or an exported file, .onnx or .xml.
+    Images that cannot be read are named at the end, after the results of the others are written.
 
     \b
-    Example:
-      ldt predict runs/default/<run>/round-2.ckpt photos --out predictions --threshold 0.5
+    Examples:
+      ldt predict runs/default/<run> photos --out predictions --threshold 0.5
+      ldt predict runs/default/<run> 'photos/*.jpg' drive.mp4 --every 10
       ldt predict detector.onnx photos
     """
     from torch.cuda import is_available
 
     from ldt.deployment import prediction
     from ldt.detectors.models import quiet
+    from ldt.progress.console import print_lines
 
     quiet()
     device = "cuda" if is_available() else "cpu"
+    options = {"device": device, "max_pixels": max_pixels, "trust": trust}
+    options |= {"every": every, "frames": frames}
     with renaming({"dataset.max_pixels=": "--max-pixels "}):
-        prediction.predict(checkpoint, images, out, threshold, device, max_pixels, trust)
-    click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
+        prediction.predict(
+            checkpoint,
+            images,
+            out,
+            threshold,
+            tell=lambda line: print_lines(line.replace("threshold=", "--threshold ")),
+            **options,
+        )
+    print_lines(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
 
 
 @ldt.command()
@@ -429,9 +459,9 @@ def benchmark(
 ) -> None:
     """Time detectors side by side, one call of each after the other.
 
-    A FILE is a checkpoint, of which the raw maps are timed in every runtime, or an exported file
-    (.onnx, .xml). Times are medians; with one thread CPU time counts, which other programs on the
-    machine hardly change.
+    A FILE is a checkpoint or a run's directory (its last round), of which the raw maps are timed in
+    every runtime, or an exported file (.onnx, .xml). Times are medians; with one thread CPU time
+    counts, which other programs on the machine hardly change.
 
     \b
     Examples:

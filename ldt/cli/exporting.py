@@ -14,7 +14,7 @@ from ldt.deployment.to_runtime import Images, Runtime, export_file, resized
 from ldt.detectors.checkpoints import read, resize_steps
 from ldt.runs.files import holds_run
 from ldt.runs.refusal import refusing
-from ldt.runs.run import open_run
+from ldt.runs.run import checkpoint_of, open_run
 
 MMDET = "mmdet"
 
@@ -23,13 +23,14 @@ def run(checkpoint: Path, out: Path, form: str, trust: bool, **options: Any) -> 
     """Export the detector of a checkpoint.
 
     Args:
-        checkpoint: of a run, or what :meth:`ldt.api.PruningResult.save` wrote.
+        checkpoint: of a run, its directory, or what :meth:`ldt.api.PruningResult.save` wrote.
         out: a folder for mmdet, a file for a runtime.
         form: ``mmdet``, ``onnx`` or ``openvino``.
         trust: see :func:`ldt.load_pruned`.
         options: those of the command.
     """
     with refusing():
+        checkpoint = checkpoint_of(checkpoint)
         given = [name for name, value in options.items() if value]
         if form == MMDET and given:
             name = given[0].replace("_", "-")

@@ -27,7 +27,7 @@ def export(checkpoint: str | Path, folder: str | Path, trust: bool = False) -> P
     ``ann_file``) and visualizer. Loading it requires the package ldt.
 
     Args:
-        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        checkpoint: see :func:`ldt.load_pruned`.
         folder: output folder, created if necessary; existing files are overwritten.
         trust: see :func:`ldt.load_pruned`.
 

@@ -26,6 +26,7 @@ from ldt.evaluation.metrics import DetectionMetrics
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.runs.files import check_folder_of, holds_run
 from ldt.runs.refusal import refusing
+from ldt.runs.run import checkpoint_of
 from ldt.runtimes import int8
 from ldt.runtimes.about import KEY, About
 from ldt.runtimes.detection_graph import MOST, to_onnx
@@ -74,7 +75,7 @@ def export_file(
     """Write the detector of a checkpoint as a file of a runtime, after checking it.
 
     Args:
-        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        checkpoint: see :func:`ldt.load_pruned`.
         out: ends in ``.onnx`` or ``.xml``; OpenVINO's weights lie beside it, in ``.bin``.
         form: ``onnx`` or ``openvino``.
         raw: leave out decoding and suppression.
@@ -104,6 +105,7 @@ def export_file(
         check_folder_of(out)
         for package in (*PACKAGES[form], *(["nncf"] if quantised else [])):
             need(package)
+        checkpoint = checkpoint_of(checkpoint)
         content = read(checkpoint, trust)
         _check_int8(quantised, raw, images, force)
         record = content["ldt"]
