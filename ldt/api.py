@@ -30,6 +30,14 @@ from ldt.detectors.checkpoints import pruning_record
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
+from ldt.evaluation.sensitivity import (
+    RATES,
+    Measure,
+    Sensitivity,
+    Tell,
+    mean_loss,
+    measure_sensitivity,
+)
 from ldt.loop.pruning_round import Unpruned, check_schedule, latency_table, prune_round
 from ldt.loop.pruning_round import repair as repair_norms
 from ldt.loop.round_record import RoundRecord
@@ -315,6 +323,111 @@ def _rate(rate: float | None, keep: float | None, target: LatencyTarget) -> floa
     name, given = ("rate", rate) if keep is None else ("keep", keep)
     check_value(name, given, Share, 0.3)
     return 1 - keep if keep is not None else rate  # type: ignore[return-value]
+
+
+@renaming(ARGUMENTS)
+def sensitivity(
+    detector: nn.Module | Config | str | Path,
+    images: Images,
+    *,
+    criteria: Sequence[str | Importance] = ("ldt",),
+    rates: Sequence[float] = RATES,
+    measure: Measure = "loss",
+    validation: Images | None = None,
+    validation_images: int = 8,
+    scope: Sequence[str] = PruningSchedule.scope,
+    weights: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    calibration_images: int = PruningSchedule.images,
+    batch_size: int = PruningSchedule.batch_size,
+    input_size: tuple[int, int] | None = None,
+    neck: str | None = None,
+    predictors: Sequence[str] | None = None,
+    seed: int = 0,
+    trust: bool = False,
+    tell: Tell = lambda *_: None,
+) -> Sensitivity:
+    """Measure how the loss or AP changes without channels of a single group, for every group.
+
+    Nothing is trained or repaired; the detector stays as it is.
+
+    Args:
+        detector: see :func:`ldt.prune`.
+        images: labelled images for the criteria, see :func:`ldt.prune`.
+        criteria: each a name or an instance, see :func:`ldt.prune`.
+        rates: shares of a group's channels to remove, those of the lowest scores.
+        measure: ``loss``, the detection loss, or ``AP``.
+        validation: what is measured on: for the loss such images as ``images``, for AP batches or
+            a data set as :func:`ldt.evaluate` takes them. By default the validation images of a
+            data module of ours, or for the loss ``images``.
+        validation_images: at most so many are measured on.
+        scope: parts of the detector whose groups are measured.
+        weights: of a config's detector.
+        classes: names in label order.
+        calibration_images: at most so many of ``images`` are looked at.
+        batch_size: images in a batch, where ``images`` is a data set.
+        input_size: (height, width) to trace with; that of the first batch by default.
+        neck: name of the module whose output feeds the head; found by itself.
+        predictors: layers whose outputs are never pruned; found by themselves.
+        seed: of what criteria and losses draw at random.
+        trust: of a checkpoint, see :func:`ldt.load_pruned`.
+        tell: is called with what is done, how much of it, and of how much.
+
+    Raises:
+        ValueError: a value outside of what is allowed, or no image with an object.
+        FileNotFoundError: a config or weights file does not exist.
+    """
+    check_values(
+        rates=(rates, Sequence[Share], [0.3, 0.6]),
+        measure=(measure, Measure, "loss"),
+        validation_images=(validation_images, Count, 8),
+        calibration_images=(calibration_images, Count, 32),
+        batch_size=(batch_size, Count, 16),
+        scope=(scope, Sequence[str], ["backbone"]),
+        seed=(seed, Seed, 0),
+    )
+    found = {_name(each): find_method(each).criterion for each in criteria}
+    if not found:
+        raise ValueError("criteria names none; give at least one, e.g. criteria=['l1']")
+    opened = open_detector(
+        detector, weights, classes or getattr(images, "classes", None), trust=trust
+    )
+    batches = calibration_batches(images, calibration_images, batch_size)
+    module = _adapter(opened, batches, input_size, neck, predictors)
+    shown = _in_memory(_shown(images, validation, measure), validation_images, batch_size)
+
+    def measured() -> float:
+        if measure == "AP":
+            return evaluate(module.model, shown, opened.classes)["AP"]
+        return mean_loss(module, Calibration(module, shown))
+
+    points, excluded = measure_sensitivity(
+        module, found, Calibration(module, batches), measured, rates, scope, seed, tell
+    )
+    return Sensitivity(measure, points, excluded)
+
+
+def _name(criterion: str | Importance) -> str:
+    return criterion if isinstance(criterion, str) else type(criterion).__name__
+
+
+def _shown(images: Any, validation: Images | None, measure: Measure) -> Images:
+    """Return what is measured on."""
+    if validation is not None:
+        return validation
+    if hasattr(images, "probe_dataloader"):
+        images.setup("fit")
+        loader = images.val_dataloader() if measure == "AP" else images.probe_dataloader("val", 1)
+        return loader.dataset
+    if measure == "AP":
+        raise ValueError("measure='AP' needs validation=: images as ldt.evaluate takes them")
+    return images
+
+
+def _in_memory(images: Images, limit: int, batch_size: int) -> DataLoader:
+    """Return batches that are read from the disk once."""
+    found = list(calibration_batches(images, limit, batch_size))
+    return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 
 
 def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoader:

@@ -1,5 +1,6 @@
 """The commands of `ldt`; imports are deferred to each command to keep `--help` fast."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+MEASURES = ("loss", "AP")
 FRAMES = ("video", "pictures")
 EXPORTS = ("mmdet", "onnx", "openvino")
 TRUST = click.option(
@@ -229,10 +231,27 @@ def figures(
         click.echo(file)
 
 
+GIVEN = click.argument(
+    "given", nargs=-1, required=True, metavar="(CHECKPOINT | CONFIG WEIGHTS) DATA"
+)
+
+
+def own_files(command: Callable) -> Callable:
+    """Add the options for data in COCO's format whose files have names of their own."""
+    for name, text in reversed(
+        (
+            ("--train-ann", "Annotation file in COCO's format, below DATA."),
+            ("--train-img", "Its image folder."),
+            ("--val-ann", "The same for validation."),
+            ("--val-img", "Its image folder."),
+        )
+    ):
+        command = click.option(name, help=text)(command)
+    return command
+
+
 @ldt.command()
-@click.argument("config")
-@click.argument("weights", type=PATH)
-@click.argument("data", type=PATH)
+@GIVEN
 @click.option("--rate", type=float, help="Share of the budget to remove: 0.3.")
 @click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
 @click.option(
@@ -265,14 +284,10 @@ def figures(
     "--val", type=click.IntRange(0), default=100, show_default=True, help="Images to measure AP on."
 )
 @click.option("--out", type=PATH, help="Checkpoint to write, for `ldt export` and `ldt predict`.")
-@click.option("--train-ann", help="Annotation file in COCO's format, below DATA.")
-@click.option("--train-img", help="Its image folder.")
-@click.option("--val-ann", help="The same for validation.")
-@click.option("--val-img", help="Its image folder.")
+@own_files
+@TRUST
 def prune(
-    config: str,
-    weights: Path,
-    data: Path,
+    given: tuple[str, ...],
     rate: float | None,
     criterion: str,
     budget: str,
@@ -284,16 +299,19 @@ def prune(
     images: int,
     val: int,
     out: Path | None,
+    trust: bool,
     **files: str | None,
 ) -> None:
     """Show what pruning would remove and what it costs in AP, without training.
 
     CONFIG is an mmdet config (a file, or mmdet::<family>/<file> for a packaged one), WEIGHTS its
-    weights, DATA a folder in COCO's or KITTI's layout.
+    weights, DATA a folder in COCO's or KITTI's layout. CHECKPOINT is a detector that ldt has
+    trained or pruned, or a run's directory (its last round); DATA are then by default its run's.
 
     \b
-    Example:
+    Examples:
       ldt prune mmdet::yolox/yolox_nano_8xb8-300e_coco.py yolox_nano.pth /data/coco --rate 0.3
+      ldt prune pruned.ckpt /data/coco --rate 0.3 --out smaller.ckpt
     """
     from ldt.cli import pruning
     from ldt.detectors.models import quiet
@@ -301,9 +319,7 @@ def prune(
     quiet()
     with renaming(pruning.OPTIONS):
         pruning.run(
-            config,
-            weights,
-            data,
+            given,
             images=images,
             val=val,
             out=out,
@@ -314,7 +330,60 @@ def prune(
             latency={"runtime": runtime, "threads": threads, "target_ms": target_ms},
             ranking=ranking,
             repair=repair,
+            trust=trust,
         )
+
+
+@ldt.command()
+@GIVEN
+@click.option(
+    "--criterion",
+    "criteria",
+    multiple=True,
+    default=("ldt",),
+    show_default=True,
+    help="A method of conf/method; repeat it to compare.",
+)
+@click.option(
+    "--rate",
+    "rates",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    multiple=True,
+    help="Share of a group's channels; repeat it [default: 0.1 to 0.9].",
+)
+@click.option("--measure", type=click.Choice(MEASURES), default=MEASURES[0], show_default=True)
+@click.option(
+    "--images", type=click.IntRange(1), default=32, show_default=True, help="Calibration images."
+)
+@click.option(
+    "--val", type=click.IntRange(1), default=8, show_default=True, help="Images to measure on."
+)
+@click.option(
+    "--out", type=PATH, default=Path("."), help="Folder [default: the working directory]."
+)
+@own_files
+@TRUST
+def sensitivity(given: tuple[str, ...], out: Path, trust: bool, **options: Any) -> None:
+    """Show what removing channels of each group of layers alone does, without training.
+
+    Of one group after the other 10 to 90 % of the channels are left out, those of the lowest
+    scores, and the detection loss (or AP) is measured without them. Writes sensitivity.csv and
+    sensitivity.png. The arguments are those of `ldt prune`.
+
+    \b
+    Examples:
+      ldt sensitivity my_config.py my_weights.pth /data/mine
+      ldt sensitivity runs/default/<run> --criterion ldt --criterion l1 --criterion random
+      ldt sensitivity pruned.ckpt /data/coco --measure AP --val 50 --rate 0.3 --rate 0.6
+    """
+    from ldt.cli import pruning, sensitivities
+    from ldt.detectors.models import quiet
+
+    quiet()
+    names = ("train_ann", "train_img", "val_ann", "val_img")
+    files = {name: file for name in names if (file := options.pop(name)) is not None}
+    with renaming(pruning.OPTIONS):
+        sensitivities.run(given, out, files=files, trust=trust, **options)
 
 
 @ldt.command()

@@ -75,8 +75,17 @@ def find_data(
     folder: Path | None = None,
     size: tuple[int, int] | None = None,
     trust: bool = False,
+    files: dict[str, str] | None = None,
 ) -> DetectionDataModule | None:
-    """Return the data that were given, or those of the checkpoint's run; None if neither is."""
+    """Return the data that were given, or those of the checkpoint's run; None if neither is.
+
+    Args:
+        checkpoint: its classes and the size of its images are those of the data.
+        folder: of data in COCO's or KITTI's layout.
+        size: (height, width) of images instead.
+        trust: see :func:`ldt.load_pruned`.
+        files: see :func:`ldt.data.folders.open_folder`.
+    """
     if folder is None and not holds_run(checkpoint.absolute().parent):
         return None
     content = read(checkpoint, trust)
@@ -87,7 +96,7 @@ def find_data(
         except FileNotFoundError:  # a run of elsewhere, without its data
             return None
     else:
-        data = open_folder(folder, {"classes": tuple(classes)}, {})
+        data = open_folder(folder, {"classes": tuple(classes)}, files or {})
         data.setup("fit")
     data.resize = resized(steps, size)
     return data

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config, ConfigDict
@@ -66,7 +66,7 @@ def open_detector(
         if config is not None:
             record = {**record, "model": _read_config(config)}
         return _opened(detector, record, classes)
-    if is_checkpoint(detector):
+    if isinstance(detector, (str, Path)) and _is_checkpoint(Path(detector)):
         loaded = load_pruned(detector, trust=trust)
         return _opened(loaded, getattr(loaded, RECORD), classes)
     plain = _read_config(detector)
@@ -78,11 +78,9 @@ def open_detector(
     return OpenedDetector(model, plain, names, untrained=weights is None)
 
 
-def is_checkpoint(detector: object) -> TypeGuard[str | Path]:
+def _is_checkpoint(path: Path) -> bool:
     """Whether a detector is given by a checkpoint of ldt or by the directory of a run."""
-    if not isinstance(detector, (str, Path)):
-        return False
-    return Path(detector).suffix == ".ckpt" or Path(detector).is_dir()
+    return path.suffix == ".ckpt" or path.is_dir()
 
 
 def _opened(
