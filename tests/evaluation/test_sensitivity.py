@@ -91,5 +91,5 @@ def test_every_group_has_a_panel_and_every_criterion_a_line():
         lines = {
             line.get_label(): line for line in axes.lines if line.get_label() in ("l1", "random")
         }
-        assert list(lines["l1"].get_xdata()) == [0, 0.3, 0.6]
-        assert list(lines["random"].get_ydata()) == [1, 22, 43]
+        assert np.allclose(lines["l1"].get_xdata(), [0, 0.3, 0.6])
+        assert np.allclose(lines["random"].get_ydata(), [1, 22, 43])
