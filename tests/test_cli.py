@@ -1,5 +1,6 @@
 """`ldt`, `run.py` and the older addresses: help at once, and one convention of exit codes."""
 
+import contextlib
 import json
 import logging
 import os
@@ -62,6 +63,63 @@ def refusal(capsys, *arguments, code=2):
     assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in out.splitlines())  # signs of life
     (line,) = err.splitlines()
     return line.removeprefix("error: ")
+
+
+# Targets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """Places that nothing can be written at, by what is told of them."""
+    for name in ("file.csv", "round-0.ckpt", "image.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    (tmp_path / "nowhere").symlink_to("missing")
+    return {
+        tmp_path / "folder.csv": "is a folder, not a file to write",
+        tmp_path / "pipe.csv": "is a pipe or a device, not a file to write",
+        tmp_path / "file.csv/a.csv": "file.csv is not a folder",
+        tmp_path / "nowhere/a.csv": "nowhere is not a folder",
+        tmp_path / "loop.csv": "symbolic links",
+        tmp_path / f"{300 * 'a'}.csv": "name too long",
+    }
+
+
+WRITING = {  # a command that writes a file, up to its name
+    "report": ["report", "study", "--format", "csv", "--out"],
+    "prune": ["prune", "config", "weights", "data", "--rate", "0.3", "--out"],
+    "export": ["export", "round-0.ckpt", "--format", "onnx"],
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_file_that_cannot_be_written_is_told_before_any_work(name, taken, capsys):
+    for file, reason in taken.items():
+        assert reason in refusal(capsys, *WRITING[name], file)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("predict", ["predictions.json", "images.json", "pictures/0001.jpg"]),
+        ("export", ["config.py", "weights.pth"]),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    name, inside, taken, tmp_path, capsys
+):
+    def told(folder):
+        out = ["image.png", "--out", folder] if name == "predict" else [folder]
+        return refusal(capsys, name, tmp_path / "round-0.ckpt", *out)
+
+    with contextlib.chdir(tmp_path):
+        for folder in ("file.csv", "pipe.csv", "nowhere"):
+            assert f"{folder} is not a folder" in told(folder)
+        for number, file in enumerate(inside):
+            (tmp_path / f"{number}" / file).mkdir(parents=True)
+            assert "is a folder, not a file to write" in told(f"{number}")
 
 
 # Help -----------------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ from ldt.data.videos import Video, is_video
 from ldt.deployment.drawing import Painter, write_picture, writing_video
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.objects import corners
-from ldt.runs.files import write_json
+from ldt.runs.files import PICTURES, check_target, write_json
 from ldt.runs.refusal import refusing
 from ldt.runtimes.file_detector import FileDetector
 from ldt.runtimes.sessions import SUFFIXES as SUFFIXES_OF_FILES
 
+PREDICTIONS, IMAGES = "predictions.json", "images.json"
 MOST_TOLD = 5  # images that cannot be read
 MOST_CLASSES = 10  # whose counts are told
 Frames = Literal["video", "pictures"]
@@ -168,9 +169,9 @@ class Predictions:
     def write(self, out: Path) -> None:
         """Write the results of all images, and which image each id is."""
         categories = [{"id": i, "name": name} for i, name in enumerate(self.classes, 1)]
-        write_json(out / "predictions.json", self.boxes)
+        write_json(out / PREDICTIONS, self.boxes)
         about = {"images": self.images, "annotations": [], "categories": categories}
-        write_json(out / "images.json", about)
+        write_json(out / IMAGES, about)
 
     def told(self) -> list[str]:
         """Return lines: the time of an image, and what was detected or what to do about it."""
@@ -236,6 +237,8 @@ def predict(
         check_value("every", every, Count, 5)
         check_value("frames", frames, Frames, "video")
         paths, out = find_images(sources, (*SUFFIXES, *videos.SUFFIXES)), Path(out)
+        for file in (PREDICTIONS, IMAGES, f"{PICTURES}/0001.jpg"):
+            check_target(out / file)
         predictor = Predictor(checkpoint, device, max_pixels, trust)
     out.mkdir(parents=True, exist_ok=True)
     found, bad, number = Predictions(predictor.classes, threshold), [], 0
@@ -246,7 +249,7 @@ def predict(
             progress.status(f"detecting in {path.name}, {len(found.images)} images so far")
             try:
                 video = Video(path, every, max_pixels) if is_video(path) else None
-                stem = out / "pictures" / path.stem
+                stem = out / PICTURES / path.stem[:50]
                 with _saving(stem, first, None if frames == "pictures" else video) as save:
                     shots = _shots(predictor, path, video)
                     for about, pixels, sample in _timed(shots, found.seconds):

@@ -103,6 +103,8 @@ def export_file(
                 f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}"
             )
         check_folder_of(out)
+        if form == "openvino":
+            check_folder_of(out.with_suffix(".bin"))
         for package in (*PACKAGES[form], *(["nncf"] if quantised else [])):
             need(package)
         checkpoint = checkpoint_of(checkpoint)
