@@ -7,6 +7,7 @@
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from ldt.config.values import Count, Seed, Share, check_arguments, check_value, 
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.checkpoints import pruning_record
+from ldt.detectors.forward import evaluating
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
@@ -354,7 +356,8 @@ def sensitivity(
     Args:
         detector: see :func:`ldt.prune`.
         images: labelled images for the criteria, see :func:`ldt.prune`.
-        criteria: each a name or an instance, see :func:`ldt.prune`.
+        criteria: each a name or an instance, see :func:`ldt.prune`; an instance goes by the name
+            of its class, and further ones of that class are numbered.
         rates: shares of a group's channels to remove, those of the lowest scores.
         measure: ``loss``, the detection loss, or ``AP``.
         validation: what is measured on: for the loss such images as ``images``, for AP batches or
@@ -386,15 +389,14 @@ def sensitivity(
         scope=(scope, Sequence[str], ["backbone"]),
         seed=(seed, Seed, 0),
     )
-    found = {_name(each): find_method(each).criterion for each in criteria}
-    if not found:
-        raise ValueError("criteria names none; give at least one, e.g. criteria=['l1']")
+    found = _named(criteria)
     opened = open_detector(
         detector, weights, classes or getattr(images, "classes", None), trust=trust
     )
     batches = calibration_batches(images, calibration_images, batch_size)
     module = _adapter(opened, batches, input_size, neck, predictors)
-    shown = _in_memory(_shown(images, validation, measure), validation_images, batch_size)
+    shown = calibration_batches(_shown(images, validation, measure), validation_images, batch_size)
+    shown = _kept(list(shown))  # read from the disk once
 
     def measured() -> float:
         if measure == "AP":
@@ -407,8 +409,19 @@ def sensitivity(
     return Sensitivity(measure, points, excluded)
 
 
-def _name(criterion: str | Importance) -> str:
-    return criterion if isinstance(criterion, str) else type(criterion).__name__
+def _named(criteria: Sequence[str | Importance]) -> dict[str, Importance]:
+    """Return criteria by name; instances of one class are numbered from the second on."""
+    found: dict[str, Importance] = {}
+    seen: Counter[str] = Counter()
+    for each in criteria:
+        name = each if isinstance(each, str) else type(each).__name__
+        if not isinstance(each, str):
+            seen[name] += 1
+            name += f" {seen[name]}" * (seen[name] > 1)
+        found[name] = find_method(each).criterion
+    if not found:
+        raise ValueError("criteria names none; give at least one, e.g. criteria=['l1']")
+    return found
 
 
 def _shown(images: Any, validation: Images | None, measure: Measure) -> Images:
@@ -422,12 +435,6 @@ def _shown(images: Any, validation: Images | None, measure: Measure) -> Images:
     if measure == "AP":
         raise ValueError("measure='AP' needs validation=: images as ldt.evaluate takes them")
     return images
-
-
-def _in_memory(images: Images, limit: int, batch_size: int) -> DataLoader:
-    """Return batches that are read from the disk once."""
-    found = list(calibration_batches(images, limit, batch_size))
-    return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 
 
 def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoader:
@@ -464,8 +471,12 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
             break
     if not found:
         raise ValueError(NO_IMAGE)
-    # copies, for mmdet's preprocessors change the samples that they are given
-    return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
+    return _kept(found)
+
+
+def _kept(batches: list[RawBatch]) -> DataLoader:
+    """Return batches again and again, as copies: mmdet's preprocessors change the samples."""
+    return DataLoader(batches, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 
 
 def _samples(item: object) -> Any:
@@ -535,12 +546,9 @@ def evaluate(
     if not isinstance(loader, Iterable):
         raise ValueError(f"loader is a {type(loader).__name__}; give batches of a data loader")
     names = tuple(classes or open_detector(detector).classes)
-    metrics, training = DetectionMetrics(names, max_detections), detector.training
+    metrics = DetectionMetrics(names, max_detections)
     step: Any = detector.test_step
-    detector.eval()
-    try:
+    with evaluating(detector):
         for batch in loader:
             metrics.update(step(batch))
-    finally:
-        detector.train(training)
     return metrics.compute()

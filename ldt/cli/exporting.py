@@ -10,9 +10,9 @@ from ldt.build import data_of
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.folders import open_folder
 from ldt.deployment import to_mmdet
-from ldt.deployment.to_runtime import Images, Runtime, export_file, resized
+from ldt.deployment.to_runtime import Images, Runtime, check_out, export_file, resized
 from ldt.detectors.checkpoints import read, resize_steps
-from ldt.runs.files import check_folder_of, holds_run
+from ldt.runs.files import holds_run
 from ldt.runs.refusal import refusing
 from ldt.runs.run import checkpoint_of, open_run
 
@@ -41,7 +41,7 @@ def run(checkpoint: Path, out: Path, form: str, trust: bool, **options: Any) -> 
         click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
         return
     with refusing():
-        check_folder_of(out)
+        check_out(out, cast(Runtime, form))  # before data are read
         size = parse_size(options["size"])
         images = Images(options["images"], find_data(checkpoint, options["data"], size, trust))
     written = export_file(

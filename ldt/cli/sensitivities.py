@@ -15,7 +15,7 @@ from ldt.api import sensitivity
 from ldt.cli.subjects import open_subject
 from ldt.criteria.methods import find_method
 from ldt.evaluation.sensitivity import RATES, Measure, Sensitivity
-from ldt.figures.sensitivity import draw_sensitivity
+from ldt.figures.sensitivity_curves import draw_sensitivity
 from ldt.figures.style import save
 from ldt.progress.console import terminal
 from ldt.report.terminal import console

@@ -47,23 +47,26 @@ def find_images(
 
     Args:
         sources: what a pattern such as ``photos/*.jpg`` or a folder holds is sorted by name.
-        suffixes: of the files that are taken from folders.
+        suffixes: of the files that are taken from folders and patterns.
 
     Raises:
-        FileNotFoundError: a path does not exist, or a folder has no images.
+        FileNotFoundError: a path does not exist, or a folder or pattern has no images.
+        ValueError: a path is a pipe or a device, which may never end.
     """
     found: list[Path] = []
     for source in map(Path, [sources] if isinstance(sources, (str, Path)) else sources):
-        matching = [] if source.exists() else sorted(map(Path, glob.glob(str(source))))
-        if not source.exists() and not matching:
-            raise FileNotFoundError(f"no image or folder at {str(source)!r}")
-        inside = sorted(source.iterdir()) if source.is_dir() else []
-        images = [file for file in inside if file.suffix.lower() in suffixes]
-        if source.is_dir() and not images:
-            raise FileNotFoundError(
-                f"no image in the folder {str(source)!r}; looked for: {', '.join(suffixes)}"
-            )
-        found += images or matching or [source]
+        if source.exists() and not source.is_dir():
+            if not source.is_file():
+                raise ValueError(f"{source} is a pipe or a device, not an image")
+            found.append(source)
+            continue
+        inside = source.iterdir() if source.is_dir() else map(Path, glob.glob(str(source)))
+        images = [file for file in inside if file.suffix.lower() in suffixes and file.is_file()]
+        if not images:
+            where = "in the folder" if source.is_dir() else "or folder at"
+            told = f"no image {where} {str(source)!r}; looked for: {', '.join(suffixes)}"
+            raise FileNotFoundError(told)
+        found += sorted(images)
     return found
 
 

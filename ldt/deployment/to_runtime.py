@@ -98,13 +98,7 @@ def export_file(
     """
     out, images = Path(out), images or Images()
     with refusing():
-        if out.suffix != SUFFIX[form]:
-            raise ValueError(
-                f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}"
-            )
-        check_folder_of(out)
-        if form == "openvino":
-            check_folder_of(out.with_suffix(".bin"))
+        check_out(out, form)
         for package in (*PACKAGES[form], *(["nncf"] if quantised else [])):
             need(package)
         checkpoint = checkpoint_of(checkpoint)
@@ -126,6 +120,19 @@ def export_file(
             if file.is_file():
                 shutil.move(file, out.parent / file.name)
     return out
+
+
+def check_out(out: Path, form: Runtime) -> None:
+    """Check the name of an exported file, and that it can be written.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot, or its suffix is another format's.
+    """
+    if out.suffix != SUFFIX[form]:
+        raise ValueError(f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}")
+    check_folder_of(out)
+    if form == "openvino":
+        check_folder_of(out.with_suffix(".bin"))
 
 
 def adapter_of(content: dict[str, Any], size: tuple[int, int] | None = None) -> Detector:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from typing import Any
@@ -194,8 +195,18 @@ def test_what_is_no_checkpoint_of_ours_is_told(folder, tmp_path, capsys):
 def test_a_pattern_is_the_images_that_it_matches(folder):
     names = [file.name for file in find_images(str(folder / "*.[pj]*g"))]
     assert names == ["tall.jpg", "wide.png"]
+    assert find_images(str(folder / "*")) == find_images(folder)
     with pytest.raises(FileNotFoundError, match=r"no image or folder at .*\*.gif"):
         find_images(str(folder / "*.gif"))
+
+
+def test_what_may_never_end_is_not_read(folder, tmp_path):
+    image = folder / "wide.png"
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "image.png").write_bytes(image.read_bytes())
+    assert find_images(tmp_path) == find_images(str(tmp_path / "*")) == [tmp_path / "image.png"]
+    with pytest.raises(ValueError, match=r"pipe.png is a pipe or a device, not an image"):
+        find_images([image, tmp_path / "pipe.png"])
 
 
 # What is told ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance, RandomImpo
 from ldt.criteria.base import NoScoresError
 from ldt.criteria.group_fisher import Fisher
 from ldt.evaluation.sensitivity import Point, Sensitivity, mean_loss, measure_sensitivity
-from ldt.figures.sensitivity import draw_sensitivity
+from ldt.figures.sensitivity_curves import draw_sensitivity
 from ldt.pruning.budget import lowest_of
 
 
