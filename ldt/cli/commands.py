@@ -1,6 +1,7 @@
 """The commands of `ldt`; imports are deferred to each command to keep `--help` fast."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,28 @@ TRUST = click.option(
 )
 RUNTIMES = ("eager", "onnxruntime", "openvino")
 LISTED = 5  # maximum number of runs listed in a message
+
+
+class ShareType(click.ParamType):
+    """A share such as 0.3; who types 30 or 30% is told so."""
+
+    name = "float"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number that was typed."""
+        from ldt.config.values import Share, check_value
+
+        given = value
+        with suppress(ValueError):
+            given = float(value)
+        with refusing():
+            check_value(param.opts[0] if param else self.name, given, Share, 0.3)
+        return given
+
+
+SHARE = ShareType()
 
 
 @click.group(
@@ -252,7 +275,7 @@ def own_files(command: Callable) -> Callable:
 
 @ldt.command()
 @GIVEN
-@click.option("--rate", type=float, help="Share of the budget to remove: 0.3.")
+@click.option("--rate", type=SHARE, help="Share of the budget to remove: 0.3.")
 @click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
 @click.option(
     "--budget",
@@ -347,7 +370,7 @@ def prune(
 @click.option(
     "--rate",
     "rates",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE,
     multiple=True,
     help="Share of a group's channels; repeat it [default: 0.1 to 0.9].",
 )
@@ -421,7 +444,8 @@ def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
     from ldt.detectors.models import quiet
 
     quiet()
-    exporting.run(checkpoint, out, form, **options)
+    with renaming({"dataset.root=": "--data "}):
+        exporting.run(checkpoint, out, form, **options)
 
 
 @ldt.command()

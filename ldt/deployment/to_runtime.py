@@ -50,7 +50,7 @@ class Images:
     """Where images come from: a folder, a data module, or neither.
 
     Attributes:
-        folder: of image files.
+        folder: of image files, which come before those of the data.
         data: with training and validation images.
     """
 
@@ -104,6 +104,8 @@ def export_file(
         checkpoint = checkpoint_of(checkpoint)
         content = read(checkpoint, trust)
         _check_int8(quantised, raw, images, force)
+        if images.folder is not None:
+            find_images(images.folder)
         record = content["ldt"]
         steps = resized(resize_steps(content, checkpoint), size)
         detector = adapter_of(content, size)
@@ -341,11 +343,11 @@ def spread(dataset: Any, most: int) -> Iterator[Any]:
 
 def _checked_images(images: Images, about: About) -> Iterator[Tensor]:
     """Yield images that a file is checked on, each [1, 3, H, W]."""
-    if images.data is not None:
+    if images.folder is not None:
+        yield from _of_folder(images.folder, about)
+    elif images.data is not None:
         for item in spread(images.data.val_dataloader().dataset, CHECKED):
             yield to_canvas(item["inputs"], about.shape, about.pad_value)[0]
-    elif images.folder is not None:
-        yield from _of_folder(images.folder, about)
     else:
         scenes, (_, *prepare) = RoadScenes(), _transforms(about)
         for index in range(CHECKED):

@@ -5,7 +5,13 @@ from math import isfinite
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    ScalarFormatter,
+)
 
 from ldt.figures.look import DARK, GREY, LABELS
 from ldt.figures.stability import wrapped
@@ -14,6 +20,7 @@ from ldt.figures.style import FONT, MARKERS, PAGE_CM, PALETTE, new_figure, tidy
 COLUMNS = 5
 PANEL_CM = 2.1
 TITLE, LINE_LENGTH = 5.0, 32  # points; letters of a group's name per line
+NARROW = 3  # factor between losses that are drawn on a linear axis
 ROOM = 1.1  # factor between the largest loss and the end of its axis
 Curve = Sequence[tuple[float, float]]
 
@@ -23,7 +30,7 @@ def draw_sensitivity(curves: Mapping[tuple[str, str], Curve], measure: str) -> F
 
     Args:
         curves: (share removed, value) by criterion and group; the first is the whole detector's.
-        measure: ``loss``, on a logarithmic axis, or a metric.
+        measure: ``loss``, on a logarithmic axis where it varies much, or a metric.
 
     Returns:
         A figure of page width.
@@ -77,12 +84,13 @@ def _scale(axes: Axes, values: Sequence[float], measure: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     known = [value for value in values if isfinite(value)]
-    if measure != "loss" or min(known) <= 0:
+    if measure != "loss" or min(known) <= 0 or max(known) / min(known) < NARROW:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
         return
     low, high = min(known) / ROOM, max(known) * ROOM
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    steps = (1, 3) if high / low > 10 else (1, 2, 5) if high / low > 3 else (1, 1.5, 2, 3, 4, 5, 7)
+    steps = (1, 3) if high / low > 10 else (1, 2, 5)
     ticks = [step * 10.0**power for power in range(-6, 9) for step in steps]
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -76,6 +76,15 @@ def test_the_harm_of_a_group_is_its_mean_over_the_rates():
     assert list(Sensitivity("loss", lost, {}).harm()) == ["b", "a"]
 
 
+@pytest.mark.parametrize("most", [1.01, 1.2, 2.0, 5.0, 30.0, 1e4])
+def test_an_axis_has_numbers_however_far_the_losses_go(most):
+    figure = draw_sensitivity({("l1", "a"): [(0.0, 1.7), (0.5, 1.7 * most)]}, "loss")
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
+    assert low < 1.7 < 1.7 * most < high
+
+
 def test_every_group_has_a_panel_and_every_criterion_a_line():
     points = [
         Point(criterion, group, 10, removed, 1.0 + removed * (1 + len(criterion)))
