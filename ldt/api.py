@@ -390,13 +390,12 @@ def sensitivity(
         seed=(seed, Seed, 0),
     )
     found = _named(criteria)
-    opened = open_detector(
-        detector, weights, classes or getattr(images, "classes", None), trust=trust
-    )
+    names = classes or getattr(images, "classes", None)
+    opened = open_detector(detector, weights, names, trust=trust)
     batches = calibration_batches(images, calibration_images, batch_size)
     module = _adapter(opened, batches, input_size, neck, predictors)
     shown = calibration_batches(_shown(images, validation, measure), validation_images, batch_size)
-    shown = _kept(list(shown))  # read from the disk once
+    shown = _kept([*shown])  # read from the disk once
 
     def measured() -> float:
         if measure == "AP":

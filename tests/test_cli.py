@@ -179,7 +179,7 @@ def test_an_older_address_is_the_same_command(name, tmp_path, capsys):
         (["export", "{here}/no.ckpt", "{here}/out"], "no checkpoint at '{here}/no.ckpt'"),
         (["predict", "{here}/no.ckpt", "{here}/a.png"], "no image or folder at '{here}/a.png'"),
         (["repeat", "{here}/no", "{here}/new"], "give the directory of a run, runs/<study>/<run>"),
-        (["layers", "{here}/no"], "no checkpoint at '{here}/no/round-0.ckpt'"),
+        (["layers", "{here}/no"], "no run at {here}/no; expected there"),
         (["report"], "Missing argument 'STUDY' (see ldt report --help)"),
         (["report", "a", "--format", "pdf"], "'pdf' is not one of 'html', 'markdown', 'latex'"),
         (["expotr", "a"], "No such command 'expotr'"),

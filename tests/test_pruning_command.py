@@ -95,7 +95,7 @@ def test_sensitivity_is_drawn_and_told(own, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--rate": "1.5"}, "--rate=1.5; allowed: a number above 0 and below 1 (e.g. --rate=0.3)"),
+        ({"--rate": "30"}, "--rate=30.0; allowed: a number above 0 and below 1 (e.g. --rate=0.3)"),
         ({"--rate": "40%"}, "--rate='40%'; allowed: a number above 0 and below 1 (e.g. --rate=0.4"),
         ({"--target-ms": "5"}, "--target-ms is for --budget latency"),
         (

@@ -244,24 +244,12 @@ def predict(
             check_target(out / file)
         predictor = Predictor(checkpoint, device, max_pixels, trust)
     out.mkdir(parents=True, exist_ok=True)
-    found, bad, number = Predictions(predictor.classes, threshold), [], 0
-    painter = Painter(predictor.classes, threshold)
-    with progress.running("detecting"):
-        for path in paths:
-            first = number + 1
-            progress.status(f"detecting in {path.name}, {len(found.images)} images so far")
-            try:
-                video = Video(path, every, max_pixels) if is_video(path) else None
-                stem = out / PICTURES / path.stem[:50]
-                with _saving(stem, first, None if frames == "pictures" else video) as save:
-                    shots = _shots(predictor, path, video)
-                    for about, pixels, sample in _timed(shots, found.seconds):
-                        number += 1
-                        save(number, painter.draw(pixels, sample))
-                        found.add(number, pixels.shape, sample, about)
-            except (ValueError, OSError) as error:
-                bad.append(str(error))
-                number = max(number, first)
+    found = Predictions(predictor.classes, threshold)
+
+    def video_of(path: Path) -> Video | None:
+        return Video(path, every, max_pixels) if is_video(path) else None
+
+    bad = _detect_in(paths, predictor, found, out / PICTURES, video_of, frames)
     if found.images:
         found.write(out)
         for line in found.told():
@@ -273,6 +261,34 @@ def predict(
             f"{len(bad)} of {len(paths)} files are left out{rest * bool(found.images)}: "
             f"{'; '.join(bad[:MOST_TOLD])}{more}"
         )
+
+
+def _detect_in(
+    paths: Sequence[Path],
+    predictor: Predictor,
+    found: Predictions,
+    pictures: Path,
+    video_of: Callable[[Path], Video | None],
+    frames: Frames,
+) -> list[str]:
+    """Detect in every file, add to what was found, and return why some are left out."""
+    bad, number, painter = [], 0, Painter(found.classes, found.threshold)
+    with progress.running("detecting"):
+        for path in paths:
+            first = number + 1
+            progress.status(f"detecting in {path.name}, {len(found.images)} images so far")
+            try:
+                video, stem = video_of(path), pictures / path.stem[:50]
+                with _saving(stem, first, None if frames == "pictures" else video) as save:
+                    shots = _shots(predictor, path, video)
+                    for about, pixels, sample in _timed(shots, found.seconds):
+                        number += 1
+                        save(number, painter.draw(pixels, sample))
+                        found.add(number, pixels.shape, sample, about)
+            except (ValueError, OSError) as error:
+                bad.append(str(error))
+                number = max(number, first)
+    return bad
 
 
 Shot = tuple[dict[str, Any], np.ndarray, DetDataSample]

@@ -130,9 +130,9 @@ def check_out(out: Path, form: Runtime) -> None:
     Raises:
         ValueError, FileNotFoundError: it cannot, or its suffix is another format's.
     """
+    check_folder_of(out)
     if out.suffix != SUFFIX[form]:
         raise ValueError(f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}")
-    check_folder_of(out)
     if form == "openvino":
         check_folder_of(out.with_suffix(".bin"))
 
