@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ldt.detectors.mmcv_ops import install
 
 if TYPE_CHECKING:
-    from ldt.api import PruningResult, evaluate, prune
+    from ldt.api import PruningResult, evaluate, prune, sensitivity
     from ldt.callbacks.ldt_loss import LDTLoss
     from ldt.criteria.base import Criterion
     from ldt.deployment.prediction import predict
@@ -33,6 +33,7 @@ __all__ = [
     "open_run",
     "predict",
     "prune",
+    "sensitivity",
     "train",
 ]
 _FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
@@ -48,6 +49,7 @@ _FOUND_IN = {  # imported when asked for: keeps `import ldt` free of torch
     "open_run": "ldt.runs.run",
     "predict": "ldt.deployment.prediction",
     "prune": "ldt.api",
+    "sensitivity": "ldt.api",
     "train": "ldt.experiment",
 }
 

@@ -7,6 +7,7 @@
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,9 +28,18 @@ from ldt.config.values import Count, Seed, Share, check_arguments, check_value, 
 from ldt.criteria.methods import find_method
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
 from ldt.detectors.checkpoints import pruning_record
+from ldt.detectors.forward import evaluating
 from ldt.detectors.opening import OpenedDetector, open_detector
 from ldt.evaluation.layers import layers
 from ldt.evaluation.metrics import MAX_DETECTIONS, DetectionMetrics
+from ldt.evaluation.sensitivity import (
+    RATES,
+    Measure,
+    Sensitivity,
+    Tell,
+    mean_loss,
+    measure_sensitivity,
+)
 from ldt.loop.pruning_round import Unpruned, check_schedule, latency_table, prune_round
 from ldt.loop.pruning_round import repair as repair_norms
 from ldt.loop.round_record import RoundRecord
@@ -317,6 +327,115 @@ def _rate(rate: float | None, keep: float | None, target: LatencyTarget) -> floa
     return 1 - keep if keep is not None else rate  # type: ignore[return-value]
 
 
+@renaming(ARGUMENTS)
+def sensitivity(
+    detector: nn.Module | Config | str | Path,
+    images: Images,
+    *,
+    criteria: Sequence[str | Importance] = ("ldt",),
+    rates: Sequence[float] = RATES,
+    measure: Measure = "loss",
+    validation: Images | None = None,
+    validation_images: int = 8,
+    scope: Sequence[str] = PruningSchedule.scope,
+    weights: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    calibration_images: int = PruningSchedule.images,
+    batch_size: int = PruningSchedule.batch_size,
+    input_size: tuple[int, int] | None = None,
+    neck: str | None = None,
+    predictors: Sequence[str] | None = None,
+    seed: int = 0,
+    trust: bool = False,
+    tell: Tell = lambda *_: None,
+) -> Sensitivity:
+    """Measure how the loss or AP changes without channels of a single group, for every group.
+
+    Nothing is trained or repaired; the detector stays as it is.
+
+    Args:
+        detector: see :func:`ldt.prune`.
+        images: labelled images for the criteria, see :func:`ldt.prune`.
+        criteria: each a name or an instance, see :func:`ldt.prune`; an instance goes by the name
+            of its class, and further ones of that class are numbered.
+        rates: shares of a group's channels to remove, those of the lowest scores.
+        measure: ``loss``, the detection loss, or ``AP``.
+        validation: what is measured on: for the loss such images as ``images``, for AP batches or
+            a data set as :func:`ldt.evaluate` takes them. By default the validation images of a
+            data module of ours, or for the loss ``images``.
+        validation_images: at most so many are measured on.
+        scope: parts of the detector whose groups are measured.
+        weights: of a config's detector.
+        classes: names in label order.
+        calibration_images: at most so many of ``images`` are looked at.
+        batch_size: images in a batch, where ``images`` is a data set.
+        input_size: (height, width) to trace with; that of the first batch by default.
+        neck: name of the module whose output feeds the head; found by itself.
+        predictors: layers whose outputs are never pruned; found by themselves.
+        seed: of what criteria and losses draw at random.
+        trust: of a checkpoint, see :func:`ldt.load_pruned`.
+        tell: is called with what is done, how much of it, and of how much.
+
+    Raises:
+        ValueError: a value outside of what is allowed, or no image with an object.
+        FileNotFoundError: a config or weights file does not exist.
+    """
+    check_values(
+        rates=(rates, Sequence[Share], [0.3, 0.6]),
+        measure=(measure, Measure, "loss"),
+        validation_images=(validation_images, Count, 8),
+        calibration_images=(calibration_images, Count, 32),
+        batch_size=(batch_size, Count, 16),
+        scope=(scope, Sequence[str], ["backbone"]),
+        seed=(seed, Seed, 0),
+    )
+    found = _named(criteria)
+    names = classes or getattr(images, "classes", None)
+    opened = open_detector(detector, weights, names, trust=trust)
+    batches = calibration_batches(images, calibration_images, batch_size)
+    module = _adapter(opened, batches, input_size, neck, predictors)
+    shown = calibration_batches(_shown(images, validation, measure), validation_images, batch_size)
+    shown = _kept([*shown])  # read from the disk once
+
+    def measured() -> float:
+        if measure == "AP":
+            return evaluate(module.model, shown, opened.classes)["AP"]
+        return mean_loss(module, Calibration(module, shown))
+
+    points, excluded = measure_sensitivity(
+        module, found, Calibration(module, batches), measured, rates, scope, seed, tell
+    )
+    return Sensitivity(measure, points, excluded)
+
+
+def _named(criteria: Sequence[str | Importance]) -> dict[str, Importance]:
+    """Return criteria by name; instances of one class are numbered from the second on."""
+    found: dict[str, Importance] = {}
+    seen: Counter[str] = Counter()
+    for each in criteria:
+        name = each if isinstance(each, str) else type(each).__name__
+        if not isinstance(each, str):
+            seen[name] += 1
+            name += f" {seen[name]}" * (seen[name] > 1)
+        found[name] = find_method(each).criterion
+    if not found:
+        raise ValueError("criteria names none; give at least one, e.g. criteria=['l1']")
+    return found
+
+
+def _shown(images: Any, validation: Images | None, measure: Measure) -> Images:
+    """Return what is measured on."""
+    if validation is not None:
+        return validation
+    if hasattr(images, "probe_dataloader"):
+        images.setup("fit")
+        loader = images.val_dataloader() if measure == "AP" else images.probe_dataloader("val", 1)
+        return loader.dataset
+    if measure == "AP":
+        raise ValueError("measure='AP' needs validation=: images as ldt.evaluate takes them")
+    return images
+
+
 def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoader:
     """Return collated batches of at most ``limit`` images, the same at every pass.
 
@@ -351,8 +470,12 @@ def calibration_batches(images: Images, limit: int, batch_size: int) -> DataLoad
             break
     if not found:
         raise ValueError(NO_IMAGE)
-    # copies, for mmdet's preprocessors change the samples that they are given
-    return DataLoader(found, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
+    return _kept(found)
+
+
+def _kept(batches: list[RawBatch]) -> DataLoader:
+    """Return batches again and again, as copies: mmdet's preprocessors change the samples."""
+    return DataLoader(batches, batch_size=None, collate_fn=deepcopy)  # type: ignore[arg-type]
 
 
 def _samples(item: object) -> Any:
@@ -422,12 +545,9 @@ def evaluate(
     if not isinstance(loader, Iterable):
         raise ValueError(f"loader is a {type(loader).__name__}; give batches of a data loader")
     names = tuple(classes or open_detector(detector).classes)
-    metrics, training = DetectionMetrics(names, max_detections), detector.training
+    metrics = DetectionMetrics(names, max_detections)
     step: Any = detector.test_step
-    detector.eval()
-    try:
+    with evaluating(detector):
         for batch in loader:
             metrics.update(step(batch))
-    finally:
-        detector.train(training)
     return metrics.compute()

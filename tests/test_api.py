@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from short_runs import tiny
 from small import RETINANET, composed, randomise_norms
 from torch import nn
+from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 import ldt
 from ldt import api, experiment
@@ -114,6 +115,19 @@ def test_images_may_be_a_module_a_data_set_or_batches(detector, data):
     }
     for result in found.values():
         assert same(result.detector, found["module"].detector)
+
+
+@pytest.mark.slow
+def test_criteria_of_one_class_have_names_of_their_own(detector, data):
+    criteria = ["l1", *(GroupMagnitudeImportance(p=p) for p in (1, 2))]
+    found = ldt.sensitivity(
+        detector, data, criteria=criteria, rates=[0.5], calibration_images=2, validation_images=2
+    )
+    one, other = "GroupMagnitudeImportance", "GroupMagnitudeImportance 2"
+    assert {criterion for criterion, _ in found.curves()} == {"l1", one, other}
+    for values in found.harm().values():
+        assert values["l1"] == values[one]
+    assert any(values[one] != values[other] for values in found.harm().values())
 
 
 def test_only_so_many_images_are_looked_at(data):

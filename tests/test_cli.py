@@ -1,5 +1,6 @@
 """`ldt`, `run.py` and the older addresses: help at once, and one convention of exit codes."""
 
+import contextlib
 import json
 import logging
 import os
@@ -64,6 +65,63 @@ def refusal(capsys, *arguments, code=2):
     return line.removeprefix("error: ")
 
 
+# Targets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """Places that nothing can be written at, by what is told of them."""
+    for name in ("file.csv", "round-0.ckpt", "image.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    (tmp_path / "nowhere").symlink_to("missing")
+    return {
+        tmp_path / "folder.csv": "is a folder, not a file to write",
+        tmp_path / "pipe.csv": "is a pipe or a device, not a file to write",
+        tmp_path / "file.csv/a.csv": "file.csv is not a folder",
+        tmp_path / "nowhere/a.csv": "nowhere is not a folder",
+        tmp_path / "loop.csv": "symbolic links",
+        tmp_path / f"{300 * 'a'}.csv": "name too long",
+    }
+
+
+WRITING = {  # a command that writes a file, up to its name
+    "report": ["report", "study", "--format", "csv", "--out"],
+    "prune": ["prune", "config", "weights", "data", "--rate", "0.3", "--out"],
+    "export": ["export", "round-0.ckpt", "--format", "onnx"],
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_file_that_cannot_be_written_is_told_before_any_work(name, taken, capsys):
+    for file, reason in taken.items():
+        assert reason in refusal(capsys, *WRITING[name], file)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("predict", ["predictions.json", "images.json", "pictures/0001.jpg"]),
+        ("export", ["config.py", "weights.pth"]),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    name, inside, taken, tmp_path, capsys
+):
+    def told(folder):
+        out = ["image.png", "--out", folder] if name == "predict" else [folder]
+        return refusal(capsys, name, tmp_path / "round-0.ckpt", *out)
+
+    with contextlib.chdir(tmp_path):
+        for folder in ("file.csv", "pipe.csv", "nowhere"):
+            assert f"{folder} is not a folder" in told(folder)
+        for number, file in enumerate(inside):
+            (tmp_path / f"{number}" / file).mkdir(parents=True)
+            assert "is a folder, not a file to write" in told(f"{number}")
+
+
 # Help -----------------------------------------------------------------------------------------
 
 
@@ -121,7 +179,7 @@ def test_an_older_address_is_the_same_command(name, tmp_path, capsys):
         (["export", "{here}/no.ckpt", "{here}/out"], "no checkpoint at '{here}/no.ckpt'"),
         (["predict", "{here}/no.ckpt", "{here}/a.png"], "no image or folder at '{here}/a.png'"),
         (["repeat", "{here}/no", "{here}/new"], "give the directory of a run, runs/<study>/<run>"),
-        (["layers", "{here}/no"], "no checkpoint at '{here}/no/round-0.ckpt'"),
+        (["layers", "{here}/no"], "no run at {here}/no; expected there"),
         (["report"], "Missing argument 'STUDY' (see ldt report --help)"),
         (["report", "a", "--format", "pdf"], "'pdf' is not one of 'html', 'markdown', 'latex'"),
         (["expotr", "a"], "No such command 'expotr'"),
@@ -143,8 +201,17 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
         (["prune.rat=0.5"], "prune.rat=0.5: unknown key; did you mean prune.rate? Type prune."),
         (["+prune.rat=0.5"], "prune.rat=0.5: unknown key; did you mean prune.rate? Type prune."),
         (["-m", "+trainer.max_steps=3,4"], "cannot be set: the loop ends after its last phase"),
-        (["prune.rate=abc"], "prune.rate=abc: Value 'abc' of type 'str' could not be converted"),
-        (["-m", "prune.rate=0.5,abc"], "prune.rate=abc: Value 'abc'"),
+        (["prune.rate=abc"], "prune.rate=abc; allowed: a number above 0 and below 1 (e.g. prune."),
+        (
+            ["prune.rate=30%"],
+            "prune.rate=30%; allowed: a number above 0 and below 1 (e.g. prune.rate=0.3)",
+        ),
+        (["prune.rate=30"], "allowed: a number above 0 and below 1 (e.g. prune.rate=0.3)"),
+        (
+            ["prune.rounds=1.5"],
+            "prune.rounds=1.5; allowed: a whole number of at least 0 (e.g. prune.rounds=",
+        ),
+        (["-m", "prune.rate=0.5,abc"], "prune.rate=abc; allowed: "),
         (["prune.rate"], "prune.rate has no value; type prune.rate=<value>"),
         (["~prune.rate"], "~prune.rate: a key cannot be deleted; type prune.rate=<value>"),
         (["+prune=oneshot"], "prune is given twice: type prune=<option> once"),
@@ -163,7 +230,7 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
             "+trainer.devices: the key is there already; type trainer.devices",
         ),
         (["dataset=null"], "a group cannot be null: choose one of its options"),
-        (["seed=0", "-m", "prune.rate=0.5,abc"], "prune.rate=abc: Value 'abc'"),
+        (["seed=0", "-m", "prune.rate=0.5,abc"], "prune.rate=abc; allowed: "),
         (["--bogus"], "unrecognized arguments: --bogus; --help shows the groups"),
         (["--run", "--multirun"], "Only one of --run, --multirun"),
         (["--experimental-rerun", "x"], "`ldt repeat` repeats a run"),

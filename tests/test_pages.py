@@ -131,16 +131,19 @@ def test_the_commands_of_the_engineer_work(own, tmp_path):  # noqa: F811
     image = next((own[2] / "training/image_2").iterdir())
     places = {"my_config.py": config, "my_weights.pth": weights, "/data/mine": data}
     places["photos"] = str(image)
-    more = {"prune": ["--images", "4", "--val", "4"]}
-    steps = [given for given in shell(README) if given[1:2] in (["prune"], ["export"], ["predict"])]
+    few = ["--images", "4", "--val", "4"]
+    more = {"prune": few, "sensitivity": [*few, "--rate", "0.5"]}
+    order = ["prune", "sensitivity", "export", "predict"]
+    steps = [given for given in shell(README) if given[1:2] and given[1] in order]
     steps = [given for given in steps if "latency" not in given]  # tests/test_pruning_command.py
-    assert [given[1] for given in steps] == ["prune", "export", "predict"]
+    assert [given[1] for given in steps] == order
     for _, name, *rest in steps:
         arguments = [*(places.get(text, text) for text in rest), *more.get(name, [])]
         done = forked.run("-m", "ldt.cli", name, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
-    assert {"pruned.ckpt", "exported/config.py", "predictions/predictions.json"} <= names
+    assert {"pruned.ckpt", "sensitivity.png", "exported/config.py"} <= names
+    assert "predictions/predictions.json" in names
 
 
 @pytest.mark.slow

@@ -1,20 +1,23 @@
 """`ldt prune`: what would go and what it costs, without training."""
 
+import re
 from typing import Any
 
+import cv2
 import pytest
 import torch
 from click.testing import CliRunner
 from mmengine.config import Config
 from omegaconf import OmegaConf
 from real_data import COCO, YOLOX_NANO, needs
-from short_runs import tiny
+from short_runs import ROOT, tiny
 from small import composed, randomise_norms
 
 import ldt
 from ldt.build import build_data
 from ldt.cli.commands import ldt as command
 from ldt.detectors.models import build, model_config
+from ldt.runs.files import read_rows
 
 
 def prune(*arguments):
@@ -52,10 +55,48 @@ def test_it_tells_what_goes_and_what_it_costs(own, tmp_path):
     ldt.export(out, tmp_path / "exported")
 
 
+@pytest.mark.slow
+def test_the_documented_command_prunes_a_pruned_detector_once_more(own, tmp_path):
+    page = (ROOT / "docs/own_detector.md").read_text()
+    (line,) = re.findall(r"(?m)^ldt prune (pruned.ckpt .*)$", page)
+    places = {"pruned.ckpt": str(tmp_path / "pruned.ckpt"), "/data/mine": str(own[2])}
+    places["smaller.ckpt"] = str(tmp_path / "smaller.ckpt")
+    few = ("--images", "4", "--val", "0")
+    assert prune(*own, "--rate", "0.3", "--out", places["pruned.ckpt"], *few).exit_code == 0
+    done = prune(*(places.get(word, word) for word in line.split()), *few)
+    assert done.exit_code == 0, done.output
+    sizes = [
+        sum(p.numel() for p in ldt.load_pruned(places[name]).parameters())
+        for name in ("pruned.ckpt", "smaller.ckpt")
+    ]
+    assert sizes[1] < sizes[0]
+    refused = prune(own[0], places["pruned.ckpt"], own[2], "--rate", "0.3", *few)
+    assert f"ldt prune {places['pruned.ckpt']} DATA" in str(refused.exception)
+
+
+@pytest.mark.slow
+def test_sensitivity_is_drawn_and_told(own, tmp_path):
+    options = ["--criterion", "l1", "--criterion", "random", "--rate", "0.5"]
+    options += ["--images", "2", "--val", "2", "--out", str(tmp_path)]
+    done = CliRunner().invoke(command, ["sensitivity", *map(str, own), *options])
+    assert done.exit_code == 0, done.output
+    rows = read_rows(tmp_path / "sensitivity.csv")
+    assert list(rows[0]) == ["criterion", "group", "channels", "removed", "loss"]
+    groups = {row["group"] for row in rows}
+    assert len(rows) == 2 * 2 * len(groups)  # criteria, shares with 0, groups
+    assert {row["loss"] for row in rows if not row["removed"]} == {rows[0]["loss"]}
+    assert cv2.imread(str(tmp_path / "sensitivity.png")) is not None
+    assert f"mean of {len(groups)} groups" in done.output
+    assert "most sensitive" in done.output
+    wrong = CliRunner().invoke(command, ["sensitivity", str(own[0]), str(own[2])])
+    assert "a run), or CONFIG WEIGHTS DATA" in str(wrong.exception)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--rate": "1.5"}, "rate=1.5"),
+        ({"--rate": "30"}, "--rate=30.0; allowed: a number above 0 and below 1 (e.g. --rate=0.3)"),
+        ({"--rate": "40%"}, "--rate='40%'; allowed: a number above 0 and below 1 (e.g. --rate=0.4"),
         ({"--target-ms": "5"}, "--target-ms is for --budget latency"),
         (
             {"--budget": "latency", "--target-ms": "5"},

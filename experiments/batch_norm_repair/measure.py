@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 
 import ldt
-from ldt.cli.pruning import open_folder
 from ldt.criteria.base import score_groups
 from ldt.criteria.methods import find_method
 from ldt.data.datamodule import DetectionDataModule
+from ldt.data.folders import open_folder
 from ldt.detectors.adapter import Calibration, Detector
 from ldt.detectors.forward import eval_with_gradients
 from ldt.detectors.models import input_settings, quiet

@@ -19,6 +19,7 @@ from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.report.terminal import console
 from ldt.runs.provenance import cpu_name
 from ldt.runs.refusal import refusing
+from ldt.runs.run import checkpoint_of
 from ldt.runtimes.sessions import SUFFIXES, open_session
 from ldt.runtimes.timing import Network, Runtime, RuntimeName, open_all, time_in_turns
 
@@ -58,7 +59,7 @@ def run(
     """Time detectors in turns and print a row for each, runtime and number of threads.
 
     Args:
-        paths: checkpoints, each timed in every runtime, and exported files.
+        paths: checkpoints or runs, each timed in every runtime, and exported files.
         runtimes: for the checkpoints.
         threads: numbers of threads.
         runs: timed calls of each.
@@ -109,6 +110,7 @@ def _of_checkpoint(
     trust: bool,
     stack: ExitStack,
 ) -> list[Entry]:
+    path = checkpoint_of(path)
     detector = adapter_of(read(path, trust))
     counts = count_params_and_macs(detector)
     sizes = counts["params"], counts["macs"]

@@ -1,5 +1,7 @@
 """The commands of `ldt`; imports are deferred to each command to keep `--help` fast."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FORMATS = ("html", "markdown", "latex", "csv")
+MEASURES = ("loss", "AP")
+FRAMES = ("video", "pictures")
 EXPORTS = ("mmdet", "onnx", "openvino")
 TRUST = click.option(
     "--trust",
@@ -23,6 +27,28 @@ TRUST = click.option(
 )
 RUNTIMES = ("eager", "onnxruntime", "openvino")
 LISTED = 5  # maximum number of runs listed in a message
+
+
+class ShareType(click.ParamType):
+    """A share such as 0.3; who types 30 or 30% is told so."""
+
+    name = "float"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number that was typed."""
+        from ldt.config.values import Share, check_value
+
+        given = value
+        with suppress(ValueError):
+            given = float(value)
+        with refusing():
+            check_value(param.opts[0] if param else self.name, given, Share, 0.3)
+        return given
+
+
+SHARE = ShareType()
 
 
 @click.group(
@@ -231,11 +257,28 @@ def figures(
         click.echo(file)
 
 
+GIVEN = click.argument(
+    "given", nargs=-1, required=True, metavar="(CHECKPOINT | CONFIG WEIGHTS) DATA"
+)
+
+
+def own_files(command: Callable) -> Callable:
+    """Add the options for data in COCO's format whose files have names of their own."""
+    for name, text in reversed(
+        (
+            ("--train-ann", "Annotation file in COCO's format, below DATA."),
+            ("--train-img", "Its image folder."),
+            ("--val-ann", "The same for validation."),
+            ("--val-img", "Its image folder."),
+        )
+    ):
+        command = click.option(name, help=text)(command)
+    return command
+
+
 @ldt.command()
-@click.argument("config")
-@click.argument("weights", type=PATH)
-@click.argument("data", type=PATH)
-@click.option("--rate", type=float, help="Share of the budget to remove: 0.3.")
+@GIVEN
+@click.option("--rate", type=SHARE, help="Share of the budget to remove: 0.3.")
 @click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
 @click.option(
     "--budget",
@@ -267,14 +310,10 @@ def figures(
     "--val", type=click.IntRange(0), default=100, show_default=True, help="Images to measure AP on."
 )
 @click.option("--out", type=PATH, help="Checkpoint to write, for `ldt export` and `ldt predict`.")
-@click.option("--train-ann", help="Annotation file in COCO's format, below DATA.")
-@click.option("--train-img", help="Its image folder.")
-@click.option("--val-ann", help="The same for validation.")
-@click.option("--val-img", help="Its image folder.")
+@own_files
+@TRUST
 def prune(
-    config: str,
-    weights: Path,
-    data: Path,
+    given: tuple[str, ...],
     rate: float | None,
     criterion: str,
     budget: str,
@@ -286,16 +325,19 @@ def prune(
     images: int,
     val: int,
     out: Path | None,
+    trust: bool,
     **files: str | None,
 ) -> None:
     """Show what pruning would remove and what it costs in AP, without training.
 
     CONFIG is an mmdet config (a file, or mmdet::<family>/<file> for a packaged one), WEIGHTS its
-    weights, DATA a folder in COCO's or KITTI's layout.
+    weights, DATA a folder in COCO's or KITTI's layout. CHECKPOINT is a detector that ldt has
+    trained or pruned, or a run's directory (its last round); DATA are then by default its run's.
 
     \b
-    Example:
+    Examples:
       ldt prune mmdet::yolox/yolox_nano_8xb8-300e_coco.py yolox_nano.pth /data/coco --rate 0.3
+      ldt prune pruned.ckpt /data/coco --rate 0.3 --out smaller.ckpt
     """
     from ldt.cli import pruning
     from ldt.detectors.models import quiet
@@ -303,9 +345,7 @@ def prune(
     quiet()
     with renaming(pruning.OPTIONS):
         pruning.run(
-            config,
-            weights,
-            data,
+            given,
             images=images,
             val=val,
             out=out,
@@ -316,7 +356,60 @@ def prune(
             latency={"runtime": runtime, "threads": threads, "target_ms": target_ms},
             ranking=ranking,
             repair=repair,
+            trust=trust,
         )
+
+
+@ldt.command()
+@GIVEN
+@click.option(
+    "--criterion",
+    "criteria",
+    multiple=True,
+    default=("ldt",),
+    show_default=True,
+    help="A method of conf/method; repeat it to compare.",
+)
+@click.option(
+    "--rate",
+    "rates",
+    type=SHARE,
+    multiple=True,
+    help="Share of a group's channels; repeat it [default: 0.1 to 0.9].",
+)
+@click.option("--measure", type=click.Choice(MEASURES), default=MEASURES[0], show_default=True)
+@click.option(
+    "--images", type=click.IntRange(1), default=32, show_default=True, help="Calibration images."
+)
+@click.option(
+    "--val", type=click.IntRange(1), default=8, show_default=True, help="Images to measure on."
+)
+@click.option(
+    "--out", type=PATH, default=Path("."), help="Folder [default: the working directory]."
+)
+@own_files
+@TRUST
+def sensitivity(given: tuple[str, ...], out: Path, trust: bool, **options: Any) -> None:
+    """Show what removing channels of each group of layers alone does, without training.
+
+    Of one group after the other 10 to 90 % of the channels are left out, those of the lowest
+    scores, and the detection loss (or AP) is measured without them. Writes sensitivity.csv and
+    sensitivity.png. The arguments are those of `ldt prune`.
+
+    \b
+    Examples:
+      ldt sensitivity my_config.py my_weights.pth /data/mine
+      ldt sensitivity runs/default/<run> --criterion ldt --criterion l1 --criterion random
+      ldt sensitivity pruned.ckpt /data/coco --measure AP --val 50 --rate 0.3 --rate 0.6
+    """
+    from ldt.cli import pruning, sensitivities
+    from ldt.detectors.models import quiet
+
+    quiet()
+    names = ("train_ann", "train_img", "val_ann", "val_img")
+    files = {name: file for name in names if (file := options.pop(name)) is not None}
+    with renaming(pruning.OPTIONS):
+        sensitivities.run(given, out, files=files, trust=trust, **options)
 
 
 @ldt.command()
@@ -339,13 +432,14 @@ def prune(
 def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
     """Write the pruned detector of CHECKPOINT for mmdet, ONNX Runtime or OpenVINO.
 
-    For mmdet, OUT is a folder, for config.py and weights.pth. For the others it is a file, .onnx
-    or .xml, that takes an image of fixed size and gives boxes, scores and labels. It is written
-    only if it detects what the detector detects.
+    CHECKPOINT is a file, or a run's directory (its last round). For mmdet, OUT is a folder, for
+    config.py and weights.pth. For the others it is a file, .onnx or .xml, that takes an image of
+    fixed size and gives boxes, scores and labels. It is written only if it detects what the
+    detector detects.
 
     \b
     Examples:
-      ldt export runs/default/<run>/round-2.ckpt exported
+      ldt export runs/default/<run> exported
       ldt export runs/default/<run>/round-2.ckpt detector.onnx --format onnx
       ldt export runs/default/<run>/round-2.ckpt detector.xml --format openvino --int8
     """
@@ -353,11 +447,12 @@ def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
     from ldt.detectors.models import quiet
 
     quiet()
-    exporting.run(checkpoint, out, form, **options)
+    with renaming({"dataset.root=": "--data "}):
+        exporting.run(checkpoint, out, form, **options)
 
 
 @ldt.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=PATH, metavar="CHECKPOINT")
 @click.argument("images", type=PATH, nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--out", type=PATH, default=Path("predictions"), show_default=True, help="Folder.")
 @click.option(
@@ -374,6 +469,21 @@ def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
     show_default=True,
     help="Larger images are not decoded.",
 )
+@click.option(
+    "--every",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Of a video take every N-th frame.",
+)
+@click.option(
+    "--frames",
+    type=click.Choice(FRAMES),
+    default=FRAMES[0],
+    show_default=True,
+    help="What the frames of a video are drawn into.",
+)
 @TRUST
 def predict(
     checkpoint: Path,
@@ -381,28 +491,41 @@ def predict(
     out: Path,
     threshold: float,
     max_pixels: int,
+    every: int,
+    frames: Any,
     trust: bool,
 ) -> None:
-    """Detect objects in images, or in folders of them, with the detector of CHECKPOINT.
+    """Detect objects in images, videos, or folders of them, with the detector of CHECKPOINT.
 
-    CHECKPOINT may also be an exported file, .onnx or .xml. Images that cannot be read are named
-    at the end, after the results of the others are written.
+    CHECKPOINT may also be a run's directory (its last round), or an exported file, .onnx or .xml.
+    Images that cannot be read are named at the end, after the results of the others are written.
 
     \b
-    Example:
-      ldt predict runs/default/<run>/round-2.ckpt photos --out predictions --threshold 0.5
+    Examples:
+      ldt predict runs/default/<run> photos --out predictions --threshold 0.5
+      ldt predict runs/default/<run> 'photos/*.jpg' drive.mp4 --every 10
       ldt predict detector.onnx photos
     """
     from torch.cuda import is_available
 
     from ldt.deployment import prediction
     from ldt.detectors.models import quiet
+    from ldt.progress.console import print_lines
 
     quiet()
     device = "cuda" if is_available() else "cpu"
+    options = {"device": device, "max_pixels": max_pixels, "trust": trust}
+    options |= {"every": every, "frames": frames}
     with renaming({"dataset.max_pixels=": "--max-pixels "}):
-        prediction.predict(checkpoint, images, out, threshold, device, max_pixels, trust)
-    click.echo(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
+        prediction.predict(
+            checkpoint,
+            images,
+            out,
+            threshold,
+            tell=lambda line: print_lines(line.replace("threshold=", "--threshold ")),
+            **options,
+        )
+    print_lines(f"written: {out / 'predictions.json'}, {out / 'pictures'}")
 
 
 @ldt.command()
@@ -432,9 +555,9 @@ def benchmark(
 ) -> None:
     """Time detectors side by side, one call of each after the other.
 
-    A FILE is a checkpoint, of which the raw maps are timed in every runtime, or an exported file
-    (.onnx, .xml). Times are medians; with one thread CPU time counts, which other programs on the
-    machine hardly change.
+    A FILE is a checkpoint or a run's directory (its last round), of which the raw maps are timed in
+    every runtime, or an exported file (.onnx, .xml). Times are medians; with one thread CPU time
+    counts, which other programs on the machine hardly change.
 
     \b
     Examples:

@@ -56,8 +56,9 @@ def _is_explained(error: Exception) -> bool:
     """Whether the message suffices without traceback: it is from ldt or the operating system."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    ours = raised_in.partition(".")[0] == "ldt" and isinstance(error, (ValueError, ImportError))
-    return ours or isinstance(error, OSError)
+    names = (raised_in, type(error).__module__)  # torch raises our errors of a loader's processes
+    ours = any(name.partition(".")[0] == "ldt" for name in names)
+    return (ours and isinstance(error, (ValueError, ImportError))) or isinstance(error, OSError)
 
 
 def _end(code: int, message: str) -> NoReturn:

@@ -10,11 +10,11 @@ from ldt.build import data_of
 from ldt.data.datamodule import DetectionDataModule
 from ldt.data.folders import open_folder
 from ldt.deployment import to_mmdet
-from ldt.deployment.to_runtime import Images, Runtime, export_file, resized
+from ldt.deployment.to_runtime import Images, Runtime, check_out, export_file, resized
 from ldt.detectors.checkpoints import read, resize_steps
 from ldt.runs.files import holds_run
 from ldt.runs.refusal import refusing
-from ldt.runs.run import open_run
+from ldt.runs.run import checkpoint_of, open_run
 
 MMDET = "mmdet"
 
@@ -23,13 +23,14 @@ def run(checkpoint: Path, out: Path, form: str, trust: bool, **options: Any) -> 
     """Export the detector of a checkpoint.
 
     Args:
-        checkpoint: of a run, or what :meth:`ldt.api.PruningResult.save` wrote.
+        checkpoint: of a run, its directory, or what :meth:`ldt.api.PruningResult.save` wrote.
         out: a folder for mmdet, a file for a runtime.
         form: ``mmdet``, ``onnx`` or ``openvino``.
         trust: see :func:`ldt.load_pruned`.
         options: those of the command.
     """
     with refusing():
+        checkpoint = checkpoint_of(checkpoint)
         given = [name for name, value in options.items() if value]
         if form == MMDET and given:
             name = given[0].replace("_", "-")
@@ -40,6 +41,7 @@ def run(checkpoint: Path, out: Path, form: str, trust: bool, **options: Any) -> 
         click.echo(f"written: {written / to_mmdet.CONFIG}, {written / to_mmdet.WEIGHTS}")
         return
     with refusing():
+        check_out(out, cast(Runtime, form))  # before data are read
         size = parse_size(options["size"])
         images = Images(options["images"], find_data(checkpoint, options["data"], size, trust))
     written = export_file(
@@ -74,8 +76,17 @@ def find_data(
     folder: Path | None = None,
     size: tuple[int, int] | None = None,
     trust: bool = False,
+    files: dict[str, str] | None = None,
 ) -> DetectionDataModule | None:
-    """Return the data that were given, or those of the checkpoint's run; None if neither is."""
+    """Return the data that were given, or those of the checkpoint's run; None if neither is.
+
+    Args:
+        checkpoint: its classes and the size of its images are those of the data.
+        folder: of data in COCO's or KITTI's layout.
+        size: (height, width) of images instead.
+        trust: see :func:`ldt.load_pruned`.
+        files: see :func:`ldt.data.folders.open_folder`.
+    """
     if folder is None and not holds_run(checkpoint.absolute().parent):
         return None
     content = read(checkpoint, trust)
@@ -86,7 +97,7 @@ def find_data(
         except FileNotFoundError:  # a run of elsewhere, without its data
             return None
     else:
-        data = open_folder(folder, {"classes": tuple(classes)}, {})
+        data = open_folder(folder, {"classes": tuple(classes)}, files or {})
         data.setup("fit")
     data.resize = resized(steps, size)
     return data

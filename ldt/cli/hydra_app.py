@@ -29,6 +29,7 @@ from ldt.config import as_dict, conf_dir, register
 from ldt.config.keys import check_keys, check_names, check_places
 from ldt.config.messages import explained
 from ldt.config.paths import quote_paths
+from ldt.config.values import check_against_schema
 from ldt.runs.files import discard_sweep
 from ldt.runs.refusal import refused
 
@@ -87,8 +88,6 @@ hydra.Hydra.app_help = _show_help  # type: ignore[method-assign]
 
 def _check_values(config: DictConfig) -> None:
     """Check values before anything heavy is imported; `ldt.build.check_config` does it again."""
-    from ldt.config.values import check_against_schema
-
     check_against_schema(as_dict(config, resolve=False))
 
 

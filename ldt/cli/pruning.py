@@ -1,5 +1,6 @@
 """`ldt prune`: the effect of pruning without training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,9 @@ import click
 from torch import nn
 
 from ldt.api import calibration_batches, evaluate, prune
+from ldt.cli.subjects import open_subject
 from ldt.criteria.methods import find_method
 from ldt.data.datamodule import DetectionDataModule
-from ldt.data.folders import open_folder
-from ldt.detectors.models import input_settings
-from ldt.detectors.opening import class_count, open_detector
 from ldt.loop.schedule import PruningSchedule
 from ldt.runs.files import check_folder_of
 from ldt.runs.refusal import refusing
@@ -35,40 +34,39 @@ OPTIONS = {  # what messages about keys of the configuration name here
 
 
 def run(
-    config: str,
-    weights: Path,
-    data: Path,
+    given: Sequence[str],
     *,
     images: int,
     val: int,
     out: Path | None,
     files: dict[str, str],
     latency: dict[str, Any],
+    trust: bool = False,
     **options: Any,
 ) -> None:
     """Prune the detector and print what was removed and the change in AP.
 
     Args:
-        config: an mmdet config file or a packaged one.
-        weights: of its detector.
-        data: a folder in COCO's or KITTI's layout.
+        given: the detector and the data, see :func:`ldt.cli.subjects.open_subject`.
         images: calibration images.
         val: validation images that AP is measured on; 0 does not measure.
         out: the checkpoint to write, or None.
         files: ``train_ann``, ``train_img``, ``val_ann`` and ``val_img`` of one's own COCO files.
+        trust: of a checkpoint, see :func:`ldt.load_pruned`.
         latency: that of :func:`ldt.prune`; null: not given.
         options: ``rate``, ``criterion``, ``budget``, ``ranking``, ``repair`` of :func:`ldt.prune`.
     """
     options["latency"] = {key: value for key, value in latency.items() if value is not None}
     with refusing():
         _check_options(out, **options)
-        module = open_folder(data, input_settings(config), files)
-        module.setup("fit")
-        detector = open_detector(config, weights).model
-        _check_classes(detector, module)
-    click.echo(f"{config}: {images} calibration images of {data}")
+        subject = open_subject(given, files, trust)
+    detector, module = subject.detector, subject.data
+    of = f" of {module.root}" if module.root else ""
+    click.echo(f"{subject.name}: {images} calibration images{of}")
     with refusing():  # before anything is measured, since the rate may not be reachable
-        result = prune(detector, module, calibration_images=images, config=config, **options)
+        result = prune(
+            detector, module, calibration_images=images, config=subject.config, **options
+        )
     click.echo(result)
     before = _measure(detector, module, val)
     after = _measure(result.detector, module, val)
@@ -104,15 +102,6 @@ def _check_options(
     )
     if out is not None:
         check_folder_of(out)
-
-
-def _check_classes(detector: nn.Module, data: DetectionDataModule) -> None:
-    classes = class_count(detector)
-    if classes not in (None, len(data.classes)):
-        raise ValueError(
-            f"the detector predicts {classes} classes, the data have {len(data.classes)} "
-            f"({', '.join(data.classes[:5])}, ...): use the data that it was trained for"
-        )
 
 
 def _measure(detector: nn.Module, data: DetectionDataModule, images: int) -> dict[str, float]:

@@ -8,10 +8,13 @@ from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
+    ValidationError,
 )
 
 from ldt.config.keys import explain_key
+from ldt.config.values import allowed
 
+MERGING = "Error merging override "
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, ImportError, OSError)
 
 
@@ -35,6 +38,10 @@ def explained(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; type {error.full_key}=<value>"
     told = _first(str(error))
+    if isinstance(cause, ValidationError) and told.startswith(MERGING):
+        override = told.removeprefix(MERGING)
+        if kinds := allowed(str(cause.full_key), override.partition("=")[2]):
+            return f"{override}; allowed: {kinds}"
     if told.startswith("Config group override must be"):
         return "a group cannot be null: choose one of its options; --help lists them"
     if told.startswith("Multiple values for "):

@@ -24,7 +24,7 @@ from omegaconf import MISSING
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from ldt.config import Config, DatasetConfig
-from ldt.config.keys import check_names, dataset_schema
+from ldt.config.keys import DATASETS, check_names, dataset_schema
 from ldt.config.kinds import Count, NaturalNumber, NotNegative, Positive, Seed, Share
 
 __all__ = [  # the types too: an annotation and its check are imported together
@@ -34,6 +34,7 @@ __all__ = [  # the types too: an annotation and its check are imported together
     "Positive",
     "Seed",
     "Share",
+    "allowed",
     "check_against_schema",
     "check_arguments",
     "check_fields",
@@ -72,11 +73,43 @@ def check_value(key: str, value: object, kind: Any, example: object = None) -> N
     except ValidationError as error:
         if _is_path(adapter, value):
             return
-        choices = _choices(kind)
-        allowed = described(kind) or error.errors()[0]["msg"]
-        example = choices[0] if example is None and choices else example
-        end = "" if example is None else f" (e.g. {key}={typed(example)})"
-        raise ValueError(f"{key}={value!r}; allowed: {allowed}{end}") from error
+        told = described(kind) or error.errors()[0]["msg"]
+        end = _shown(key, value, kind, example)
+        raise ValueError(f"{key}={value!r}; allowed: {told}{end}") from error
+
+
+def allowed(key: str, value: object) -> str:
+    """Return what a key of the schema may be, in words, with an example; empty without words.
+
+    Args:
+        key: dotted, perhaps of an item of a list.
+        value: what was given.
+    """
+    key = key.partition("[")[0]
+    *groups, name = key.split(".")
+    schemas: list[type] = [Config]
+    for group in groups:
+        kinds = [get_type_hints(schema).get(group) for schema in schemas]
+        schemas = [kind for kind in kinds if is_dataclass(kind) and isinstance(kind, type)]
+        if group == "dataset":
+            schemas += DATASETS.values()
+    for schema in schemas:
+        for item in fields(schema):
+            kind = get_type_hints(schema, include_extras=True)[item.name]
+            if item.name == name and (told := described(checked_kind(kind))):
+                return told + _shown(key, value, checked_kind(kind), _example(item, kind))
+    return ""
+
+
+def _shown(key: str, value: object, kind: Any, example: object) -> str:
+    """Return what to type for a key: the share that a percentage means, else the example."""
+    choices = _choices(kind)
+    example = choices[0] if example is None and choices else example
+    with contextlib.suppress(ValueError):  # no number, or no share is allowed
+        share = float(str(value).strip().removesuffix("%")) / 100
+        if 0.01 < share < 1 and any(limit in (Lt(1), Le(1)) for limit in get_args(kind)):
+            example = share
+    return "" if example is None else f" (e.g. {key}={typed(example)})"
 
 
 def check_against_schema(config: Mapping[str, Any]) -> None:
@@ -112,7 +145,7 @@ def _is_open(value: object) -> bool:
 def _example(item: Field[Any], kind: object) -> object:
     """Return an allowed value of a key for messages: its default, or a number."""
     default = item.default_factory() if callable(item.default_factory) else item.default
-    if default not in (MISSING, None):
+    if default not in (MISSING, None, []):
         return default
     adapter = TypeAdapter(checked_kind(kind))
     for value in EXAMPLES:

@@ -1,4 +1,4 @@
-"""Image files: sizes from their headers, and images that two splits share."""
+"""Image files: sizes from their headers, files that are cut off, images that two splits share."""
 
 import contextlib
 import filecmp
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 from PIL import Image
 
 from ldt.runs.inputs import cached
@@ -16,8 +17,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 MAX_PIXELS = 64_000_000  # of an image; a decoded one takes three bytes a pixel, its copies more
 MANY = 1000  # images; the sizes of more are cached
 TAIL = 4096  # bytes
+JPEG_END, PNG_END = b"\xff\xd9", b"\0\0\0\0IEND\xae\x42\x60\x82"
+STRIPS = ((273, 279), (324, 325))  # TIFF's tags of where pixels are, and of how many bytes
 ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
 Size = tuple[int, int]  # width, height
+
+
+class ImageError(ValueError):
+    """An image that cannot be read, also where a loader's process reads it.
+
+    torch makes an error of such a process anew, with that process's traceback as the message: only
+    its last line is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"\n{__name__}.{type(self).__name__}: ")[2].rstrip())
 
 
 def image_size(path: str | Path) -> Size:
@@ -42,16 +56,16 @@ def image_size(path: str | Path) -> Size:
         raise unreadable(path) from error
 
 
-def unreadable(path: str | Path) -> ValueError:
+def unreadable(path: str | Path, reason: str = "damaged or not an image") -> ImageError:
     """Return the error for a file that is not an image."""
-    return ValueError(f"cannot read the image {path}: damaged or not an image; restore it")
+    return ImageError(f"cannot read the image {path}: {reason}; restore it")
 
 
 def check_pixels(path: str | Path, size: Size, most: int) -> None:
-    """Raise ValueError if an image has more pixels than allowed."""
+    """Raise ImageError if an image has more pixels than allowed."""
     width, height = size
     if width * height > most:
-        raise ValueError(
+        raise ImageError(
             f"the image {path} has {width}x{height} pixels, more than {most / 1e6:g} million: "
             f"shrink it, or type dataset.max_pixels={width * height}"
         )
@@ -70,26 +84,28 @@ def image_sizes(paths: Sequence[str], most: int) -> list[Size]:
 
     Raises:
         FileNotFoundError: an image is missing.
-        ValueError: images are damaged, or one has more than `most` pixels.
+        ValueError: images are damaged or cut off, or one has more than `most` pixels.
     """
     if len(paths) < MANY:
-        sizes = _read_all(paths)
+        sizes = _read_all(paths, most)
     else:
         states = map(os.stat, paths)
         key = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, states, strict=True)]
-        found = cached(["image sizes", *key], lambda: _read_all(paths))
+        found = cached(["whole images", *key], lambda: _read_all(paths, most))
         sizes = [(width, height) for width, height in found]
     for path, size in zip(paths, sizes, strict=True):
         check_pixels(path, size, most)
     return sizes
 
 
-def _read_all(paths: Sequence[str]) -> list[Size]:
+def _read_all(paths: Sequence[str], most: int) -> list[Size]:
     def read(path: str) -> Size | ValueError:
         try:
-            return image_size(path)
+            width, height = image_size(path)
         except ValueError as error:
             return error
+        whole = width * height > most or has_end(path) or decodes(path)
+        return (width, height) if whole else unreadable(path)
 
     with _of_any_size(), ThreadPoolExecutor(8) as pool:  # hides the latency of network disks
         found = list(pool.map(read, paths))
@@ -98,6 +114,35 @@ def _read_all(paths: Sequence[str]) -> list[Size]:
         more = f"; so are {len(damaged) - 1} other images" if damaged[1:] else ""
         raise ValueError(f"{damaged[0]}{more}") from damaged[0]
     return [size for size in found if not isinstance(size, ValueError)]
+
+
+def has_end(path: str) -> bool:
+    """Return whether an image file shows cheaply that it is not cut off.
+
+    If it does not, as of formats without an end, only :func:`decodes` can tell.
+    """
+    with Image.open(path) as image, open(path, "rb") as file:
+        if image.format == "TIFF":
+            tags, size = getattr(image, "tag_v2", {}), os.fstat(file.fileno()).st_size
+            parts = [
+                part
+                for starts, counts in STRIPS
+                for part in zip(tags.get(starts, ()), tags.get(counts, ()), strict=False)
+            ]
+            return bool(parts) and all(start + count <= size for start, count in parts)
+        end = JPEG_END if image.format in ("JPEG", "MPO") else PNG_END
+        file.seek(-min(len(end), os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return file.read() == end or image.format == "WEBP"  # whose header tells, and PIL reads it
+
+
+def decodes(path: str) -> bool:
+    """Return whether an image can be decoded to its end; OpenCV paints what a JPEG lacks grey."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception:  # PIL raises many types for damaged files
+        return False
+    return cv2.imread(path) is not None
 
 
 @contextlib.contextmanager

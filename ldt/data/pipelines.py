@@ -25,8 +25,7 @@ class ReadImage(LoadImageFromFile):
         options: of LoadImageFromFile.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not an image, is damaged or has too many pixels.
+        ImageError: the file is missing, is not an image, is damaged or has too many pixels.
     """
 
     def __init__(self, max_pixels: int = MAX_PIXELS, **options: Any) -> None:
@@ -36,10 +35,12 @@ class ReadImage(LoadImageFromFile):
     def transform(self, results: dict) -> dict:
         """Add `img` (H, W, 3 uint8, BGR), `img_shape` and `ori_shape` (h, w) to `results`."""
         path = results["img_path"]
-        if self.backend_args is None and self.file_client_args is None:  # a file on a disk
-            read_size(path, self.max_pixels)
         try:
+            if self.backend_args is None and self.file_client_args is None:  # a file on a disk
+                read_size(path, self.max_pixels)
             loaded = super().transform(results)
+        except OSError as error:
+            raise unreadable(path, error.strerror or str(error)) from error
         except (AssertionError, cv2.error) as error:
             raise unreadable(path) from error
         assert loaded is not None, "only ignore_empty=True returns None"

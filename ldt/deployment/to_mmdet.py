@@ -14,7 +14,7 @@ import torch
 from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.detectors.models import build, drop_pretrained
 from ldt.pruning import structure
-from ldt.runs.files import write_text, writing
+from ldt.runs.files import check_target, write_text, writing
 
 CONFIG, WEIGHTS = "config.py", "weights.pth"
 
@@ -27,7 +27,7 @@ def export(checkpoint: str | Path, folder: str | Path, trust: bool = False) -> P
     ``ann_file``) and visualizer. Loading it requires the package ldt.
 
     Args:
-        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        checkpoint: see :func:`ldt.load_pruned`.
         folder: output folder, created if necessary; existing files are overwritten.
         trust: see :func:`ldt.load_pruned`.
 
@@ -37,9 +37,12 @@ def export(checkpoint: str | Path, folder: str | Path, trust: bool = False) -> P
     Raises:
         FileNotFoundError, ValueError, ImportError: see :func:`ldt.load_pruned`.
         ValueError: the checkpoint was written by an earlier version of ldt, without preprocessing.
-        OSError: the folder cannot be written.
+        ValueError: the folder cannot be written.
     """
-    content, folder = read(checkpoint, trust), Path(folder)
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        check_target(folder / name)
+    content = read(checkpoint, trust)
     about, resize = content["ldt"], resize_steps(content, checkpoint)
     state = detector_of(content).state_dict()
     config = {

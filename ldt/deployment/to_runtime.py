@@ -26,6 +26,7 @@ from ldt.evaluation.metrics import DetectionMetrics
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.runs.files import check_folder_of, holds_run
 from ldt.runs.refusal import refusing
+from ldt.runs.run import checkpoint_of
 from ldt.runtimes import int8
 from ldt.runtimes.about import KEY, About
 from ldt.runtimes.detection_graph import MOST, to_onnx
@@ -49,7 +50,7 @@ class Images:
     """Where images come from: a folder, a data module, or neither.
 
     Attributes:
-        folder: of image files.
+        folder: of image files, which come before those of the data.
         data: with training and validation images.
     """
 
@@ -74,7 +75,7 @@ def export_file(
     """Write the detector of a checkpoint as a file of a runtime, after checking it.
 
     Args:
-        checkpoint: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        checkpoint: see :func:`ldt.load_pruned`.
         out: ends in ``.onnx`` or ``.xml``; OpenVINO's weights lie beside it, in ``.bin``.
         form: ``onnx`` or ``openvino``.
         raw: leave out decoding and suppression.
@@ -97,15 +98,14 @@ def export_file(
     """
     out, images = Path(out), images or Images()
     with refusing():
-        if out.suffix != SUFFIX[form]:
-            raise ValueError(
-                f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}"
-            )
-        check_folder_of(out)
+        check_out(out, form)
         for package in (*PACKAGES[form], *(["nncf"] if quantised else [])):
             need(package)
+        checkpoint = checkpoint_of(checkpoint)
         content = read(checkpoint, trust)
         _check_int8(quantised, raw, images, force)
+        if images.folder is not None:
+            find_images(images.folder)
         record = content["ldt"]
         steps = resized(resize_steps(content, checkpoint), size)
         detector = adapter_of(content, size)
@@ -122,6 +122,19 @@ def export_file(
             if file.is_file():
                 shutil.move(file, out.parent / file.name)
     return out
+
+
+def check_out(out: Path, form: Runtime) -> None:
+    """Check the name of an exported file, and that it can be written.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot, or its suffix is another format's.
+    """
+    check_folder_of(out)
+    if out.suffix != SUFFIX[form]:
+        raise ValueError(f"{out} is to be a file of {form}; allowed: a name with {SUFFIX[form]}")
+    if form == "openvino":
+        check_folder_of(out.with_suffix(".bin"))
 
 
 def adapter_of(content: dict[str, Any], size: tuple[int, int] | None = None) -> Detector:
@@ -330,11 +343,11 @@ def spread(dataset: Any, most: int) -> Iterator[Any]:
 
 def _checked_images(images: Images, about: About) -> Iterator[Tensor]:
     """Yield images that a file is checked on, each [1, 3, H, W]."""
-    if images.data is not None:
+    if images.folder is not None:
+        yield from _of_folder(images.folder, about)
+    elif images.data is not None:
         for item in spread(images.data.val_dataloader().dataset, CHECKED):
             yield to_canvas(item["inputs"], about.shape, about.pad_value)[0]
-    elif images.folder is not None:
-        yield from _of_folder(images.folder, about)
     else:
         scenes, (_, *prepare) = RoadScenes(), _transforms(about)
         for index in range(CHECKED):

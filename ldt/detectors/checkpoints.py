@@ -15,6 +15,7 @@ from ldt.detectors.freezing import thaw_pruned
 from ldt.detectors.models import build
 from ldt.detectors.untrusted import checked, limited_allocation
 from ldt.pruning import structure
+from ldt.runs.run import checkpoint_of
 
 RECORD = "pruning_record"  # attribute of a loaded detector: its checkpoint's metadata
 
@@ -54,7 +55,8 @@ def load_pruned(
     Loading runs no code of the file's author and fetches nothing, unless the file is trusted.
 
     Args:
-        path: ``round-<t>.ckpt`` or ``last.ckpt`` of a run.
+        path: ``round-<t>.ckpt`` or ``last.ckpt`` of a run, or the run's directory: then it is the
+            last round's.
         device: where to load the detector.
         trust: import the modules in ``custom_imports`` of the detector's mmdet config, which must
             be on the Python path. Those that are imported already need no trust.
@@ -63,7 +65,7 @@ def load_pruned(
         An ordinary mmdet detector; ``dataset_meta`` contains the class names.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or the directory holds no run.
         ValueError: the file is damaged, was not written by ldt, or needs trust.
         ImportError: a module in ``custom_imports`` cannot be imported.
 
@@ -115,7 +117,7 @@ def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
     """Load a checkpoint's content, checked by :mod:`ldt.detectors.untrusted`.
 
     Args:
-        path: of the file.
+        path: of the file, or of a run (:func:`ldt.runs.run.checkpoint_of`).
         trust: import the modules that its record names.
 
     Raises:
@@ -123,6 +125,7 @@ def read(path: str | Path, trust: bool = False) -> dict[str, Any]:
         ValueError: the file is damaged, was not written by ldt, or needs trust.
         ImportError: a module of a trusted file cannot be imported.
     """
+    path = checkpoint_of(path)
     content = read_unchecked(path)
     try:
         return checked(content, trust)

@@ -47,7 +47,7 @@ def open_detector(
     Args:
         detector: an mmdet detector that is built already; an mmdet config (a file, a packaged one
             such as ``mmdet::gfl/gfl_r50_fpn_1x_coco.py``, or an mmengine ``Config``); or a
-            checkpoint of ldt (``.ckpt``).
+            checkpoint of ldt (``.ckpt``), or the directory of a run.
         weights: for a detector given by its config: a checkpoint file of mmdet or mmengine.
         classes: class names in label order; by default those of the detector or its file.
         config: the config of a detector that is built already.
@@ -66,7 +66,7 @@ def open_detector(
         if config is not None:
             record = {**record, "model": _read_config(config)}
         return _opened(detector, record, classes)
-    if isinstance(detector, (str, Path)) and str(detector).endswith(".ckpt"):
+    if isinstance(detector, (str, Path)) and _is_checkpoint(Path(detector)):
         loaded = load_pruned(detector, trust=trust)
         return _opened(loaded, getattr(loaded, RECORD), classes)
     plain = _read_config(detector)
@@ -76,6 +76,11 @@ def open_detector(
     model.eval()
     names = _classes(model, classes)
     return OpenedDetector(model, plain, names, untrained=weights is None)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a detector is given by a checkpoint of ldt or by the directory of a run."""
+    return path.suffix == ".ckpt" or path.is_dir()
 
 
 def _opened(

@@ -55,12 +55,15 @@ def load_weights(
     wrong = [key for key in wrong if key not in new_head]
     unknown = sorted(set(state) - set(own))
     if wrong or unknown:
-        pruned = " or to a pruned one, which ldt.load_pruned opens" if "ldt" in content else ""
+        pruned, way = "", "Choose"
+        if "ldt" in content:
+            pruned = " or to a pruned one"
+            way = f"A pruned one is pruned further by ldt prune {path} DATA --rate 0.3; else choose"
         raise ValueError(
             f"detector.checkpoint={str(path)!r} belongs to another detector{pruned}: "
             f"{len(wrong)} of {len(own)} tensors are missing or have another shape "
             f"(first: {wrong[:3]}), {len(unknown)} are unknown (first: {unknown[:3]}). "
-            "Choose the `detector` (and its options) that the file was saved from"
+            f"{way} the `detector` (and its options) that the file was saved from"
         )
     if new_head:
         log.warning("new predictors (another number of classes): %s", sorted(new_head))

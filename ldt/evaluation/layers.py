@@ -15,6 +15,7 @@ from ldt.detectors.forward import eval_with_gradients, forward_for_tracing, raw_
 from ldt.evaluation.profiling import macs_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.runs import files
+from ldt.runs.run import check_run
 
 GAP = 0.9  # rows between two stages in figures
 
@@ -31,9 +32,10 @@ def write_inventory(folder: Path, trust: bool = False) -> None:
         trust: see :func:`ldt.load_pruned`.
 
     Raises:
-        FileNotFoundError: there is no checkpoint of the unpruned detector.
+        FileNotFoundError: there is no run, or no checkpoint of the unpruned detector.
         ValueError: a checkpoint is damaged.
     """
+    check_run(folder)
     checkpoints = {0: folder / files.round_checkpoint(0)} | files.checkpoints(folder)
     rounds, groups = {}, {}
     for round_, file in checkpoints.items():

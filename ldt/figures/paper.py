@@ -222,9 +222,10 @@ def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
         runs = _opened(name, paths, given.trust)
         folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
         files = [given.out or picture_folder(folder) / f"{name}.png"]
-        check_target(files[0])
-    if name == "shrinking" and not given.out:
-        files.append(files[0].with_suffix(".gif"))
+        if name == "shrinking" and not given.out:
+            files.append(files[0].with_suffix(".gif"))
+        for file in files:
+            check_target(file)
     for file in files:
         if name == "shrinking" and file.suffix == ".gif":
             animate_shrinking(*_rounds(runs[0]), file)

@@ -35,7 +35,7 @@ def draw_stability(stages: Sequence[StageScores]) -> Figure:
             "one stage, and two batches to compare (more images, or smaller batches)"
         )
     rows = -(-len(stages) // COLUMNS)
-    line_breaks = max(_wrapped(stage.name).count("\n") for stage in stages)
+    line_breaks = max(wrapped(stage.name).count("\n") for stage in stages)
     figure = new_figure(PAGE_CM, rows * (PANEL_CM + 0.3 * line_breaks) + 0.8)
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     images = [_heatmap(axes, stage) for axes, stage in zip(grid.ravel(), stages, strict=False)]
@@ -57,7 +57,7 @@ def _heatmap(axes: Axes, stage: StageScores) -> AxesImage:
         values, aspect="auto", cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest",
         extent=(0.5, values.shape[1] + 0.5, values.shape[0] + 0.5, 0.5),
     )  # fmt: skip
-    title = f"{_wrapped(stage.name)}\n$\\rho$ = {stage.correlation:.3f}"
+    title = f"{wrapped(stage.name)}\n$\\rho$ = {stage.correlation:.3f}"
     axes.set_title(title, fontsize=SMALL)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -65,11 +65,11 @@ def _heatmap(axes: Axes, stage: StageScores) -> AxesImage:
     return image
 
 
-def _wrapped(name: str) -> str:
+def wrapped(name: str, length: int = LINE_LENGTH) -> str:
     """Break a layer's name after dots into lines that fit above a panel."""
     lines = [""]
     for part in name.replace(".", ".\n").split("\n"):
-        if lines[-1] and len(lines[-1]) + len(part) > LINE_LENGTH:
+        if lines[-1] and len(lines[-1]) + len(part) > length:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)

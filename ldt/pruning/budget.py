@@ -155,6 +155,13 @@ def some_of(group: CoupledGroup, count: int) -> np.ndarray:
     return (starts + np.arange(count // group.parts)).reshape(-1)
 
 
+def lowest_of(group: CoupledGroup, scores: Tensor, count: int) -> list[int]:
+    """Return the ``count`` lowest-scoring channels of a group, as many of each of its parts."""
+    none = Limits(max_layer_rate=1.0, min_channels=0)
+    steps = _Steps.of(group, scores, none, group.size)
+    return sorted(steps.channels[: count // group.parts].reshape(-1).tolist())
+
+
 def check_reachable(
     graph: PruningGraph,
     costs: CostModel,

@@ -58,8 +58,8 @@ def print_run(summary: Mapping[str, Any], folder: Path) -> None:
     place = _typed(folder)
     commands = [
         f"ldt report {_typed(folder.parent)}",
-        f"ldt predict {place}/{summary['checkpoint']} IMAGES",
-        f"ldt export {place}/{summary['checkpoint']} exported",
+        f"ldt predict {place} IMAGES",
+        f"ldt export {place} exported",
     ]
     out.print(Text(f"results: {folder}"), soft_wrap=True)
     for name, command in zip(("next:", "", ""), commands, strict=True):

@@ -260,13 +260,14 @@ def _remove_empty(*folders: Path) -> None:
 
 
 def check_folder_of(path: str | Path) -> None:
-    """Check that a file can be written, before the work that it is to keep.
+    """Check as :func:`check_target` does that a file can be written, in a folder that exists.
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        ValueError: it cannot be written.
     """
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
+    check_target(path := Path(path))
+    if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {folder}")
 
 
@@ -281,7 +282,7 @@ def writing(path: Path) -> Iterator[Path]:
         >>> with writing(Path("figure.png")) as draft:
         ...     figure.savefig(draft)
     """
-    draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name[-100:]}")
+    draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name[-50:]}")
     try:
         yield draft
         with draft.open("rb+") as file:
@@ -296,15 +297,25 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def check_target(path: Path) -> None:
-    """Check that a file can be written, before the work for it begins.
+    """Check that a file can be written, before the work for it begins; folders may be missing.
 
     Raises:
         ValueError: it cannot.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file to write")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+    try:
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise ValueError(f"{path} is a folder, not a file to write")
+        if not stat.S_ISREG(kind):  # a draft would replace it
+            raise ValueError(f"{path} is a pipe or a device, not a file to write")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # its name is too long, say
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: {parent} is read-only")
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_NAMES = 10  # runs of a study that are listed
+
 
 class Cut(NamedTuple):
     """Pruning of a coupled group in a round: score per channel, and indices of removed channels."""
@@ -263,17 +265,14 @@ def open_run(path: str | Path) -> Run:
         path: ``runs/<study>/<run>``, or ``round-<t>.ckpt`` in it.
 
     Raises:
-        FileNotFoundError: there is no run, or no such checkpoint of a finished round.
+        FileNotFoundError: there is no run, but perhaps a study; or no such checkpoint of a
+            finished round.
         DamagedError: a file that tells what the run is cannot be read.
     """
     path = Path(path)
     named = path.suffix == ".ckpt"
     folder = path.parent if named else path
-    if not files.holds_run(folder):
-        raise FileNotFoundError(
-            f"no run at {folder}; expected there: {files.CONFIG}, {files.SUMMARY}, {files.ROUNDS}; "
-            "give the directory of a run, runs/<study>/<run>"
-        )
+    check_run(folder)
     run = _opened(folder)
     if not named:
         return run
@@ -283,6 +282,51 @@ def open_run(path: str | Path) -> Run:
             f"{path} is not the checkpoint of a round; give {folder}/round-<t>.ckpt"
         )
     return replace(run, named=True).at(int(number))
+
+
+def check_run(folder: Path) -> None:
+    """Check that a directory holds a run.
+
+    Raises:
+        FileNotFoundError: it does not; the message lists the runs of a study.
+    """
+    if not files.holds_run(folder):
+        names = [run.name for run in folders(folder)] if folder.is_dir() else []
+        if names:
+            more = f", ... ({len(names)} runs)" if names[MOST_NAMES:] else ""
+            raise FileNotFoundError(
+                f"{folder} is a study; give one of its runs, {folder}/<run>: "
+                f"{', '.join(names[:MOST_NAMES])}{more}"
+            )
+        raise FileNotFoundError(
+            f"no run at {folder}; expected there: {files.CONFIG}, {files.SUMMARY}, {files.ROUNDS}; "
+            "give the directory of a run, runs/<study>/<run>"
+        )
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """Return the checkpoint that is meant: the last round's where a run's directory is given.
+
+    Of an unfinished run it is the newest complete one, and a warning says so.
+
+    Args:
+        path: a run's directory; anything else is returned as it is.
+
+    Raises:
+        FileNotFoundError: the directory holds no run, or one without a checkpoint.
+        DamagedError: see :func:`open_run`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    run = open_run(path)
+    if run.finished:
+        return run.checkpoint()
+    there = files.checkpoints(path)
+    complete = [row["round"] for row in run.rows if row["round"] in there]
+    file = run.checkpoint(max(complete, default=None))
+    log.warning("%s is %s: taking its newest checkpoint, %s", path, run.row["status"], file.name)
+    return file
 
 
 def open_runs(study: str | Path) -> list[Run]:

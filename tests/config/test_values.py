@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +54,8 @@ def test_a_range_takes_what_lies_in_it(kind, value):
     except ValueError as error:
         assert not ALLOWED[kind](value)
         assert str(error).startswith(f"a.b={value!r}; allowed: a ")
-        assert str(error).endswith("(e.g. a.b=7)")
+        share = r"|0\.\d+" if kind is Share else ""  # of a percentage
+        assert re.search(rf"\(e\.g\. a\.b=(7{share})\)$", str(error))
     else:
         assert ALLOWED[kind](value)
 
@@ -61,7 +63,9 @@ def test_a_range_takes_what_lies_in_it(kind, value):
 @pytest.mark.parametrize(
     ("value", "kind", "example", "told"),
     [
-        (3.0, Share, 0.005, "x=3.0; allowed: a number above 0 and below 1 (e.g. x=0.005)"),
+        (-3.0, Share, 0.005, "x=-3.0; allowed: a number above 0 and below 1 (e.g. x=0.005)"),
+        (30, Share, 0.005, "x=30; allowed: a number above 0 and below 1 (e.g. x=0.3)"),
+        ("30%", Share, 0.5, "x='30%'; allowed: a number above 0 and below 1 (e.g. x=0.3)"),
         (0, Count, 2, "x=0; allowed: a whole number of at least 1 (e.g. x=2)"),
         (-1, NotNegative, None, "x=-1; allowed: a number of at least 0"),
         ("nek", Literal["neck", "power"], None, "x='nek'; allowed: neck, power (e.g. x=neck)"),

@@ -1,5 +1,6 @@
 """Laws of image files: sizes are those of the decoded image, and nothing large is decoded."""
 
+import re
 import struct
 import zlib
 
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 from test_coco import content, module, write_coco
 
+from ldt.cli.exit_codes import _is_explained
 from ldt.data import image_files, pipelines
-from ldt.data.image_files import image_size, image_sizes, shared_images
+from ldt.data.image_files import MAX_PIXELS, ImageError, image_size, image_sizes, shared_images
 from ldt.data.pipelines import ReadImage
 
 FORMATS = {".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
@@ -60,7 +62,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, m
     with pytest.raises(ValueError, match=told):
         ReadImage()({"img_path": str(file)})
     with pytest.raises(ValueError, match=told):
-        image_sizes([str(file)], image_files.MAX_PIXELS)
+        image_sizes([str(file)], MAX_PIXELS)
     assert image_sizes([str(file)], 400_000_000) == [(20_000, 20_000)]
 
 
@@ -73,6 +75,52 @@ def test_damaged_images_are_counted_and_the_first_is_named(tmp_path):
         image_sizes(list(map(str, files)), 100)
     with pytest.raises(FileNotFoundError):
         image_sizes([str(tmp_path / "gone.png")], 100)
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".ppm"])
+def test_a_file_that_is_cut_off_is_damaged_and_a_longer_one_is_not(tmp_path, suffix):
+    whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(whole)
+    content = whole.read_bytes()
+    for more in (b"", b"\0", b"something behind the image"):
+        whole.write_bytes(content + more)
+        assert image_sizes([str(whole)], MAX_PIXELS) == [(60, 40)]
+    for length in (len(content) // 2, len(content) * 9 // 10, len(content) - 2):
+        cut.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"cut\{suffix}: damaged"):
+            image_sizes([str(cut)], MAX_PIXELS)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("length", "reason"), [(60, "damaged"), (None, "No such file")])
+def test_an_image_lost_since_the_check_is_named_in_a_line(tmp_path, workers, length, reason):
+    data = module(write_coco(tmp_path, content()), augment="none", workers=workers)
+    data.setup("fit")
+    file = tmp_path / "train2017/001.png"
+    file.write_bytes(file.read_bytes()[:length]) if length else file.unlink()
+    with pytest.raises(ImageError) as raised:
+        list(data.train_dataloader())
+    assert re.fullmatch(rf"cannot read the image {file}: {reason}.*; restore it", str(raised.value))
+    assert _is_explained(raised.value)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
+def test_a_tiff_of_any_compression_that_is_cut_off_is_damaged(tmp_path, compression):
+    file = tmp_path / "image.tif"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(file, compression=compression)
+    assert image_files.has_end(str(file))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"image\.tif: damaged"):
+        image_sizes([str(file)], MAX_PIXELS)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_of_a_usual_image_nothing_is_decoded(tmp_path, monkeypatch, suffix):
+    Image.new("RGB", (60, 40)).save(tmp_path / f"image{suffix}")
+    monkeypatch.setattr(image_files, "decodes", None)
+    assert image_sizes([str(tmp_path / f"image{suffix}")], MAX_PIXELS) == [(60, 40)]
 
 
 def test_sizes_of_many_images_are_cached_until_one_changes(tmp_path, monkeypatch):

@@ -144,6 +144,9 @@ def test_a_file_that_computes_something_else_is_not_written(checkpoint, tmp_path
         (["a", "--max-detections", "5"], "--max-detections is for a file of a runtime"),
         (["a.onnx", "--format", "onnx", "--int8"], "--images FOLDER, or --data DATA"),
         (["a.onnx", "--format", "onnx", "--int8", "--images", "."], "--force"),
+        (["a.onnx", "--format", "onnx", "--images", "."], "no image in the folder '.'"),
+        (["a.onnx", "--format", "onnx", "--images", "gone"], "no image or folder at 'gone'"),
+        (["a.onnx", "--format", "onnx", "--data", "gone"], "Type --data /path"),
     ],
 )
 def test_what_is_refused_before_any_work(arguments, told, checkpoint, tmp_path, monkeypatch):
@@ -183,6 +186,14 @@ def test_an_image_is_padded_and_shrunk_where_it_does_not_fit():
     assert shrunk == 0.25
     assert (canvas[0, :, :, :10] == 9).all()
     assert not canvas[0, :, :, 10:].any()
+
+
+def test_images_that_are_given_come_before_those_of_the_data(exported, data, tmp_path):
+    assert cv2.imwrite(str(tmp_path / "grey.png"), np.full((64, 128, 3), 77, np.uint8))
+    about, images = open_session(exported["onnx"]).about, Images(tmp_path, data)
+    for found in (to_runtime._checked_images, to_runtime._calibration):
+        (image,) = found(images, about)
+        assert (np.asarray(image) == 77).any()
 
 
 # int8 -----------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+from collections import Counter
 from typing import Any
 
 import cv2
@@ -12,9 +14,12 @@ import pytest
 import torch
 from pruned_files import data_of, pruned_checkpoint
 from pycocotools.coco import COCO
+from summaries import finished
 
 import ldt
 from ldt.cli import main
+from ldt.data.videos import Video
+from ldt.deployment.drawing import writing_video
 from ldt.deployment.prediction import Predictor, find_images, predict
 
 SIZES = {"wide.png": (64, 150), "tall.jpg": (333, 41), "tiny.bmp": (9, 7)}
@@ -96,6 +101,8 @@ def test_numbers_are_those_of_the_detector(checkpoint, folder, tmp_path):
     assert [row["category_id"] - 1 for row in rows] == found.labels.tolist()
     assert [row["score"] for row in rows] == found.scores.tolist()
     assert {row["image_id"] for row in rows} == {1}
+    names = dict(enumerate(ldt.load_pruned(checkpoint).dataset_meta["classes"], 1))
+    assert all(row["category_name"] == names[row["category_id"]] for row in rows)
 
 
 def test_boxes_above_the_threshold_are_drawn_and_no_others(checkpoint, folder, tmp_path):
@@ -156,7 +163,7 @@ def test_images_that_cannot_be_read_are_named_and_the_others_written(
     (mixed / "wide.png").write_bytes((folder / "wide.png").read_bytes())
     code, line = ended(capsys, checkpoint, mixed, "--out", out)
     assert code == 1
-    assert "3 of 4 images are left out; the results of the other 1 are in" in line
+    assert "3 of 4 files are left out; the results of the other 1 images are in" in line
     assert all(name in line for name in ("._a.png", "cut.png", "thin.png of 2000x1 pixels"))
     images = json.loads((out / "images.json").read_text())["images"]
     assert [image["file_name"] for image in images] == [str(mixed / "wide.png")]
@@ -183,3 +190,137 @@ def test_what_is_no_checkpoint_of_ours_is_told(folder, tmp_path, capsys):
         assert message in line
         assert len(line) < 200
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_is_the_images_that_it_matches(folder):
+    names = [file.name for file in find_images(str(folder / "*.[pj]*g"))]
+    assert names == ["tall.jpg", "wide.png"]
+    assert find_images(str(folder / "*")) == find_images(folder)
+    with pytest.raises(FileNotFoundError, match=r"no image or folder at .*\*.gif"):
+        find_images(str(folder / "*.gif"))
+
+
+def test_what_may_never_end_is_not_read(folder, tmp_path):
+    image = folder / "wide.png"
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "image.png").write_bytes(image.read_bytes())
+    assert find_images(tmp_path) == find_images(str(tmp_path / "*")) == [tmp_path / "image.png"]
+    with pytest.raises(ValueError, match=r"pipe.png is a pipe or a device, not an image"):
+        find_images([image, tmp_path / "pipe.png"])
+
+
+# What is told ---------------------------------------------------------------------------------
+
+
+def told(checkpoint, images, out, **options):
+    lines = []
+    predict(checkpoint, images, out, tell=lines.append, **options)
+    return lines, json.loads((out / "predictions.json").read_text())
+
+
+def test_what_is_told_are_the_counts_above_the_threshold(checkpoint, folder, tmp_path):
+    lines, rows = told(checkpoint, folder, tmp_path / "out", threshold=0.005)
+    above = Counter(row["category_name"] for row in rows if row["score"] > 0.005)
+    listed = ", ".join(f"{name} {count}" for name, count in above.most_common())
+    assert re.fullmatch(r"3 images, \d\.\d{3} s each \(median\)", lines[0])
+    assert lines[1] == f"{above.total()} boxes above threshold=0.005: {listed}"
+
+
+def test_what_to_type_where_nothing_is_above_the_threshold(checkpoint, folder, tmp_path, capsys):
+    command(checkpoint, folder, "--out", tmp_path / "out", "--threshold", "1")
+    line = capsys.readouterr().out
+    best = max(row["score"] for row in json.loads((tmp_path / "out/predictions.json").read_text()))
+    assert f"nothing above --threshold 1: the best score is {best:.3g} (" in line
+    (typed,) = re.findall(r"type --threshold (\S+)", line)
+    lines, _ = told(checkpoint, folder, tmp_path / "again", threshold=float(typed))
+    assert "boxes above" in lines[1]
+
+
+# Videos ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Five frames, each of another brightness."""
+    file = tmp_path_factory.mktemp("videos") / "clip.avi"
+    with writing_video(file, rate=10) as add:
+        for number in range(5):
+            pixels = np.random.default_rng(number).integers(0, 50, (64, 128, 3), dtype=np.uint8)
+            add(pixels + np.uint8(50 * number))
+    return file
+
+
+def test_frames_of_a_video_are_images(checkpoint, clip, folder, tmp_path):
+    arguments = {"every": 2, "frames": "pictures"}
+    lines, rows = told(checkpoint, [folder / "wide.png", clip], tmp_path / "out", **arguments)
+    assert lines[0].startswith("4 images")
+    about = json.loads((tmp_path / "out/images.json").read_text())["images"]
+    assert [(image["id"], image.get("frame")) for image in about] == [
+        (1, None), (2, 0), (3, 2), (4, 4)
+    ]  # fmt: skip
+    for number, (frame, pixels) in enumerate(Video(clip, 2, 10**6), 2):
+        cv2.imwrite(str(tmp_path / f"{frame}.png"), pixels)
+        found: Any = Predictor(checkpoint)(tmp_path / f"{frame}.png")[1].pred_instances
+        scores = [row["score"] for row in rows if row["image_id"] == number]
+        assert scores == found.scores.tolist()
+        assert (tmp_path / f"out/pictures/{number:04d}-clip.jpg").is_file()
+
+
+def test_a_video_becomes_a_video(checkpoint, clip, tmp_path):
+    told(checkpoint, clip, tmp_path / "out", every=2, threshold=0.0)
+    (file,) = (tmp_path / "out/pictures").iterdir()
+    drawn = Video(file, 1, 10**6)
+    assert (file.name, drawn.rate) == ("0001-clip.mp4", 5)
+    frames = [pixels for _, pixels in drawn]
+    assert [frame.shape for frame in frames] == [(64, 128, 3)] * 3
+    plain = [pixels for _, pixels in Video(clip, 2, 10**6)]
+    assert all(np.abs(a.astype(int) - b).max() > 100 for a, b in zip(frames, plain, strict=True))
+
+
+def test_a_video_opens_no_other_file(clip, tmp_path):
+    list_of_files = tmp_path / "list.mp4"
+    list_of_files.write_text(f"ffconcat version 1.0\nfile '{clip.name}'\n")
+    (tmp_path / clip.name).write_bytes(clip.read_bytes())
+    with pytest.raises(ValueError, match=r"cannot read the video .*list.mp4"):
+        Video(list_of_files, 1, 10**6)
+    with pytest.raises(ValueError, match=r"clip.avi has 128x64 pixels, more than"):
+        Video(clip, 1, 100)
+
+
+# Runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """A finished run whose last round, the first, is the checkpoint."""
+    study = tmp_path / "study"
+    study.mkdir()
+    finished(study, "one")
+    (study / "one/round-1.ckpt").write_bytes(checkpoint.read_bytes())
+    return study / "one"
+
+
+def test_a_run_is_its_last_round(run, folder, tmp_path):
+    command(run, folder, "--out", tmp_path / "of-run")
+    command(run / "round-1.ckpt", folder, "--out", tmp_path / "of-file")
+    one, other = (tmp_path / name / "predictions.json" for name in ("of-run", "of-file"))
+    assert one.read_text() == other.read_text()
+    main(["export", str(run), str(tmp_path / "exported")])
+    assert (tmp_path / "exported/config.py").is_file()
+
+
+def test_a_study_is_refused_with_the_names_of_its_runs(run, folder, tmp_path, capsys):
+    line = f"error: {run.parent} is a study; give one of its runs, {run.parent}/<run>: one"
+    for arguments in (
+        ["predict", run.parent, folder],
+        ["export", run.parent, tmp_path / "out"],
+        ["export", run.parent, tmp_path / "out.onnx", "--format", "onnx"],
+        ["benchmark", run.parent],
+        ["layers", run.parent],
+        ["figures", "channels", run.parent],
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines() == [line]

@@ -47,4 +47,4 @@ def test_groups_tell_which_layers_are_cut_together(run):
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["layers", str(tmp_path)])
-    assert "no checkpoint at" in capsys.readouterr().err
+    assert "no run at" in capsys.readouterr().err

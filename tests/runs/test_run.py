@@ -6,6 +6,7 @@ from summaries import configured, finished, row
 
 from ldt.report import open_run, open_runs
 from ldt.runs.files import write_json, write_rows
+from ldt.runs.run import checkpoint_of
 
 LOG = [
     {"step": 9, "epoch": 0, "train/loss": 3.0, "val/AP": None},
@@ -94,3 +95,37 @@ def test_unfinished_runs_keep_the_rounds_they_have(tmp_path):
     assert open_run(tmp_path / "a").rounds.empty
     write_rows(tmp_path / "a/rounds.csv", [row(0)])
     assert open_run(tmp_path / "a").rounds["AP"].tolist() == [0.4]
+
+
+def test_the_checkpoint_of_a_run_is_its_last_rounds(tmp_path):
+    folder = configured(tmp_path, "a", {})
+    for round_ in (0, 1):
+        (folder / f"round-{round_}.ckpt").touch()
+    assert checkpoint_of(folder) == folder / "round-1.ckpt"
+    assert checkpoint_of(folder / "round-0.ckpt") == folder / "round-0.ckpt"
+    assert checkpoint_of(tmp_path / "nowhere") == tmp_path / "nowhere"
+    (folder / "round-1.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*round-1.ckpt.*the run has round-0.ckpt"):
+        checkpoint_of(folder)
+
+
+def test_the_checkpoint_of_an_unfinished_run_is_the_newest_complete_one(tmp_path, caplog):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(FileNotFoundError, match="has no finished round"):
+        checkpoint_of(folder)
+    write_rows(folder / "rounds.csv", [row(0), row(1)])
+    for round_ in (0, 1, 2):  # the last one is not measured yet
+        (folder / f"round-{round_}.ckpt").touch()
+    assert checkpoint_of(folder) == folder / "round-1.ckpt"
+    assert caplog.messages == [
+        f"{folder} is unfinished: taking its newest checkpoint, round-1.ckpt"
+    ]
+
+
+def test_a_study_is_no_run_but_has_some(tmp_path):
+    for number in range(12):
+        finished(tmp_path, f"run-{number:02d}")
+    with pytest.raises(FileNotFoundError, match=r"is a study.*: run-00, .*run-09, ... \(12 runs\)"):
+        checkpoint_of(tmp_path)
