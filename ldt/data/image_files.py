@@ -10,10 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldt.config import DatasetConfig
 from ldt.runs.inputs import cached
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 64_000_000  # of an image; a decoded one takes three bytes a pixel, its copies more
+MAX_PIXELS = DatasetConfig.max_pixels  # a decoded one takes three bytes a pixel, its copies more
 MANY = 1000  # images; the sizes of more are cached
 TAIL = 4096  # bytes
 ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
