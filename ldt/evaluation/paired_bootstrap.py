@@ -168,9 +168,9 @@ def effects(
         key: the cell of a training and a score.
 
     Returns:
-        ``training``: what training gives, the mean over the scores. ``score``: what the score gives
-        over its rival, the mean over the trainings. ``interaction``: what training gives the score
-        beyond what it gives its rival.
+        ``training``: gain by the training in question, the mean over the scores. ``score``: gain by
+        the score over its rival, the mean over the trainings. ``interaction``: gain of the score by
+        the training minus that of its rival.
     """
     signs = {trainings[0]: 1.0, trainings[1]: -1.0}
     pair = {score: 1.0, rival: -1.0}
