@@ -1,6 +1,6 @@
 # make demo    install into .venv and run the default experiment
 # make test    install and run the tests
-# make quick   only the tests that take at most about a quarter of a second each
+# make quick   only the tests that are not marked slow, about a minute
 # make lint    ruff and pyright
 # make docs    the key reference, docs/keys.md, and the pages in site/
 # All may be repeated: what is done is skipped. PYTHON chooses the interpreter (3.10 or later).

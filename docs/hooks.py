@@ -10,14 +10,6 @@ ROOT = Path(__file__).parents[1]
 BESIDE = ("CONTRIBUTING.md", "experiments/**/*.md", "experiments/**/*.png", "experiments/**/*.csv")
 
 
-def on_config(config: Any) -> Any:
-    """Leave out what the navigation names and is not there."""
-    there = {file.name for file in Path(config.docs_dir).glob("*.md")}
-    kept = (item for item in config.nav if not _only_page(item) or _only_page(item) in there)
-    config.nav = list(kept)
-    return config
-
-
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages beside docs/ below the same names."""
     for pattern in BESIDE:
@@ -39,10 +31,3 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Show the roles of docstrings (``:func:`ldt.prune```) as code."""
     return re.sub(r":[a-z]+:<code>~?", "<code>", html)
-
-
-def _only_page(item: Any) -> str | None:
-    """Return the page of an entry ``title: page`` that lies in docs/."""
-    (page,) = item.values() if isinstance(item, dict) else (item,)
-    is_ours = isinstance(page, str) and page != "CONTRIBUTING.md"
-    return page if is_ours else None

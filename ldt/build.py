@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -47,16 +48,13 @@ from ldt.pruning.costs import parse_budget
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch, set_keys
 from ldt.runs import files, inputs
 from ldt.runs.identity import canonical_precision
+from ldt.runs.refusal import KINDS
 from ldt.runs.run import Run, load_config
 from ldt.runtimes.latency_table import LatencyTarget
 
 log = logging.getLogger(__name__)
-LABELS_OF_DATA = (
-    "name",
-    "metric",
-    "scales",
-    "max_detections",
-)  # keys of dataset that are not passed to the data module
+# keys of dataset that are not passed to the data module
+LABELS_OF_DATA = ("name", "metric", "scales", "max_detections")
 OURS = ("validate_every", "threads", "compile")  # keys of trainer that Lightning does not have
 
 
@@ -192,12 +190,22 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
 
 def build_criterion(config: DictConfig) -> Importance | None:
     """Build the pruning criterion; None if the method does not prune."""
-    return instantiate(config.method.criterion)
+    return _instantiate(config.method.criterion)
+
+
+def _instantiate(node: DictConfig | dict[str, Any] | None, **options: Any) -> Any:
+    """Build what a node of the configuration names; what it refuses is raised as it is."""
+    try:
+        return instantiate(node, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, KINDS):
+            raise error.__cause__ from None
+        raise
 
 
 def build_data(config: DictConfig) -> DetectionDataModule:
     """Build the data module."""
-    return instantiate(_of_data(config.dataset), _convert_="all", **_for_data(config))
+    return _instantiate(_of_data(config.dataset), _convert_="all", **_for_data(config))
 
 
 def _of_data(dataset: Any) -> dict[str, Any]:
@@ -369,7 +377,7 @@ def module_of(run: Run, trust: bool = False) -> DetectorModule:
 @contextlib.contextmanager
 def opened_logger(config: DictConfig, folder: Path) -> Iterator[Logger | None]:
     """Open the configured logger, if any; a W&B run is finished when the block exits."""
-    logger: Any = instantiate(config.logger, save_dir=str(folder)) if config.logger else None
+    logger: Any = _instantiate(config.logger, save_dir=str(folder)) if config.logger else None
     with logger if hasattr(logger, "__exit__") else contextlib.nullcontext():
         if logger is not None:
             logger.log_hyperparams(as_dict(config))
@@ -416,7 +424,7 @@ def _lightning_trainer(given: dict[str, Any]) -> L.Trainer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return L.Trainer(**given)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, TypeError) as error:  # the latter for other devices
         raise ValueError(f"Lightning refuses a key of trainer: {error}") from error
 
 

@@ -16,11 +16,12 @@ are copied once. On a GPU only the eigen-solver makes the host wait.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from ldt.config.kinds import Covariance
 from ldt.location import object_vectors
 from ldt.objects import Objects
 
@@ -30,7 +31,7 @@ Memory = tuple[Vectors, Tensor]  # detached vectors of earlier batches, and thei
 # conf/method/ldt.yaml.
 PHI = 5e-3
 RIDGE, RIDGE_ABSOLUTE = 0.1, 1e-6
-COVARIANCES = ("mean", "sum", "correlation")
+COVARIANCES: tuple[Covariance, ...] = get_args(Covariance)
 ROUNDING = 1e-12  # of eigenvalues, relative to the largest absolute one
 SMALLEST_STD = 1e-6, 1e-3  # of a live channel: over its own size, over the average channel's std
 

@@ -98,18 +98,21 @@ def run(config: DictConfig, folder: Path, in_sweep: bool = False) -> float | tup
         log.warning("interrupted; the same command resumes from the last finished epoch")
         sys.exit(130)
     except Exception as error:
-        refused = is_refusal(error)
-        if refused and fresh and rank_zero_only.rank == 0:
+        if is_refusal(error) and fresh and rank_zero_only.rank == 0:
             files.discard(folder)
         if not in_sweep:
             raise
-        if refused:  # not logged: the log file may be that of another run
-            print(f"error: {folder.name}: {one_line(error)}", file=sys.stderr)
-        else:
-            log.error("%s failed: %s", folder.name, error, exc_info=True)
-        missing = Refused("nan") if refused else Failed("nan")
-        return result(config, {}, missing)  # the sweep continues with its other jobs
+        return result(config, {}, _tell(error, folder))  # the sweep continues with its other jobs
     return result(config, summary["rounds"][-1])
+
+
+def _tell(error: Exception, folder: Path) -> Failed:
+    """Tell why a job of a sweep has no result; return what stands for it."""
+    if is_refusal(error):  # not logged: the log file may be that of another run
+        print(f"error: {folder.name}: {one_line(error)}", file=sys.stderr)
+        return Refused("nan")
+    log.error("%s failed: %s", folder.name, error, exc_info=True)
+    return Failed("nan")
 
 
 @contextlib.contextmanager
@@ -457,19 +460,26 @@ def composed(*overrides: str) -> DictConfig:
         ValueError: the configuration is invalid.
     """
     config = without_hydra(_compose(overrides))
-    expand_home(config)
-    check(config)
+    with _explaining():
+        expand_home(config)
+        check(config)
     return config
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
     register()
+    with _explaining(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", quote_paths(overrides), return_hydra_config=True)
+    raise AssertionError("an error is raised, not suppressed")
+
+
+@contextlib.contextmanager
+def _explaining() -> Iterator[None]:
+    """Raise errors of Hydra and OmegaConf about a configuration as ValueError, in one line."""
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            whole = compose("config", quote_paths(overrides), return_hydra_config=True)
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explained(error)) from error
-    return whole
 
 
 def without_hydra(whole: DictConfig) -> DictConfig:

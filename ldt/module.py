@@ -196,11 +196,11 @@ class DetectorModule(L.LightningModule):
                 f"{', '.join(terms)} is not finite at step {self.global_step} (epoch "
                 f"{self.current_epoch}). The last good checkpoint is kept. Lower the learning "
                 "rate (recipe.optimizer.lr), clip gradients (recipe.clip_grad=35), or weaken LDT "
-                f"(ldt.alpha, ldt.beta, ldt.ridge){self._in_full_precision()}"
+                f"(ldt.alpha, ldt.beta, ldt.ridge){self._precision_advice()}"
             )
 
-    def _in_full_precision(self) -> str:
-        """Return a further advice where numbers overflow early."""
+    def _precision_advice(self) -> str:
+        """Return the advice to compute in full precision; empty if that is the case."""
         mixed = self._trainer is not None and "mixed" in str(self.trainer.precision)
         return "; or compute in full precision (trainer.precision=32-true)" if mixed else ""
 

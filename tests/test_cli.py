@@ -8,6 +8,7 @@ import pickle
 import re
 import resource
 import sys
+from typing import get_args
 
 import click
 import pytest
@@ -18,10 +19,13 @@ from summaries import finished
 import ldt
 from ldt import experiment
 from ldt.cli import main
+from ldt.cli.commands import RUNTIMES
 from ldt.cli.commands import ldt as commands
 from ldt.cli.exit_codes import exit_codes
 from ldt.cli.study_table import end_sweep
 from ldt.cli.sweep_progress import PLACE, SweepProgress, report_of
+from ldt.config import DatasetConfig
+from ldt.config.kinds import RuntimeName
 from ldt.criteria.methods import find_method
 from ldt.deployment import prediction, to_mmdet
 from ldt.progress import console
@@ -191,6 +195,38 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["report", "{run}"], "is a run; give its study: {study}"),
+        (["runs", "{run}"], "is a run; give its study: {study}"),
+        (["forget", "{run}", "--failed"], "is a run; give its study: {study}"),
+        (["figures", "curves", "{run}/summary.json"], "no study at {run}/summary.json"),
+        (["repeat", "{run}", "{run}/summary.json"], "summary.json is a file; type a new folder"),
+    ],
+)
+def test_a_run_or_a_file_in_place_of_a_folder_is_refused(arguments, told, tmp_path, capsys):
+    run = tmp_path / "study" / "run"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text("{}")
+    places = {"run": run, "study": run.parent}
+    line = refusal(capsys, *(text.format(**places) for text in arguments))
+    assert told.format(**places) in line
+    assert list(tmp_path.rglob("*")) == [run.parent, run, run / "summary.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("dataset.root=/nowhere", "does not apply to generated scenes; type dataset.cache="),
+        ("detector.size=huge", "detector.size=huge: the data set has no such size"),
+    ],
+)
+def test_what_hydra_wraps_is_told_alone(override, told, capsys):
+    assert told in refusal(capsys, "data", override)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
@@ -229,6 +265,8 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
             ["+trainer.devices=2"],
             "+trainer.devices: the key is there already; type trainer.devices",
         ),
+        (["detector.size=huge"], "detector.size=huge: the data set has no such size"),
+        (["trainer.devices=foo"], "Lightning refuses a key of trainer: `devices`"),
         (["dataset=null"], "a group cannot be null: choose one of its options"),
         (["seed=0", "-m", "prune.rate=0.5,abc"], "prune.rate=abc; allowed: "),
         (["--bogus"], "unrecognized arguments: --bogus; --help shows the groups"),
@@ -469,3 +507,9 @@ def test_the_package_is_imported_without_anything_heavy(tmp_path):
 def test_commands_have_no_second_definition():
     assert all(isinstance(command, click.Command) for command in commands.commands.values())
     assert set(OLD) < set(commands.commands)
+
+
+def test_what_the_commands_repeat_for_a_fast_help_is_what_they_mean():
+    assert get_args(RuntimeName) == RUNTIMES
+    options = {option.name: option for option in commands.commands["predict"].params}
+    assert options["max_pixels"].default == DatasetConfig.max_pixels

@@ -1,6 +1,6 @@
 """Distillation from the unpruned base while the pruned detector retrains."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def find_readers(detector: Detector, scope: Sequence[str]) -> list[Readers]:
         graph = detector.trace(scope)
     read: list[tuple[str, Member, Tensor]] = []
 
-    def note(group: str, member: Member) -> Any:
+    def note(group: str, member: Member) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _layer, inputs: read.append((group, member, inputs[0]))
 
     hooks = [

@@ -130,7 +130,7 @@ class LDTLoss(L.Callback):
                 log.warning(message)
 
     def finish(self) -> None:
-        """End a phase: an estimation ends with what it has measured."""
+        """End a phase, and an estimation with the steps measured so far."""
         if not self.weights.known:
             assert self._module is not None
             self.weights.settle()

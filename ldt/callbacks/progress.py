@@ -29,7 +29,8 @@ class RunProgress(ProgressBar):
     def __init__(self, loop: PruneRetrain, batch_size: int) -> None:
         super().__init__()
         self.loop, self.batch_size = loop, batch_size
-        self._images = 0.0
+        self._images = 0.0  # per batch
+        self._started = 0.0  # time of the beginning of the epoch
         self._step: Step | None = None
         self._silent = False
 
@@ -42,7 +43,7 @@ class RunProgress(ProgressBar):
         self._silent = False
 
     def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
-        """Set the number of images of an epoch, as the trainer's limits leave it."""
+        """Set the number of images of each step, as the trainer's limits leave it."""
         if self._silent:
             return
         self._images = self.batch_size / trainer.accumulate_grad_batches

@@ -1,10 +1,9 @@
 """Per-epoch reseeding so that resumed runs are deterministic."""
 
-import random
-
 import lightning as L
-import numpy as np
 import torch
+
+from ldt.data.sampling import seed_generators
 
 
 class EpochSeeds(L.Callback):
@@ -20,7 +19,4 @@ class EpochSeeds(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Seed the generators before the epoch's first batch."""
         key = (self.seed, trainer.current_epoch, trainer.global_rank)
-        state = int(np.random.SeedSequence(key).generate_state(1)[0])
-        random.seed(state)
-        np.random.seed(state)  # noqa: NPY002 - mmdet and Torch-Pruning use the global generator
-        torch.manual_seed(state)
+        torch.manual_seed(seed_generators(*key))

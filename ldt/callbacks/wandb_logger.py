@@ -10,18 +10,19 @@ from http.client import HTTPException
 from math import isnan
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ldt.config.values import check_value
 from ldt.runs import files
 
 log = logging.getLogger(__name__)
 
-MODES = ("offline", "online")
+Mode = Literal["offline", "online"]
 PATIENCE = 5  # seconds for the first answer of a server
 OFFLINE = (
     "with logger.mode=offline the run is stored, and `wandb sync` uploads it later; "
@@ -63,12 +64,11 @@ class WandbRun(WandbLogger):
         project: str,
         entity: str | None = None,
         tags: Sequence[str] = (),
-        mode: str = "offline",
+        mode: Mode = "offline",
         offline_if_unreachable: bool = False,
         checkpoint: bool = True,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"logger.mode={mode!r}; choose from {', '.join(MODES)}")
+        check_value("logger.mode", mode, Mode)
         self.folder, self.checkpoint = Path(save_dir), checkpoint
         about: dict[str, Any] = {"group": study, "name": name, "project": project}
         about |= {"entity": entity, "tags": list(tags), "mode": mode}
@@ -121,9 +121,8 @@ class WandbRun(WandbLogger):
         about = {key: summary[key] for key in ("study", "detector", "dataset", "method", "seed")}
         name = re.sub(r"[^\w.-]", "-", summary["run"])  # W&B allows no other characters
         artifact = wandb.Artifact(name, type="model", metadata=about | summary["rounds"][-1])
-        artifact.add_file(
-            str(file), policy="immutable"
-        )  # not copied: the file is kept in the job's directory
+        # not copied: the file is kept in the job's directory
+        artifact.add_file(str(file), policy="immutable")
         self.experiment.log_artifact(artifact)
 
 

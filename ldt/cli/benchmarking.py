@@ -21,7 +21,14 @@ from ldt.runs.provenance import cpu_name
 from ldt.runs.refusal import refusing
 from ldt.runs.run import checkpoint_of
 from ldt.runtimes.sessions import SUFFIXES, open_session
-from ldt.runtimes.timing import Network, Runtime, RuntimeName, open_all, time_in_turns
+from ldt.runtimes.timing import (
+    Network,
+    Runtime,
+    RuntimeName,
+    Timing,
+    open_all,
+    time_in_turns,
+)
 
 OF_FILES: dict[str, RuntimeName] = {".onnx": "onnxruntime", ".xml": "openvino"}
 
@@ -78,12 +85,19 @@ def run(
                 )
             ]
         timings = time_in_turns({i: entry.network for i, entry in enumerate(entries)}, runs)
-    first: dict[
-        Any, float
-    ] = {}  # what others with as many threads and such outputs are compared with
+    rows = _rows(entries, list(timings.values()))
+    about = {"cpu": cpu_name(), "runs": runs}
+    if as_json:
+        click.echo(json.dumps(about | {"networks": rows}, indent=2))
+        return
+    console().print(_table(rows, about))
+
+
+def _rows(entries: Sequence[Entry], timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """Return the rows; the first with as many threads and such outputs is what speeds refer to."""
+    first: dict[tuple[int, str], float] = {}
     rows = []
-    for index, entry in enumerate(entries):
-        timing = timings[index]
+    for entry, timing in zip(entries, timings, strict=True):
         latency = timing.latency_ms(entry.threads)
         base = first.setdefault((entry.threads, entry.outputs), latency)
         row = {**entry._asdict(), "file": str(entry.file)} | {
@@ -96,11 +110,7 @@ def run(
         }
         del row["network"]
         rows.append(row)
-    about = {"cpu": cpu_name(), "runs": runs}
-    if as_json:
-        click.echo(json.dumps(about | {"networks": rows}, indent=2))
-        return
-    console().print(_table(rows, about))
+    return rows
 
 
 def _of_checkpoint(

@@ -156,8 +156,7 @@ def _finished_study(study: Path) -> "list[Run]":
     from ldt.runs.files import DamagedError, holds_run
     from ldt.runs.run import open_runs
 
-    if holds_run(study):
-        raise FileNotFoundError(f"{study} is a run; give its study: {study.parent}")
+    _check_is_no_run(study)
     if not study.is_dir():
         there = sorted(
             folder.name
@@ -180,6 +179,14 @@ def _finished_study(study: Path) -> "list[Run]":
     return runs
 
 
+def _check_is_no_run(study: Path) -> None:
+    """Raise FileNotFoundError if a run is given in place of its study."""
+    from ldt.runs.files import holds_run
+
+    if holds_run(study):
+        raise FileNotFoundError(f"{study} is a run; give its study: {study.parent}")
+
+
 @ldt.command("runs")
 @click.argument("study", type=PATH)
 @click.option(
@@ -197,6 +204,7 @@ def list_runs(study: Path, states: tuple[str, ...], as_json: bool) -> None:
     from ldt.report import listing
 
     with refusing():
+        _check_is_no_run(study)
         found = listing.list_runs(study, states)
     click.echo(listing.as_json(found) if as_json else listing.as_table(found))
 
@@ -603,6 +611,7 @@ def forget(study: Path, failed: bool, yes: bool) -> None:
     from ldt.runs import study as studies
 
     with refusing():
+        _check_is_no_run(study)
         found = studies.failed_runs(study)
     for folder, reason in found.items():
         click.echo(printable(f"{folder.name}  {reason}"))

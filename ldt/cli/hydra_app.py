@@ -68,7 +68,7 @@ class StrictLoader(ConfigLoaderImpl):
         return config
 
     def load_sweep_config(self, *args: Any, **kwargs: Any) -> DictConfig:
-        """Compose a job of a sweep, whose own mistakes leave the other jobs alone."""
+        """Compose a job of a sweep without checking its values: the other jobs shall go on."""
         self.checks_values = False
         try:
             return super().load_sweep_config(*args, **kwargs)
@@ -157,7 +157,7 @@ class Job:
 
 
 def _starts_processes(config: DictConfig) -> bool:
-    """Return whether a job will start processes; what is wrong with it is told by its run."""
+    """Return whether a job will start processes; False if it is invalid, which its run tells."""
     from ldt.build import check_processes
 
     try:
@@ -170,7 +170,7 @@ COMPOSE_ALL = Sweeper.validate_batch_is_legal
 
 
 def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-    """Compose the jobs of a sweep; raise if one mistake is in all of them, before any begins."""
+    """Compose the jobs of a sweep; before any begins, raise if all of them have the same error."""
     COMPOSE_ALL(sweeper, batch)
     StudyTable.progress.add(batch)
     assert sweeper.config is not None

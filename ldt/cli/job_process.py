@@ -1,4 +1,4 @@
-"""A job of a sweep in processes of its own, so that nothing of it outlives it in the next one."""
+"""Run a job of a sweep in processes of its own, all of which end with the job."""
 
 import contextlib
 import os

@@ -18,7 +18,7 @@ from ldt.cli.sweep_progress import (
     JobReport,
     SweepProgress,
     ask_for_reports,
-    cells,
+    labels,
     report_of,
 )
 from ldt.progress.console import terminal
@@ -87,8 +87,8 @@ def end_sweep(study: Path, jobs: Sequence[JobReturn]) -> None:
     StudyTable.progress.close()
     exit_sweep(study, jobs, only_refused=True)
     with contextlib.suppress(FileNotFoundError):
-        labels = zip(map(_folder, jobs), cells([job.overrides or () for job in jobs]), strict=True)
-        report.print_study(study, {name: cell or name for name, cell in labels if name})
+        named = zip(map(_folder, jobs), labels([job.overrides or () for job in jobs]), strict=True)
+        report.print_study(study, {name: label or name for name, label in named if name})
     exit_sweep(study, jobs)
 
 

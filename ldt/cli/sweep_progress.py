@@ -32,7 +32,7 @@ class SweepJob:
     """A job of a sweep.
 
     Attributes:
-        cell: its overrides that other jobs do not share.
+        label: its overrides that other jobs do not share.
         state: one of the constants of this module.
         result: its headline metric, or its objectives.
         started: time of its beginning in seconds.
@@ -40,7 +40,7 @@ class SweepJob:
         left: estimate of the time left, of a job of another process.
     """
 
-    cell: str
+    label: str
     state: str = WAITING
     result: object = None
     started: float = 0.0
@@ -48,8 +48,8 @@ class SweepJob:
     left: float | None = None
 
 
-def cells(batch: Sequence[Sequence[str]]) -> list[str]:
-    """Return of every job the overrides that tell it from the others."""
+def labels(batch: Sequence[Sequence[str]]) -> list[str]:
+    """Return the overrides of each job that tell it from the others."""
     shared = set.intersection(*(set(job) for job in batch)) if len(batch) > 1 else set()
     return [" ".join(key for key in job if key not in shared) for job in batch]
 
@@ -71,7 +71,7 @@ class SweepProgress:
 
     def add(self, batch: Sequence[Sequence[str]]) -> None:
         """Add the jobs of a batch."""
-        self.jobs += [SweepJob(cell) for cell in cells(batch)]
+        self.jobs += [SweepJob(label) for label in labels(batch)]
 
     def start(self, number: int) -> None:
         """Begin a job, counted from 0."""
@@ -79,7 +79,7 @@ class SweepProgress:
             return
         job = self.jobs[number]
         job.state, job.started = RUNNING, time.monotonic()
-        log.info("job %d of %d: %s", number + 1, len(self.jobs), job.cell)
+        log.info("job %d of %d: %s", number + 1, len(self.jobs), job.label)
 
     def end(self, number: int, state: str, result: object) -> None:
         """End a job, counted from 0."""
@@ -174,7 +174,7 @@ class SweepProgress:
             job = self.jobs[number]
             table.add_row(
                 str(number + 1),
-                Text(job.cell),
+                Text(job.label),
                 Text(job.state, style=STYLES.get(job.state, "dim")),
                 shown(job.result) if job.result is not None else "",
                 *self._times(job),
@@ -211,7 +211,7 @@ def _number(value: float) -> str:
 
 
 class JobReport:
-    """What a job tells the table of its sweep, which another process shows.
+    """Report the state of a job to the process that shows the table of its sweep.
 
     In a terminal the job itself prints nothing: its log has all, and the sweep prints its errors.
 

@@ -217,6 +217,13 @@ class CocoConfig(DatasetConfig):
     classes: list[str] | None = None  # of the file, in any order; null: the 80 of COCO
 
 
+DATASETS: dict[str, type[DatasetConfig]] = {  # by option of the group
+    "roadscenes": RoadScenesConfig,
+    "kitti": KittiConfig,
+    "coco": CocoConfig,
+}
+
+
 @dataclass
 class TrainerConfig:
     """Arguments of ``lightning.Trainer`` (null: its default), and three keys of ldt.
@@ -232,7 +239,7 @@ class TrainerConfig:
     # true: raise if CUDA has no deterministic kernel
     deterministic: Annotated[Any, bool | Literal["warn"]] = "warn"
     sync_batchnorm: bool = False  # batch norms share statistics between GPUs
-    log_every_n_steps: int = 10  # of training, in metrics.csv
+    log_every_n_steps: NaturalNumber = 10  # of training, in metrics.csv; 0: none
     limit_train_batches: kinds.Limit = None  # of an epoch: so many, or a share
     limit_val_batches: kinds.Limit = None  # of a validation: so many, or a share
     accumulate_grad_batches: Count = 1  # recipe.batch_size is split into so many parts
@@ -315,11 +322,7 @@ def register() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name, node in (
-        ("roadscenes", RoadScenesConfig),
-        ("kitti", KittiConfig),
-        ("coco", CocoConfig),
-    ):
+    for name, node in DATASETS.items():
         store.store(group="dataset", name=f"{name}_schema", node=node)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("from_config", _from_config, replace=True)

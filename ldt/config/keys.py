@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldt.config import CocoConfig, Config, KittiConfig, RoadScenesConfig, as_dict
+from ldt.config import DATASETS, Config, as_dict
 
 # Arguments of Lightning's Trainer controlled by the prune-retrain loop, and what to type instead.
 # fmt: off
@@ -41,16 +41,16 @@ OWNED = {
     "limit_predict_batches": "nothing is predicted; type trainer.limit_val_batches=<n>",
 }
 # fmt: on
-DATASETS = {
-    "ldt.data.coco.CocoDataModule": CocoConfig,
-    "ldt.data.kitti.KittiDataModule": KittiConfig,
-    "ldt.data.kitti.RoadScenesDataModule": RoadScenesConfig,
-    "ldt.data.roadscenes.RoadScenesDataModule": RoadScenesConfig,
+MODULES = {  # option of the group `dataset` by its class
+    "ldt.data.coco.CocoDataModule": "coco",
+    "ldt.data.kitti.KittiDataModule": "kitti",
+    "ldt.data.kitti.RoadScenesDataModule": "roadscenes",  # of older runs
+    "ldt.data.roadscenes.RoadScenesDataModule": "roadscenes",
 }
 
 
 def check_places(config: DictConfig) -> None:
-    """Keep runs below ``runs/<study>``: what becomes a part of their paths is the name of a folder.
+    """Check the names that a run's path is made of, so that it lies below ``runs/<study>``.
 
     Raises:
         ValueError: a name leads elsewhere; those of runs and studies may have levels.
@@ -104,8 +104,7 @@ def refusal(key: str, given: object, known: Iterable[str], where: str = "") -> s
     if key in _owned():
         return f"{told} cannot be set: {_owned()[key]}"
     if others := [name for name, schema in DATASETS.items() if key in _fields(schema, "dataset.")]:
-        sets = {name.rpartition(".")[2].removesuffix("DataModule").lower() for name in others}
-        return f"{told}: unknown key here; it belongs to dataset={' or '.join(sorted(sets))}"
+        return f"{told}: unknown key here; it belongs to dataset={' or '.join(sorted(others))}"
     near = nearest(key, [*known, *_owned()])
     if not near:
         group = key.rpartition(".")[0]
@@ -170,7 +169,8 @@ def explain_key(error: Exception) -> str | None:
 def dataset_schema(plain: Mapping[str, Any]) -> type | None:
     """Return the dataclass of a built-in data set; None for a custom one."""
     dataset = plain.get("dataset")
-    return DATASETS.get(dataset.get("_target_", "")) if isinstance(dataset, Mapping) else None
+    option = MODULES.get(dataset.get("_target_", "")) if isinstance(dataset, Mapping) else None
+    return DATASETS.get(option or "")
 
 
 def _unknown(

@@ -1,10 +1,12 @@
 """One-line messages for errors of Hydra and OmegaConf about overrides and configurations."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import (
+    InterpolationKeyError,
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
@@ -15,6 +17,7 @@ from ldt.config.keys import explain_key
 from ldt.config.values import allowed
 
 MERGING = "Error merging override "
+SIZE = re.compile(r"'dataset\.scales\.([^']+)' not found")  # dataset.scale refers to it
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, ImportError, OSError)
 
 
@@ -26,6 +29,11 @@ def explained(error: Exception) -> str:
         return f"{group}={option}: {_allowed(option, error.options)}"
     if told := explain_key(error):
         return told
+    if isinstance(error, InterpolationKeyError) and (size := SIZE.search(str(error))):
+        return (
+            f"detector.size={size[1]}: the data set has no such size in dataset.scales; type "
+            "another, or dataset.scale=[<width>,<height>]"
+        )
     if isinstance(error, InterpolationResolutionError):  # of a resolver: only its own message
         return _first(str(error)).rpartition(" raised while resolving interpolation: ")[2]
     if isinstance(error, InstantiationException) and cause is not None:

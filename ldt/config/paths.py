@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from ldt.config import as_dict
 
 PATHS = (
     "dataset.root", "dataset.cache", "dataset.train_ann", "dataset.train_img", "dataset.val_ann",
@@ -35,7 +37,7 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
 
 def expand_home(config: DictConfig) -> None:
     """Expand ``~`` in every path of the groups ``dataset`` and ``detector``, in place."""
-    plain: Any = OmegaConf.to_container(config, resolve=False)
+    plain = as_dict(config, resolve=False)
     for group in ("dataset", "detector"):
         for place, value in _leaves(plain.get(group), (group,)):
             if isinstance(value, str) and value.startswith("~"):

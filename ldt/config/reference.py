@@ -25,15 +25,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-from ldt.config import (
-    CocoConfig,
-    Config,
-    DatasetConfig,
-    KittiConfig,
-    RoadScenesConfig,
-    conf_dir,
-    kinds,
-)
+from ldt.config import DATASETS, Config, DatasetConfig, conf_dir, kinds
 from ldt.config.values import checked_kind, described, typed
 
 GRADUAL = "ldt.loop.gradual_masking.GradualPruning"  # takes the keys of method.gradual
@@ -98,9 +90,7 @@ def groups() -> list[Group]:
     return [
         *_groups_of("", Config),
         Group("dataset", DatasetConfig),
-        Group("dataset", RoadScenesConfig, "roadscenes"),
-        Group("dataset", KittiConfig, "kitti"),
-        Group("dataset", CocoConfig, "coco"),
+        *(Group("dataset", schema, option) for option, schema in DATASETS.items()),
     ]
 
 
@@ -172,7 +162,7 @@ def nodes() -> list[Node]:
 
 
 def class_keys(where: str, target: str, names: Iterable[str]) -> list[Key]:
-    """Return keys that become arguments of a class; nothing is told of other packages' classes.
+    """Return keys that become arguments of a class, without meanings if it is another package's.
 
     Args:
         where: the node of the configuration, such as ``method.criterion``.

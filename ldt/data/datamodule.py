@@ -38,7 +38,7 @@ from ldt.detectors.train_pipelines import mosaic_steps, resize_steps
 from ldt.recipe import micro_batch
 from ldt.runs.inputs import digest, split_record
 
-MOST_WORKERS = 16  # by itself: each holds two batches in memory
+MOST_WORKERS = 16  # of workers=auto: each holds two batches in memory
 Split = Literal["train", "val"]
 OPTIONS = {  # config key of each argument of the data module
     "batch_size": "recipe.batch_size",

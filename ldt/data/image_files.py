@@ -11,10 +11,11 @@ from pathlib import Path
 import cv2
 from PIL import Image
 
+from ldt.config import DatasetConfig
 from ldt.runs.inputs import cached
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 64_000_000  # of an image; a decoded one takes three bytes a pixel, its copies more
+MAX_PIXELS = DatasetConfig.max_pixels  # a decoded one takes three bytes a pixel, its copies more
 MANY = 1000  # images; the sizes of more are cached
 TAIL = 4096  # bytes
 JPEG_END, PNG_END = b"\xff\xd9", b"\0\0\0\0IEND\xae\x42\x60\x82"

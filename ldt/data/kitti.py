@@ -20,18 +20,24 @@ from ldt.config.values import Count, NaturalNumber, check_value
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
 from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
 from ldt.data.image_lists import listed_ids
-from ldt.data.kitti_labels import TYPES, KittiObject, parse_label
+from ldt.data.kitti_labels import (
+    CLASSES,
+    IMAGES,
+    LABELS,
+    SETS,
+    TYPES,
+    KittiObject,
+    parse_label,
+)
 from ldt.data.tally import Tally
 from ldt.runs.inputs import digest, split_record
 
 log = logging.getLogger(__name__)
 
-CLASSES = ("Car", "Pedestrian", "Cyclist")
 GROUPINGS: dict[str, dict[str, str]] = {
     "merged": {"Van": "Car", "Truck": "Car", "Tram": "Car", "Person_sitting": "Pedestrian"},
     "strict": {},
 }
-IMAGES, LABELS = Path("training/image_2"), Path("training/label_2")
 LAYOUT = f"KITTI's folders {IMAGES} (.png or .jpg) and {LABELS} (.txt)"
 
 
@@ -160,7 +166,7 @@ def fold_split(
 
 
 def _split_files(root: Path) -> list[Path]:
-    return [root / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
+    return [root / SETS / f"{name}.txt" for name in ("train", "val")]
 
 
 def read_image_sets(root: Path) -> tuple[list[str], list[str]] | None:

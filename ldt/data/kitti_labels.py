@@ -1,4 +1,4 @@
-"""Label files of KITTI's object detection benchmark."""
+"""Layout and label files of KITTI's object detection benchmark."""
 
 import math
 from pathlib import Path
@@ -8,6 +8,8 @@ TYPES = (  # all object types in KITTI's label files
     *("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram"),
     *("Misc", "DontCare"),
 )
+CLASSES = ("Car", "Pedestrian", "Cyclist")  # those of the benchmark
+IMAGES, LABELS, SETS = Path("training/image_2"), Path("training/label_2"), Path("ImageSets")
 COLUMNS = 15  # type, truncation, occlusion, angle, box (4), size (3), position (3), rotation
 
 

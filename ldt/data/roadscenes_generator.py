@@ -21,6 +21,7 @@ from joblib import Parallel, cpu_count, delayed
 
 from ldt.config.kinds import Difficulty, SceneCount, SceneHeight, SceneWidth, Seed
 from ldt.config.values import check_fields
+from ldt.data.kitti_labels import CLASSES, IMAGES, LABELS, SETS
 from ldt.data.roadscenes_cast import Body, cast, draw_actor
 from ldt.data.roadscenes_draw import NEAR, Camera, Canvas, Pose
 from ldt.data.roadscenes_scenery import (
@@ -37,11 +38,9 @@ from ldt.runs.files import locked
 
 VERSION = 5  # increment it with every change of the pictures; part of the folder name
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
-CLASSES = ("Car", "Pedestrian", "Cyclist")
-SHARES = (0.48, 0.28, 0.24)
+SHARES = (0.48, 0.28, 0.24)  # of the classes
 SIZES = ((8, 16), (16, 32), (32, 64), (70, 150))  # pixels, sqrt(w * h), at a height of 128
 SIZE_SHARES = (0.13, 0.21, 0.32, 0.34)
-IMAGES, LABELS, SETS = "training/image_2", "training/label_2", "ImageSets"
 SUPERSAMPLING = 2
 # noise hardly compresses: searching for repetitions takes twice as long and saves a few per cent
 PNG = (

@@ -17,13 +17,19 @@ from ldt.detectors.train_pipelines import MIX
 from ldt.recipe import micro_batch
 
 
+def seed_generators(*key: int) -> int:
+    """Seed `random` and `numpy.random` by a hash of the key; return the seed."""
+    state = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002 - mmdet and Torch-Pruning use the global generator
+    return state
+
+
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Seed `random` and `numpy.random` (used by mmdet's transforms) and restore them afterwards."""
     saved = random.getstate(), np.random.get_state()  # noqa: NPY002
-    state = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)  # noqa: NPY002
+    seed_generators(*key)
     try:
         yield
     finally:

@@ -13,12 +13,13 @@ from torch import Tensor
 from ldt.data.kitti_labels import TYPES, KittiObject
 from ldt.objects import Instances
 
-# Columns of a row: kind, image id, label (of a KITTI object: index of its type), score, box (4),
-# annotated area, truncation, occlusion. An image's own row has the label 1 if its annotations are
-# KITTI's.
 COLUMNS = 11
+# An image's own row has the label 1 if its annotations are KITTI's; the label of a KITTI object is
+# the index of its type, and it alone has a truncation and an occlusion.
+KIND, IMAGE_ID, LABEL, SCORE = range(4)
 BOX = slice(4, 8)
-IMAGE, DETECTION, TRUTH, IGNORED, KITTI = range(5)
+AREA, TRUNCATION, OCCLUSION = range(8, COLUMNS)
+IMAGE, DETECTION, TRUTH, IGNORED, KITTI = range(5)  # kinds of rows
 
 
 class Detections(Instances, Protocol):
@@ -44,7 +45,7 @@ class Boxes:
 class KittiObjects:
     """All labelled objects of one KITTI image, of any type, with boxes [n, 4] as labelled.
 
-    Types are indices in `ldt.data.kitti.TYPES`.
+    Types are indices in `ldt.data.kitti_labels.TYPES`.
     """
 
     types: np.ndarray
@@ -86,7 +87,7 @@ def rows_of(sample: DetDataSample, classes: Sequence[str]) -> Tensor:
     if "bboxes" in sample.get("ignored_instances", ()):
         groups[IGNORED] = cast(Detections, sample.ignored_instances)
     own = torch.zeros(1, COLUMNS, dtype=torch.float64)
-    own[0, 2] = "kitti" in sample
+    own[0, LABEL] = "kitti" in sample
     rows = {IMAGE: own, KITTI: _kitti_rows(sample.get("kitti", ()))}
     for kind, instances in groups.items():
         _check_labels(kind, image, instances.labels, classes)
@@ -97,17 +98,17 @@ def rows_of(sample: DetDataSample, classes: Sequence[str]) -> Tensor:
         if len(areas) != len(rows[TRUTH]):
             told = f"image {image} has {len(areas)} areas for {len(rows[TRUTH])} gt_instances"
             raise ValueError(f"{told}: the dataset must give one area for each object")
-        rows[TRUTH][:, 8] = areas
+        rows[TRUTH][:, AREA] = areas
     block = torch.cat(list(rows.values()))
-    block[:, 1] = image
+    block[:, IMAGE_ID] = image
     return block
 
 
 def images_of(table: np.ndarray, num_classes: int) -> list[Image]:
     """Return the images of a table, ordered by id; of repeated images the first counts."""
     blocks: dict[int, np.ndarray] = {}
-    for block in np.split(table, np.flatnonzero(table[:, 0] == IMAGE))[1:]:
-        blocks.setdefault(int(block[0, 1]), block)
+    for block in np.split(table, np.flatnonzero(table[:, KIND] == IMAGE))[1:]:
+        blocks.setdefault(int(block[0, IMAGE_ID]), block)
     return [_image(blocks[image_id], num_classes) for image_id in sorted(blocks)]
 
 
@@ -137,10 +138,10 @@ def _rows(kind: int, instances: Detections) -> Tensor:
     """Return the rows of instances of one kind, with image id 0."""
     boxes = get_box_tensor(instances.bboxes).detach().double()
     rows = boxes.new_zeros(len(boxes), COLUMNS)
-    rows[:, 0] = kind
-    rows[:, 2] = instances.labels
+    rows[:, KIND] = kind
+    rows[:, LABEL] = instances.labels
     if kind == DETECTION:
-        rows[:, 3] = instances.scores.detach()
+        rows[:, SCORE] = instances.scores.detach()
     rows[:, BOX] = boxes
     return rows
 
@@ -157,15 +158,19 @@ def _kitti_rows(objects: Sequence[KittiObject]) -> Tensor:
 
 def _image(block: np.ndarray, num_classes: int) -> Image:
     """Group the rows of one image by kind."""
-    detections, truths, ignored, kitti = (block[block[:, 0] == kind] for kind in range(1, 5))
-    agnostic = np.repeat(ignored[ignored[:, 2] < 0], num_classes, axis=0)
-    agnostic[:, 2] = np.arange(len(agnostic)) % num_classes
-    ignored = np.concatenate((ignored[ignored[:, 2] >= 0], agnostic))
-    objects = KittiObjects(kitti[:, 2].astype(int), kitti[:, BOX], kitti[:, 9], kitti[:, 10])
+    detections, truths, ignored, kitti = (
+        block[block[:, KIND] == kind] for kind in range(DETECTION, KITTI + 1)
+    )
+    agnostic = np.repeat(ignored[ignored[:, LABEL] < 0], num_classes, axis=0)
+    agnostic[:, LABEL] = np.arange(len(agnostic)) % num_classes
+    ignored = np.concatenate((ignored[ignored[:, LABEL] >= 0], agnostic))
+    objects = KittiObjects(
+        kitti[:, LABEL].astype(int), kitti[:, BOX], kitti[:, TRUNCATION], kitti[:, OCCLUSION]
+    )
     return Image(
-        _boxes(detections), _boxes(truths), _boxes(ignored), objects if block[0, 2] else None
+        _boxes(detections), _boxes(truths), _boxes(ignored), objects if block[0, LABEL] else None
     )
 
 
 def _boxes(rows: np.ndarray) -> Boxes:
-    return Boxes(rows[:, BOX], rows[:, 2].astype(int), rows[:, 3], rows[:, 8])
+    return Boxes(rows[:, BOX], rows[:, LABEL].astype(int), rows[:, SCORE], rows[:, AREA])

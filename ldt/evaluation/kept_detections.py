@@ -7,13 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ldt.evaluation.detection_rows import BOX, COLUMNS, Image, images_of
+from ldt.evaluation.detection_rows import (
+    AREA,
+    BOX,
+    COLUMNS,
+    IMAGE_ID,
+    KIND,
+    LABEL,
+    SCORE,
+    TRUNCATION,
+    Image,
+    images_of,
+)
 from ldt.runs import files
 
 STEPS = 128  # of a pixel
 SCORES = 65535
-KIND, IMAGE_ID, LABEL, SCORE, AREA = 0, 1, 2, 3, 8
-REST = slice(9, 11)  # truncation and occlusion of KITTI's objects
+REST = slice(TRUNCATION, COLUMNS)
 LARGEST = 2**30  # bytes; 40 000 images with 100 detections each take 80 MB
 
 

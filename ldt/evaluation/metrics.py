@@ -18,6 +18,9 @@ from ldt.evaluation.kitti_ap import kitti_ap, mean_of_known
 
 MAX_DETECTIONS = 100  # COCO's
 VOC_IOU = 0.5
+# In float64: torchmetrics' own lists are float32, whose 0.6 and 0.3 are larger than 6/10 and
+# 3/10, so boxes and recalls of exactly these values would be missed.
+IOUS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0.0, 1.0, 101)
 
 # Our name of a COCO average -> torchmetrics' name of it.
 COCO_AVERAGES = {
@@ -171,10 +174,8 @@ def _coco_result(
     """Return torchmetrics' result; with ``curves`` also precision and recall."""
     metric = MeanAveragePrecision(
         iou_type="bbox",
-        # torchmetrics' own lists are float32: their 0.6 and 0.3 are larger than 6/10 and 3/10, so
-        # boxes and recalls of exactly these values would be missed
-        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-        rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+        iou_thresholds=IOUS.tolist(),
+        rec_thresholds=RECALLS.tolist(),
         max_detection_thresholds=[1, min(10, max_detections), max_detections],  # all in use: last
         class_metrics=True,
         extended_summary=curves,

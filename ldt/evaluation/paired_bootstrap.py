@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldt.evaluation.kitti_ap import mean_of_known
 from ldt.evaluation.resampled_ap import Matches, average_precision
 
 LEVEL = 0.95
@@ -67,12 +68,7 @@ class Resampled:
         draws = np.stack([sum(c * self.draws[cell][one] for cell, c in terms) for one in order])
         own = _generator(self.seed, "replicates", *order)
         counts = own.multinomial(len(order), [1 / len(order)] * len(order), draws.shape[1]).T
-        return _interval(_mean(value), _weighted(draws, counts), len(order))
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
+        return _interval(mean_of_known(value), _weighted(draws, counts), len(order))
 
 
 def _weighted(draws: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -172,9 +168,9 @@ def effects(
         key: the cell of a training and a score.
 
     Returns:
-        ``training``: what training gives, the mean over the scores. ``score``: what the score gives
-        over its rival, the mean over the trainings. ``interaction``: what training gives the score
-        beyond what it gives its rival.
+        ``training``: gain by the training in question, the mean over the scores. ``score``: gain by
+        the score over its rival, the mean over the trainings. ``interaction``: gain of the score by
+        the training minus that of its rival.
     """
     signs = {trainings[0]: 1.0, trainings[1]: -1.0}
     pair = {score: 1.0, rival: -1.0}

@@ -13,10 +13,8 @@ import torch
 from mmdet.structures.bbox import bbox_overlaps
 
 from ldt.evaluation.detection_rows import Boxes, Image
-from ldt.evaluation.metrics import MAX_DETECTIONS
+from ldt.evaluation.metrics import IOUS, MAX_DETECTIONS, RECALLS
 
-IOUS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0.0, 1.0, 101)
 TINY = np.spacing(1.0)
 BLOCK = 64  # resamplings at once, for memory
 

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from ldt.figures.look import DARK, GREY, LIGHT
 from ldt.figures.style import FONT, PAGE_CM, PALETTE, SMALL, new_figure, tidy
 
-RECALLS = np.linspace(0, 1, 101)
 STYLES = (":", "-")  # of the first and the last detector
 MOST_CURVES = len(PALETTE)  # with more classes only their mean is drawn in colour
 MOST_BARS = 24
@@ -36,17 +35,18 @@ def draw_precision_recall(curves: Mapping[str, np.ndarray], classes: Sequence[st
     figure = new_figure(PAGE_CM, 6.5)
     grid = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (name, precision) in zip(grid, curves.items(), strict=True):
+        recalls = np.linspace(0, 1, len(precision))
         known = [i for i in range(len(classes)) if isfinite(precision[:, i].mean())]
         many = len(known) > MOST_CURVES
         for place, i in enumerate(known):
             colour = GREY if many else PALETTE[place]
             label = f"{classes[i]} ({precision[:, i].mean():.3f})"
             width = 0.4 if many else 1.2
-            axes.plot(RECALLS, precision[:, i], color=colour, linewidth=width,
+            axes.plot(recalls, precision[:, i], color=colour, linewidth=width,
                       label=None if many else label)  # fmt: skip
         if known:
             mean = precision[:, known].mean(axis=1)
-            axes.plot(RECALLS, mean, color=DARK, linewidth=2.0, label=f"mean ({mean.mean():.3f})")
+            axes.plot(recalls, mean, color=DARK, linewidth=2.0, label=f"mean ({mean.mean():.3f})")
             axes.legend(fontsize=SMALL, frameon=False, loc="lower left")
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.set_title(name, fontsize=FONT)

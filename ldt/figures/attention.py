@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from ldt.figures.style import FONT, PAGE_CM, SMALL, new_figure, tighten
+from ldt.figures.style import FONT, PAGE_CM, SMALL, frame, new_figure, show_image, tighten
 
 COLOURS = "inferno"  # perceptually uniform, unlike the rainbow of many heat maps
 OPACITY = 0.6
@@ -74,11 +73,8 @@ def draw_attention(views: Sequence[View], titles: Sequence[str]) -> Figure:
         _show(row[0], view, view.truth)
         for axes, attention in zip(row[1:], view.attention, strict=True):
             _show(axes, view, attention.corners)
-            heatmap = axes.imshow(
-                attention.heat, extent=_extent(view), cmap=COLOURS, vmin=0, vmax=1, alpha=OPACITY,
-                interpolation="bilinear",
-            )  # fmt: skip
-            heatmaps.append(heatmap)
+            shown = {"cmap": COLOURS, "vmin": 0, "vmax": 1, "alpha": OPACITY}
+            heatmaps.append(show_image(axes, attention.heat, view.size, **shown))
     for axes, title in zip(grid[0], ("image and objects", *titles), strict=True):
         axes.set_title(title, fontsize=SMALL, pad=2)
     bar = figure.colorbar(heatmaps[-1], ax=grid, ticks=[0, 1], aspect=30, pad=0.01)
@@ -89,14 +85,8 @@ def draw_attention(views: Sequence[View], titles: Sequence[str]) -> Figure:
     return figure
 
 
-def _extent(view: View) -> tuple[float, float, float, float]:
-    return (0, view.size[1], view.size[0], 0)
-
-
 def _show(axes: Axes, view: View, corners: np.ndarray) -> None:
-    axes.imshow(view.pixels, extent=_extent(view), interpolation="bilinear")
-    axes.set_axis_off()
-    for x1, y1, x2, y2 in corners.tolist():
-        frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=0.7)
-        frame.set_path_effects([Stroke(linewidth=1.3, foreground="#404040"), Normal()])
-        axes.add_patch(frame)
+    show_image(axes, view.pixels, view.size)
+    outline = [Stroke(linewidth=1.3, foreground="#404040"), Normal()]
+    for box in corners:
+        frame(axes, box, edgecolor="white", linewidth=0.7, path_effects=outline)

@@ -9,11 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
 from ldt.figures.hits import hits
-from ldt.figures.style import PAGE_CM, PALETTE, SMALL, new_figure, tighten
+from ldt.figures.style import PAGE_CM, PALETTE, SMALL, frame, new_figure, show_image, tighten
 from ldt.figures.tags import place_tags
 
 IGNORED = "#C8C8C8"
@@ -122,12 +121,12 @@ def _draw_scene(
     """Draw a scene's ground truth and detections; return the used marks."""
     axes_of = panels.ravel()
     for axes, boxes in zip(axes_of, drawn, strict=False):
-        _show(axes, scene)
+        show_image(axes, scene.pixels, scene.size)
         _draw_boxes(axes, boxes, names, PAGE_CM / panels.shape[1])
     for axes in axes_of[len(drawn) :]:
         axes.set_axis_off()
     for corners in scene.ignored:
-        _frame(axes_of[0], corners, edgecolor=IGNORED, **_dashed(1, 1.5))
+        frame(axes_of[0], corners, edgecolor=IGNORED, **_dashed(1, 1.5))
     marks = _mark_hits(axes_of[1:], scene, drawn[1:])
     return marks | {"ignored"} if len(scene.ignored) else marks
 
@@ -139,7 +138,7 @@ def _mark_hits(panels: Iterable[Axes], scene: Scene, found: Sequence[ShownBoxes]
     marks = set()
     for axes, own in zip(panels, hit, strict=False):
         for corners in truth.corners[~own]:
-            _frame(axes, corners, edgecolor="white", **_dashed(3, 2))
+            frame(axes, corners, edgecolor="white", **_dashed(3, 2))
             marks.add("missed")
         for corners in truth.corners[own & (hit.sum(0) == 1) & (len(hit) > 1)]:
             _point_at(axes, corners, scene.size)
@@ -189,13 +188,6 @@ def _above(boxes: ShownBoxes, threshold: float) -> ShownBoxes:
     return ShownBoxes(boxes.corners[order], boxes.labels[order], boxes.scores[order])
 
 
-def _show(axes: Axes, scene: Scene) -> None:
-    """Show the image in pixel coordinates of the original, whatever its resolution."""
-    height, width = scene.size
-    axes.imshow(scene.pixels, extent=(0, width, height, 0), interpolation="bilinear")
-    axes.set_axis_off()
-
-
 def _draw_boxes(axes: Axes, boxes: ShownBoxes, names: Sequence[str], width_cm: float) -> None:
     """Draw frames and tags; `width_cm`, the panel's, determines the size of tags in pixels."""
     texts: list[str] = [names[int(label)] for label in boxes.labels]
@@ -206,7 +198,7 @@ def _draw_boxes(axes: Axes, boxes: ShownBoxes, names: Sequence[str], width_cm: f
     widths = [0.62 * pixels * len(text) for text in texts]
     tags = place_tags(boxes.corners, widths, 1.1 * pixels, (height, width))
     for corners, label, text, tag in zip(boxes.corners, boxes.labels, texts, tags, strict=True):
-        _frame(axes, corners, edgecolor=colour(label), linewidth=1.2)
+        frame(axes, corners, edgecolor=colour(label), linewidth=1.2)
         _tag(axes, tag, text, colour(label))
 
 
@@ -214,11 +206,6 @@ def _dashed(dash: float, gap: float) -> dict[str, Any]:
     """Return the style of a dashed line that is visible on dark and light backgrounds."""
     outline = [Stroke(linewidth=1.5, foreground=OUTLINE), Normal()]
     return {"linewidth": 0.8, "linestyle": (0, (dash, gap)), "path_effects": outline}
-
-
-def _frame(axes: Axes, corners: np.ndarray, **style: Any) -> None:
-    x1, y1, x2, y2 = (float(value) for value in corners)
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
 
 
 def _tag(axes: Axes, box: np.ndarray, text: str, background: str) -> None:

@@ -69,13 +69,9 @@ def draw_run(
             ``discriminants.png`` is of no more images.
 
     Raises:
-        ValueError: ``pictures`` is negative, or a checkpoint is damaged.
+        ValueError: a checkpoint is damaged.
         FileNotFoundError: a checkpoint is missing.
     """
-    if pictures < 0:
-        raise ValueError(
-            f"report.pictures={pictures} must be 0 (no pictures that a detector is run for) or more"
-        )
     target, rows, metric = picture_folder(folder), summary["rounds"], summary["metric"]
     files = [folder / round_checkpoint(row["round"]) for row in rows]
     ends = [0, -1] if len(rows) > 1 else [0]
@@ -242,7 +238,7 @@ def _items(data: DetectionDataModule, pictures: int) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _detect(detector: Any, items: Iterable[dict[str, Any]]) -> list[ShownBoxes]:
+def _detect(detector: "BaseDetector", items: Iterable[dict[str, Any]]) -> list[ShownBoxes]:
     """Detect objects in original-image pixels, one image at a time (sizes may differ)."""
     found = []
     for item in items:

@@ -213,9 +213,9 @@ def draw(name: str, paths: Sequence[Path], given: Options) -> list[Path]:
     """
     if name == "curves":
         with refusing():
+            found = panels(paths)
             file = given.out or picture_folder(paths[0]) / "curves.png"
             check_target(file)
-            found = panels(paths)
         save(draw_comparisons(found), file)
         return [file]
     with refusing():

@@ -11,7 +11,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from ldt.figures.channels import stages
+from ldt.evaluation.layers import stages
 from ldt.figures.look import DARK, LIGHT
 from ldt.figures.style import COLUMN_CM, FONT, SMALL, new_figure, tidy
 from ldt.runs.files import writing

@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axes._secondary_axes import SecondaryAxis
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 
 from ldt.runs.files import writing
 
@@ -49,6 +52,26 @@ def add_top_axis(
     top.set_xlabel(label, fontsize=FONT)
     tidy(top)
     top.spines["top"].set_visible(True)
+
+
+def show_image(axes: Axes, pixels: np.ndarray, size: tuple[int, int], **options: Any) -> AxesImage:
+    """Show an image or a map [h, w, ...] in pixels of the original, whatever its resolution.
+
+    Args:
+        axes: the panel.
+        pixels: the image.
+        size: (height, width) of the original.
+        options: of ``Axes.imshow``.
+    """
+    axes.set_axis_off()
+    extent = (0, size[1], size[0], 0)
+    return axes.imshow(pixels, extent=extent, interpolation="bilinear", **options)
+
+
+def frame(axes: Axes, corners: np.ndarray, **style: Any) -> None:
+    """Draw the frame of a box, (x1, y1, x2, y2)."""
+    x1, y1, x2, y2 = corners.tolist()
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
 
 
 def check_format(path: Path, also: Sequence[str] = ()) -> None:

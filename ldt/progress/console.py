@@ -16,7 +16,7 @@ FILE_ONLY: dict[str, Any] = {"file_only": True}  # `extra` of records that a dis
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # in this order, as for Lightning
 CONSOLE_ONLY: dict[str, Any] = {"console_only": True}  # not for the log file of a run
 printed = 0.0  # time of the last line of a log, in seconds
-held: list[str] | None = None  # lines that wait for others to be printed first
+waiting: list[str] | None = None  # lines of a log that wait for others to be printed first
 
 
 def rank() -> int:
@@ -85,8 +85,8 @@ class ConsoleHandler(logging.StreamHandler):
         printed = time.monotonic()
         try:
             text = self.format(record)
-            if held is not None:
-                held.append(text)
+            if waiting is not None:
+                waiting.append(text)
             else:
                 print_lines(text)
         except Exception:

@@ -302,11 +302,12 @@ def display() -> Display:
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Print what is logged in the block at its end: after what it prints itself."""
-    before, consoles.held = consoles.held, consoles.held if consoles.held is not None else []
+    before = consoles.waiting
+    consoles.waiting = [] if before is None else before
     try:
         yield
     finally:
-        lines, consoles.held = consoles.held, before
+        lines, consoles.waiting = consoles.waiting, before
         if before is None:
             for line in lines or []:
                 print_lines(line)

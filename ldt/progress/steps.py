@@ -18,8 +18,8 @@ class Step:
     Attributes:
         name: what is done, one of the constants of this module.
         round: 0 for the base and what belongs to it.
-        images: that it processes; None if that is not known beforehand.
-        epochs: of training; None if that is not known beforehand.
+        images: number of images that it processes; None if that is not known beforehand.
+        epochs: number of epochs of training; None if that is not known beforehand.
         epoch: the current one, from 1.
         done: images processed.
         before: of these, those of an earlier start of the run.

@@ -272,7 +272,7 @@ def test_online_without_an_account_says_what_to_type(sealed, monkeypatch):
 
 
 def test_an_unknown_mode_names_the_choices(sealed):
-    with pytest.raises(ValueError, match=r"logger.mode='of'; choose from offline, online"):
+    with pytest.raises(ValueError, match=r"logger.mode='of'; allowed: offline, online"):
         WandbRun(str(sealed), **ABOUT, mode="of")
 
 

@@ -112,11 +112,6 @@ def test_a_run_that_pruned_nothing_needs_one_checkpoint_and_shows_no_channels(ru
     assert written(tmp_path) == ["detections.png", "metric_vs_params.png"]
 
 
-def test_a_negative_number_of_pictures_is_refused(run, data, tmp_path):
-    with pytest.raises(ValueError, match=r"report\.pictures=-1"):
-        from_runs.draw_run(summary(), tmp_path, data, pictures=-1)
-
-
 def test_the_drawn_channels_are_those_of_the_pruned_network(run):
     folder, pruned = run
     kept = from_runs.channels(folder / "round-1.ckpt")
