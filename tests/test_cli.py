@@ -203,6 +203,7 @@ def test_what_is_missing_or_misspelt_is_refused_in_one_line(arguments, told, tmp
         (["forget", "{run}", "--failed"], "is a run; give its study: {study}"),
         (["figures", "curves", "{run}/summary.json"], "no study at {run}/summary.json"),
         (["repeat", "{run}", "{run}/summary.json"], "summary.json is a file; type a new folder"),
+        (["repeat", "{run}", "{run}"], "is the run itself; type a new folder"),
     ],
 )
 def test_a_run_or_a_file_in_place_of_a_folder_is_refused(arguments, told, tmp_path, capsys):

@@ -36,12 +36,14 @@ def repeat(earlier: Path, folder: Path, trust: bool = False) -> None:
 
     Raises:
         FileNotFoundError: there is no run at ``earlier``.
-        FileExistsError: ``folder`` is a file.
+        FileExistsError: ``folder`` is a file, or the run itself.
         ValueError: see :func:`ldt.experiment.run`; or trust is needed.
     """
     with refusing():
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; type a new folder")
+        if folder.resolve() == earlier.resolve():
+            raise FileExistsError(f"{folder} is the run itself; type a new folder")
         config = renamed(load_config(earlier, trust), folder)
         if not trust:
             _check_detector(config.detector)

@@ -100,6 +100,11 @@ class PruningSchedule:
         check_value("prune.max_layer_rate", most, LayerShare, default.max_layer_rate)
         check_value("prune.min_channels", least, Count, default.min_channels)
         check_value("prune.round_to", limits.round_to, NaturalNumber, 8)
+        if self.latency.target_ms is not None and self.budget != "latency":
+            raise ValueError(
+                f"prune.latency.target_ms={self.latency.target_ms:g} is of prune.budget=latency, "
+                f"not of {self.budget}; type prune.budget=latency too"
+            )
         if not self.rounds and not self.base_epochs:
             raise ValueError(
                 "recipe.epochs=0 and no rounds of pruning: nothing to do (e.g. recipe.epochs=9)"

@@ -23,6 +23,7 @@ from ldt.loop.gradual_masking import GradualPruning
 from ldt.loop.schedule import PruningSchedule
 from ldt.module import DetectorModule
 from ldt.pruning.budget import TOLERANCE, Limits, UnreachableRateError
+from ldt.runtimes.latency_table import LatencyTarget
 
 # The plan -------------------------------------------------------------------------------------
 
@@ -68,6 +69,10 @@ def test_phases_tile_the_run(base, retrain, rounds):
         ),
         ({"repair": "gn"}, r"prune.repair='gn'; allowed: none, bn, lstsq"),
         ({"rounds": 0, "base_epochs": 0}, r"nothing to do"),
+        (
+            {"latency": LatencyTarget(target_ms=3)},
+            r"prune.latency.target_ms=3 is of prune.budget=latency, not of params; type",
+        ),
         ({"ranking": "local"}, r"method.ranking='local'; allowed: global,"),
         ({"inner_rounds": 0}, r"method.inner_rounds=0; allowed: a whole number of at least 1"),
         ({"images": 0}, r"prune.images=0"),
