@@ -162,10 +162,11 @@ class DatasetConfig:
     max_detections: Count = 100
     # input (width, height) per detector.size
     scales: dict[str, list[int]] = field(default_factory=dict)
-    scale: list[int] = field(default_factory=list)  # input (width, height) in pixels
+    # input (width, height) in pixels
+    scale: Annotated[list[int], list[kinds.Side]] = field(default_factory=list)
     keep_ratio: bool = True  # fit images inside of `scale`; false: stretch them to it
     # processes that load images; auto: one for each CPU at hand but one, at most 16
-    workers: Annotated[Any, NaturalNumber | Literal["auto"]] = 2
+    workers: Annotated[Any, kinds.Workers] = 2
     val_batch_size: Count = 16  # validation images per batch and process
     group_shapes: bool = False  # batches of like shapes: little padding
     filter_empty_gt: bool = False  # train on images with objects only
