@@ -123,7 +123,8 @@ class PruneConfig:
     """How much is removed, in how many rounds, and where."""
 
     rate: Share = MISSING  # share of the unpruned model's budget removed after the last round
-    rounds: NaturalNumber = MISSING  # of pruning and retraining
+    # of pruning and retraining; 0: the base alone, whatever the method, as with method=none
+    rounds: NaturalNumber = MISSING
     budget: Annotated[str, kinds.BudgetName] = "params"  # what the rate counts; flops means macs
     scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])  # modules to prune
     max_layer_rate: kinds.LayerShare = 0.95  # maximum share of a layer that is removed

@@ -387,6 +387,8 @@ def load_config(folder: Path, trust: bool = False) -> DictConfig:
         )
     _check_code(config, folder, None if trust else packaged_targets())
     with files.reading(folder / files.CONFIG, "remove the run to repeat it"):
+        if not isinstance(config.get("dataset"), dict):
+            raise ValueError("it has no dataset")
         found = OmegaConf.merge(OmegaConf.structured(Config), config)
         assert isinstance(found, DictConfig)
         check_against_schema(config)  # before anything is built of it
