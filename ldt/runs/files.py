@@ -209,7 +209,8 @@ def locked(file: Path) -> Iterator[None]:
 def _lock(file: Path) -> FileLock:
     """Return a lock that a file left by an earlier process does not hold, on any file system."""
     known = inspect.signature(FileLock.__init__).parameters  # earlier versions raise as asked here
-    return FileLock(file, **{key: False for key in ("fallback_to_soft",) if key in known})
+    options: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
+    return FileLock(file, **options)
 
 
 def held(folder: Path) -> bool:
