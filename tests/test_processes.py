@@ -86,6 +86,42 @@ def test_two_rounds_end_as_if_both_processes_had_not_been_killed(tmp_path):
     ldt.load_pruned(folder / "round-2.ckpt")
 
 
+def test_a_run_that_is_told_to_stop_in_a_cut_ends_as_if_it_had_not_been(tmp_path):
+    """SIGTERM to the first process alone, as `kill` sends it, when the channels are chosen."""
+    more = [*TWO, "method=l1", "prune=oneshot"]
+    whole = finished(tmp_path, "whole", *more)
+    script = tmp_path / "told.py"
+    script.write_text(TOLD)
+    arguments, out = options(tmp_path, "told", *more), tmp_path / "told.out"
+    process = forked.Forked([str(script), *arguments], tmp_path, out, out, drawn=False)
+    assert process.wait() == 130, out.read_text()
+    assert json.loads((tmp_path / "told/summary.json").read_text()) == {"status": "interrupted"}
+    assert not (tmp_path / "told/round-1.ckpt").exists()
+    assert alive(tmp_path) == []
+    finished(tmp_path, "told", *more)
+    assert rows(tmp_path / "told") == rows(whole)
+    one, two = (ldt.load_pruned(folder / "round-1.ckpt") for folder in (whole, tmp_path / "told"))
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[key])
+
+
+TOLD = """
+import os, signal
+from ldt.cli.hydra_app import main
+from ldt.loop import pruning_round
+
+check = pruning_round.check_rate
+
+def told(*given):
+    check(*given)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+pruning_round.check_rate = told
+main()
+"""
+
+
 # One optimizer step ------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import mutations
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -398,6 +399,31 @@ def test_scenes_are_generated_where_a_stranger_says_only_with_trust(tmp_path: Pa
     assert load_config(run, trust=True).dataset.cache == str(named)
     (named / "roadscenes-0123456789").mkdir(parents=True)
     assert load_config(run).dataset.cache == str(named)
+
+
+HUGE = {  # in a configuration: what it would allocate, start or read
+    "scenes": {"dataset": {"train": 10**12}},
+    "pixels of a scene": {"dataset": {"height": 10**6}},
+    "pixels of the input": {"dataset": {"scale": [10**6, 10**6]}},
+    "processes": {"dataset": {"workers": 10**6}},
+    "a seed": {"seed": 10**400},
+    "a share": {"prune": {"rate": float("inf")}},
+    "a text for a number": {"prune": {"images": "many"}},
+    "a group for a number": {"recipe": {"epochs": {"a": 1}}},
+    "an unknown key": {"recipe": {"epoch": 1}},
+}
+
+
+@pytest.mark.parametrize("change", HUGE.values(), ids=HUGE)
+def test_values_of_a_run_are_those_that_a_command_takes(tmp_path: Path, change: Any):
+    config: Any = OmegaConf.to_container(tiny(tmp_path), resolve=True)
+    for group, value in change.items():
+        config[group] = config[group] | value if isinstance(value, dict) else value
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(files.DamagedError, match=r"config\.yaml is damaged \(.*remove the run"):
+        load_config(folder)
 
 
 def test_what_ldt_itself_names_needs_no_trust(tmp_path: Path):

@@ -123,7 +123,8 @@ class PruneConfig:
     """How much is removed, in how many rounds, and where."""
 
     rate: Share = MISSING  # share of the unpruned model's budget removed after the last round
-    rounds: NaturalNumber = MISSING  # of pruning and retraining
+    # of pruning and retraining; 0: the base alone, whatever the method, as with method=none
+    rounds: NaturalNumber = MISSING
     budget: Annotated[str, kinds.BudgetName] = "params"  # what the rate counts; flops means macs
     scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])  # modules to prune
     max_layer_rate: kinds.LayerShare = 0.95  # maximum share of a layer that is removed
@@ -162,10 +163,11 @@ class DatasetConfig:
     max_detections: Count = 100
     # input (width, height) per detector.size
     scales: dict[str, list[int]] = field(default_factory=dict)
-    scale: list[int] = field(default_factory=list)  # input (width, height) in pixels
+    # input (width, height) in pixels
+    scale: Annotated[list[int], list[kinds.Side]] = field(default_factory=list)
     keep_ratio: bool = True  # fit images inside of `scale`; false: stretch them to it
     # processes that load images; auto: one for each CPU at hand but one, at most 16
-    workers: Annotated[Any, NaturalNumber | Literal["auto"]] = 2
+    workers: Annotated[Any, kinds.Workers] = 2
     val_batch_size: Count = 16  # validation images per batch and process
     group_shapes: bool = False  # batches of like shapes: little padding
     filter_empty_gt: bool = False  # train on images with objects only

@@ -22,7 +22,7 @@ from mmdet.datasets import MultiImageMixDataset
 from mmengine.dataset import BaseDataset, pseudo_collate
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ldt.config.kinds import Augment, Pad
+from ldt.config.kinds import LARGEST_SIDE, Augment, Pad, Workers
 from ldt.config.values import Count, NaturalNumber, check_fields, check_value
 from ldt.data.image_files import MAX_PIXELS
 from ldt.data.mixing import PipelineImages
@@ -154,7 +154,7 @@ class DetectionDataModule(LightningDataModule, ABC):
     scale: tuple[int, int] = (640, 640)
     batch_size: Count = 8
     val_batch_size: Count = 8
-    workers: NaturalNumber | Literal["auto"] = 0
+    workers: Workers = 0
     seed: NaturalNumber = 0
     augment: Augment = "flip"
     pipeline: Sequence[dict[str, Any]] = ()
@@ -172,10 +172,10 @@ class DetectionDataModule(LightningDataModule, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         scale = tuple(int(side) for side in self.scale)
-        if len(scale) != 2 or min(scale) < 1:
+        if len(scale) != 2 or not 1 <= min(scale) <= max(scale) <= LARGEST_SIDE:
             raise ValueError(
                 f"dataset.scale={list(scale)}; allowed: two positive whole numbers, width and "
-                "height in pixels (e.g. dataset.scale=[640,192])"
+                f"height in pixels, up to {LARGEST_SIDE} (e.g. dataset.scale=[640,192])"
             )
         self.scale = (scale[0], scale[1])
         self.classes = tuple(self.classes or ())

@@ -19,11 +19,22 @@ from ldt.evaluation.detection_rows import (
     Image,
     images_of,
 )
-from ldt.runs import files
+from ldt.runs import arrays, files
 
 STEPS = 128  # of a pixel
 SCORES = 65535
 REST = slice(TRUNCATION, COLUMNS)
+MOST_CLASSES = 10_000  # every ignored region is kept once per class
+ARRAYS = {  # as they are written
+    "classes": ("U", 1),
+    "kind": ("u", 1),
+    "image": ("i", 1),
+    "label": ("i", 1),
+    "score": ("u", 1),
+    "box": ("i", 2),
+    "area": ("f", 1),
+    "rest": ("f", 2),
+}
 LARGEST = 2**30  # bytes; 40 000 images with 100 detections each take 80 MB
 
 
@@ -59,14 +70,22 @@ def load(path: Path) -> tuple[list[Image], tuple[str, ...]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; runs keep detections with report.detections=true")
+    found = arrays.read(path, ARRAYS, LARGEST)
     with files.reading(path):
-        files.check_archive(path, LARGEST)
-        with np.load(path) as arrays:
-            table = np.zeros((len(arrays["kind"]), COLUMNS))
-            table[:, KIND], table[:, LABEL] = arrays["kind"], arrays["label"]
-            table[:, IMAGE_ID] = np.cumsum(arrays["image"])
-            table[:, SCORE] = arrays["score"] / SCORES
-            table[:, BOX] = arrays["box"] / STEPS
-            table[:, AREA], table[:, REST] = arrays["area"], arrays["rest"]
-            classes = tuple(map(str, arrays["classes"]))
-    return images_of(table, len(classes)), classes
+        classes = tuple(map(str, found["classes"]))
+        if len(classes) > MOST_CLASSES:
+            raise ValueError(f"{len(classes)} classes")
+        table = np.zeros((len(found["kind"]), COLUMNS))
+        for columns, values in (
+            (KIND, found["kind"]),
+            (LABEL, found["label"]),
+            (IMAGE_ID, np.cumsum(found["image"])),
+            (SCORE, found["score"] / SCORES),
+            (BOX, found["box"] / STEPS),
+            (AREA, found["area"]),
+            (REST, found["rest"]),
+        ):
+            if values.shape != table[:, columns].shape:  # numpy would repeat a single row
+                raise ValueError("arrays of different lengths")
+            table[:, columns] = values
+        return images_of(table, len(classes)), classes

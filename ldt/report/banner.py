@@ -71,7 +71,8 @@ def _method(config: Mapping[str, Any], plan: PruningSchedule) -> str:
     name, losses = config["method"]["name"], ", LDT's losses while training"
     losses = losses if config["ldt"]["enabled"] else ""
     if not plan.rounds:
-        return f"{name}: nothing is pruned{losses}"
+        reason = " (prune.rounds=0)" if config["method"]["criterion"] else ""
+        return f"{name}: nothing is pruned{reason}{losses}"
     rounds = "1 round" if plan.rounds == 1 else f"{plan.rounds} rounds"
     budget = BUDGETS[plan.budget]
     return f"{name}: removes {plan.rate:.0%} of the {budget} in {rounds}{losses}"

@@ -18,6 +18,7 @@ from ldt.runs.run import Run
 
 MOST_POINTS = 200  # maximum points of a training curve; longer ones are averaged in blocks
 PANEL_POINTS = 20_000  # of all training curves of a panel, if they keep LEAST_POINTS
+MOST_PANELS = 60  # of a figure of the training; the first ones by name
 LEAST_POINTS = 20
 NO_DEVIATION = 0.0
 
@@ -266,7 +267,8 @@ def training(found: Sequence[Cell], prefix: str = "train/loss") -> go.Figure:
     Raises:
         ValueError: no run has logged such a quantity.
     """
-    names = sorted({name for run in _runs(found) for name in run.log if name.startswith(prefix)})
+    logged = {name for run in _runs(found) for name in run.log if name.startswith(prefix)}
+    names = sorted(logged)[:MOST_PANELS]
     if not names:
         raise ValueError(f"no run has logged {prefix}*; see logs/metrics.csv for the logged names")
     wide = min(3, len(names))

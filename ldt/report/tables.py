@@ -1,5 +1,6 @@
 """Comparison tables: text for the page, Markdown and LaTeX; numbers for CSV."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ SIZES = (
 )
 TARGETS = tuple(Column(key, title, 2) for key, title in LATENCY_TARGETS.items())
 TEXTS = ("dataset", "detector", "method", "removed", "seeds")
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # how texts begin that spreadsheets compute
 Table = list[dict[str, Value]]  # one row per cell, by column title
 
 
@@ -126,13 +128,18 @@ def _markdown(found: Sequence[Cell]) -> str:
     titles = list(table[0])
     rule = ["---" if title in TEXTS else "---:" for title in titles]
     rows = [[_marked(value) for value in row.values()] for row in table]
-    lines = [f"| {' | '.join(line)} |\n" for line in (titles, rule, *rows)]
-    return "".join(lines) + "".join(f"\n{note}\n" for note in notes(found))
+    lines = [f"| {' | '.join(line)} |\n" for line in (map(_as_text, titles), rule, *rows)]
+    return "".join(lines) + "".join(f"\n{_as_text(note)}\n" for note in notes(found))
 
 
 def _marked(value: Value) -> str:
-    text = value.text.replace("|", "\\|")
+    text = _as_text(value.text)
     return f"**{text}**" if value.best else text
+
+
+def _as_text(text: str) -> str:
+    """Escape what Markdown, or the HTML in it, would read as more than text."""
+    return re.sub(r"([\\|<>&*`\[\]])", r"\\\1", text)
 
 
 def _latex(found: Sequence[Cell]) -> str:
@@ -152,4 +159,10 @@ def _style(value: Value) -> str:
 
 
 def _csv(found: Sequence[Cell]) -> str:
-    return summarise(found).to_csv(index=False, lineterminator="\n")
+    table: Any = summarise(found)
+    return table.map(_inert).rename(columns=_inert).to_csv(index=False, lineterminator="\n")
+
+
+def _inert(value: Any) -> Any:
+    """Mark a text that a spreadsheet would compute; numbers stay as they are."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value

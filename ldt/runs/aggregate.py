@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ldt.runs import identity, inputs
+from ldt.runs.formatting import printable
 from ldt.runs.run import Run
 
 MOST_NAMED = 2  # list all varying keys in labels if there are at most so many
@@ -129,11 +130,11 @@ def varying(configs: Sequence[tuple[Config, int]]) -> dict[str, Counter[str]]:
 
 
 def shown(config: Config, key: str) -> str:
-    """Format a value as in YAML and JSON."""
+    """Format a value as in YAML and JSON, in one line."""
     if key not in config:
         return "(not set)"
     value = config[key]
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return printable(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _label(block: Sequence[Cell]) -> list[Cell]:

@@ -6,6 +6,7 @@ Files are written atomically: a reader sees either the old or the new content, n
 import contextlib
 import csv
 import errno
+import inspect
 import io
 import json
 import logging
@@ -186,7 +187,7 @@ def locked(file: Path) -> Iterator[None]:
 
     It ends with its process, on any host. Where the file system has no locks, a warning tells so.
     """
-    lock = FileLock(file)
+    lock = _lock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -205,10 +206,17 @@ def locked(file: Path) -> Iterator[None]:
         lock.release()
 
 
+def _lock(file: Path) -> FileLock:
+    """Return a lock that a file left by an earlier process does not hold, on any file system."""
+    known = inspect.signature(FileLock.__init__).parameters  # earlier versions raise as asked here
+    options: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
+    return FileLock(file, **options)
+
+
 def held(folder: Path) -> bool:
     """Return whether a process works on a run."""
     try:
-        with FileLock(folder / LOCK).acquire(timeout=0):
+        with _lock(folder / LOCK).acquire(timeout=0):
             return False
     except Timeout:
         return True

@@ -5,12 +5,19 @@ neither infinite nor huge.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Len
-from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ldt.config.values import NaturalNumber, Seed
 from ldt.runs import files
@@ -21,8 +28,10 @@ MOVED = {  # class paths in configurations of earlier versions
 }
 NUMBERS = (int, float)  # but not bool
 LARGEST = 1e18  # of a measurement
-MEASURED = ("params", "multiply_adds", "rate", "latency_ms", "threads")
+MEASURED = ("params", "multiply_adds", "rate", "threads")
 METRICS = ("AP", "mAP", "kitti_")  # how the names of metrics begin
+TIMES_END = "_ms"  # how the names of latencies end
+LONGEST_NAME = 255  # characters: names are those of folders
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
@@ -54,21 +63,40 @@ def _bounded(value: float) -> float:
     return value
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("not printable")
+    return name
+
+
 def _measured(row: dict[str, Any]) -> dict[str, Any]:
     """Check a round; its other keys may hold anything, but no huge number."""
     if missing := {"round", "params"} - row.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    shown = (key for key in row if key in MEASURED or key.startswith(METRICS))
+    starts, ends = METRICS, TIMES_END
+    shown = (k for k in row if k in MEASURED or k.startswith(starts) or k.endswith(ends))
     if wrong := [key for key in shown if type(row[key]) not in NUMBERS]:
         raise ValueError(f"{', '.join(wrong)}: no number")
     numbers = ((key, value) for key, value in row.items() if type(value) in NUMBERS)
     if huge := [key for key, value in numbers if abs(value) > LARGEST]:
         raise ValueError(f"{', '.join(huge)}: more than {LARGEST:g}")
-    if not isinstance(row["round"], int):
+    if not row["params"] > 0:  # nor NaN
+        raise ValueError("params: none")
+    if not isinstance(row["round"], int) or row["round"] < 0:
         raise ValueError("round: no whole number")
-    if not isinstance(row.get("device", ""), str) or ("device" in row) > ("threads" in row):
+    device = row.get("device", "")
+    if not isinstance(device, str) or ("device" in row) > ("threads" in row):
         raise ValueError("device: no text, or without threads")
+    if len(device) > LONGEST_NAME:
+        raise ValueError(f"device: more than {LONGEST_NAME} characters")
     return row
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Check that no round is told twice: each has a checkpoint of its own."""
+    if any(one["round"] >= other["round"] for one, other in pairwise(rows)):
+        raise ValueError("the rounds are not in order")
+    return rows
 
 
 def _has_metric(summary: "Finished") -> "Finished":
@@ -82,6 +110,11 @@ def _has_metric(summary: "Finished") -> "Finished":
 Number = Annotated[int | float, AfterValidator(_bounded)]
 Pixels = Annotated[int, Ge(1), Le(10**6)]
 Round = Annotated[dict[str, Any], AfterValidator(_measured)]
+Rounds = Annotated[list[Round], AfterValidator(_in_order)]
+Name = Annotated[str, Len(0, LONGEST_NAME), AfterValidator(_printable)]
+Size = Annotated[int, Ge(0), Le(int(LARGEST))]
+RoundNumber = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+LayerSizes = dict[Literal["in", "out", "params", "multiply_adds"], Size]
 
 
 class _Record(BaseModel):
@@ -91,7 +124,7 @@ class _Record(BaseModel):
 class Git(_Record):
     """The commit of a start, and whether files had changed since."""
 
-    commit: str = "unknown"
+    commit: Name = "unknown"
     dirty: bool = False
 
 
@@ -106,15 +139,15 @@ class Plan(_Record):
 class Finished(_Record):
     """``summary.json`` of a finished run."""
 
-    study: str
-    detector: str
-    dataset: str
-    method: str
-    metric: str
+    study: Name
+    detector: Name
+    dataset: Name
+    method: Name
+    metric: Name
     seed: Seed
     input_size: Annotated[list[Pixels], Len(2, 2)]
     plan: Plan
-    rounds: Annotated[list[Round], Len(1)]
+    rounds: Annotated[Rounds, Len(1)]
     ldt: bool = False
     git: Git | None = None
 
@@ -136,6 +169,13 @@ class Times(_Record):
     times: dict[str, Number]
 
 
+class Structure(_Record):
+    """``structure.json``: sizes of the layers by round, and the layers of each group."""
+
+    rounds: dict[RoundNumber, dict[str, LayerSizes]]
+    groups: dict[str, list[str]]
+
+
 class Start(_Record):
     """Software and hardware of a start, in ``environment.json``."""
 
@@ -144,9 +184,10 @@ class Start(_Record):
 
 
 FINISHED = TypeAdapter(Annotated[Finished, AfterValidator(_has_metric)])
-ROUNDS = TypeAdapter(list[Round])  # rounds.csv
+ROUNDS = TypeAdapter(Rounds)  # rounds.csv
 INPUTS = TypeAdapter(Inputs)
 TIMES = TypeAdapter(Times)
+STRUCTURE = TypeAdapter(Structure)
 STARTS = TypeAdapter(list[Start])
 LATENCIES = TypeAdapter(dict[str, Number])  # latency.json
 

@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Set
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +19,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ldt.config import Config, packaged_targets
-from ldt.runs import DAMAGED, DONE, files, identity, inputs, provenance, records
+from ldt.config.values import check_against_schema
+from ldt.runs import DAMAGED, DONE, arrays, files, identity, inputs, provenance, records
 from ldt.runs.files import DamagedError
 from ldt.runs.records import stored_config
 from ldt.runs.study import damaged_row, folders, read_summary, row_of
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+LARGEST_LOG = 2**27  # bytes of a training log
+MOST_STEPS = 10**15
 
 MOST_NAMES = 10  # runs of a study that are listed
 
@@ -161,17 +167,7 @@ class Run:
     @cached_property
     def cuts(self) -> dict[int, dict[str, Cut]]:
         """Pruned groups of each pruning round, by the name of their root layer."""
-        found = {}
-        for round_, file in files.score_files(self.folder).items():
-            with files.reading(file), files.open_regular(file) as content:
-                files.check_archive(file)
-                with np.load(content) as arrays:
-                    names = [k.removeprefix("score/") for k in arrays if k.startswith("score/")]
-                    found[round_] = {
-                        name: Cut(arrays[f"score/{name}"], arrays[f"removed/{name}"])
-                        for name in names
-                    }
-        return found
+        return {round_: _read_cuts(file) for round_, file in files.score_files(self.folder).items()}
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -203,12 +199,13 @@ class Run:
 
     @cached_property
     def _structure(self) -> dict[str, Any]:
-        found = files.read_json(self.folder / files.STRUCTURE)
+        found = files.read_json(file := self.folder / files.STRUCTURE)
         if not found:
             raise FileNotFoundError(
                 f"no {files.STRUCTURE} in {self.folder}; "
                 f"`ldt layers {self.folder}` creates it from the run's checkpoints"
             )
+        records.check(file, records.STRUCTURE, found, f"`ldt layers {self.folder}` writes it again")
         return found
 
 
@@ -226,6 +223,25 @@ def training_log(folder: Path) -> pd.DataFrame:
     return log
 
 
+def _read_cuts(file: Path) -> dict[str, Cut]:
+    """Read the cuts of a round.
+
+    Raises:
+        DamagedError: it cannot be read, or removes what is not there.
+    """
+    found = arrays.read(file, {"score/": ("fiu", 1), "removed/": ("iu", 1)})
+    with files.reading(file):
+        names = [key.removeprefix("score/") for key in found if key.startswith("score/")]
+        cuts = {name: Cut(found[f"score/{name}"], found[f"removed/{name}"]) for name in names}
+        for name, (scores, removed) in cuts.items():
+            if (
+                len(np.unique(removed)) < len(removed)
+                or not np.isin(removed, np.arange(len(scores))).all()
+            ):
+                raise ValueError(f"removed/{name}: no channels of its {len(scores)}")
+        return cuts
+
+
 def _read_log(file: Path) -> pd.DataFrame | None:
     """Read a training log, by step; None if nothing is logged yet.
 
@@ -238,12 +254,16 @@ def _read_log(file: Path) -> pd.DataFrame | None:
         if not file.exists() or not file.stat().st_size:
             return None
         with io.TextIOWrapper(files.open_regular(file), "utf-8", newline="") as opened:
-            # pandas takes longer to start
-            names, *rows = csv.reader(opened, strict=True)
-        whole = (row + [""] * (len(names) - len(row)) for row in rows)  # the last may be cut
-        values = np.array([[float(text or "nan") for text in row] for row in whole])
-        values = values.reshape(-1, len(names))
+            if os.fstat(opened.fileno()).st_size > LARGEST_LOG:
+                raise ValueError(f"larger than {LARGEST_LOG / 2**20:.0f} MiB")
+            rows = csv.reader(opened, strict=True)  # pandas takes longer to start
+            names = next(rows)
+            if len(set(names)) < len(names):
+                raise ValueError("a column twice")
+            values = np.fromiter(_cells(rows, len(names)), float).reshape(-1, len(names))
         values = values[~np.isnan(values[:, names.index("step")])]
+        if (np.abs(values[:, names.index("step")]) > MOST_STEPS).any():
+            raise ValueError(f"a step beyond {MOST_STEPS}")
         steps, places = np.unique(values[:, names.index("step")], return_inverse=True)
         table = np.full((len(steps), len(names)), np.nan)
         for column, logged in zip(table.T, values.T, strict=True):
@@ -251,6 +271,21 @@ def _read_log(file: Path) -> pd.DataFrame | None:
             column[places[there][::-1]] = logged[there][::-1]  # the first of a step is kept
         index = pd.Index(steps.astype(int), name="step")
         return pd.DataFrame(table, index, names).drop(columns="step")
+
+
+def _cells(rows: Iterable[list[str]], columns: int) -> Iterator[float]:
+    """Yield the numbers of a log, row by row; those that a cut last row lacks are NaN.
+
+    Raises:
+        ValueError: another row has more or fewer cells than there are columns; or has a text.
+    """
+    cut = False
+    for row in filter(None, rows):
+        if cut or len(row) > columns:
+            raise ValueError(f"a row without {columns} cells")
+        cut = len(row) < columns
+        yield from (float(text or "nan") for text in row)
+        yield from repeat(math.nan, columns - len(row))
 
 
 # Opening --------------------------------------------------------------------------------------
@@ -391,7 +426,7 @@ def load_config(folder: Path, trust: bool = False) -> DictConfig:
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        DamagedError: the configuration is damaged.
+        DamagedError: the configuration is damaged, or has a value that is not allowed.
         ValueError: it needs trust.
     """
     config = stored_config(folder)
@@ -400,8 +435,12 @@ def load_config(folder: Path, trust: bool = False) -> DictConfig:
             f"no {folder / files.CONFIG}; give the directory of a run, runs/<study>/<run>"
         )
     _check_code(config, folder, None if trust else packaged_targets())
-    found = OmegaConf.merge(OmegaConf.structured(Config), config)
-    assert isinstance(found, DictConfig)
+    with files.reading(folder / files.CONFIG, "remove the run to repeat it"):
+        if not isinstance(config.get("dataset"), dict):
+            raise ValueError("it has no dataset")
+        found = OmegaConf.merge(OmegaConf.structured(Config), config)
+        assert isinstance(found, DictConfig)
+        check_against_schema(config)  # before anything is built of it
     cache = found.dataset.get("cache")
     if cache and not trust and not any(inputs.cache_folder(cache).glob("roadscenes-*")):
         found.dataset.cache = None  # scenes are not generated wherever a stranger's file says

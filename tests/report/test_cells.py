@@ -1,6 +1,9 @@
 """Which runs are seeds of one another, what they are called, and their numbers."""
 
+import csv
+import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -156,8 +159,6 @@ def test_latex_is_escaped_and_bold(three):
 
 
 def test_csv_has_the_unrounded_numbers(three):
-    import io
-
     import pandas as pd
 
     read = pd.read_csv(io.StringIO(write(three, "csv")))
@@ -165,6 +166,38 @@ def test_csv_has_the_unrounded_numbers(three):
     assert read["params"].tolist() == [100_000] * 3
 
 
-def test_pipes_in_a_name_do_not_break_the_table(tmp_path):
-    pruned(tmp_path, "a", 0.3, method="a|b")
-    assert "a\\|b" in write(cells(open_runs(tmp_path)), "markdown")
+HOSTILE = r"=a|b\|c_%&#${d}~^<img src=x>[e](f)`g`*h*"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A cell whose names would be read as markup, and as a formula, and a note with two lines."""
+    pruned(tmp_path, "a", 0.3, method=HOSTILE, detector="@d", dataset="+1+1")
+    keys = {"recipe": {"epochs": 5, "schedule": "x\n\\input{/etc/passwd}\n|"}, "base": "y" * 40}
+    pruned(tmp_path, "b", -0.4, keys=keys, method=HOSTILE, detector="@d", dataset="+1+1")
+    return cells(open_runs(tmp_path))
+
+
+def test_markup_in_names_is_text_in_markdown(hostile):
+    lines = write(hostile, "markdown").splitlines()
+    bars = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines[:4]]
+    assert len(set(bars)) == 1  # unescaped ones
+    assert r"=a\|b\\\|c_%&#${d}~^\<img src=x\>\[e\](f)\`g\`\*h\*" in "".join(lines).replace(
+        r"\&", "&"
+    )
+    assert len(lines) == 4 + 4  # a note a line, after an empty one
+
+
+def test_markup_in_names_is_text_in_latex(hostile):
+    text = write(hostile, "latex")
+    assert "c\\_\\%\\&\\#\\$\\{d\\}\\textasciitilde" in text
+    assert not [line for line in text.splitlines() if line.startswith(("\\input", "|"))]
+    body = text[text.index("\\midrule") : text.index("\\bottomrule")]
+    assert not re.search(r"(?<!\\)[%#$_~^]", body.replace("$\\pm$", ""))
+
+
+def test_names_are_no_formulas_in_a_spreadsheet_and_numbers_are_numbers(hostile):
+    read = list(csv.DictReader(io.StringIO(write(hostile, "csv"))))
+    assert [line["method"][:2] for line in read] == ["'="] * 2
+    assert {(line["detector"], line["dataset"]) for line in read} == {("'@d", "'+1+1")}
+    assert [float(line["AP"]) for line in read] == [0.3, -0.4]

@@ -5,9 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
+from small import composed
 from summaries import finished, row, summary
 
 from ldt import report
+from ldt.build import build_schedule
+from ldt.config import as_dict
+from ldt.report import banner
 from ldt.runs.files import write_json
 
 NAN = float("nan")
@@ -225,3 +229,14 @@ def test_summaries_survive_the_round_trip_through_json(tmp_path, capsys):
     first = capsys.readouterr().out
     report.print_run(json.loads(json.dumps(told)), Path("runs/x"))
     assert capsys.readouterr().out == first
+
+
+def test_a_run_that_prunes_nothing_says_why():
+    told = {}
+    for method in ("none", "l1"):
+        config = composed(f"method={method}", "prune.rounds=0", "run_name=x")
+        told[method] = banner._method(as_dict(config), build_schedule(config))
+    assert told == {
+        "none": "none: nothing is pruned",
+        "l1": "l1: nothing is pruned (prune.rounds=0)",
+    }

@@ -1,6 +1,7 @@
 """Files are whole or as they were, and what killed processes leave is removed."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -84,14 +84,17 @@ def test_of_several_writers_the_first_is_kept(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
-    def no_locks(*_, **__):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+@pytest.mark.parametrize("number", files.NO_LOCKS, ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_told_and_used(number, tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
-    with files.alone(tmp_path):
+    with files.alone(tmp_path):  # leaves its file, which holds no lock
         pass
-    assert "a file system without locks" in caplog.text
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with files.alone(tmp_path):
+        assert not files.held(tmp_path)
+    assert caplog.text.count("a file system without locks") == 1
 
 
 @pytest.fixture
