@@ -395,17 +395,15 @@ def sensitivity(
     batches = calibration_batches(images, calibration_images, batch_size)
     module = _adapter(opened, batches, input_size, neck, predictors)
     shown = calibration_batches(_shown(images, validation, measure), validation_images, batch_size)
-    shown = _kept([*shown])  # read from the disk once
+    read = _kept([*shown])  # from the disk once
 
     def measured() -> float:
         if measure == "AP":
-            return evaluate(module.model, shown, opened.classes)["AP"]
-        return mean_loss(module, Calibration(module, shown))
+            return evaluate(module.model, read, opened.classes)["AP"]
+        return mean_loss(module, Calibration(module, read))
 
-    points, excluded = measure_sensitivity(
-        module, found, Calibration(module, batches), measured, rates, scope, seed, tell
-    )
-    return Sensitivity(measure, points, excluded)
+    given = (Calibration(module, batches), measured, rates, scope, seed, tell)
+    return Sensitivity(measure, *measure_sensitivity(module, found, *given))
 
 
 def _named(criteria: Sequence[str | Importance]) -> dict[str, Importance]:
