@@ -79,9 +79,10 @@ def draw_run(
         titles = [title(rows[end], metric) for end in ends]
         shown = scenes([files[end] for end in ends], data, pictures)
         save(draw_detections(shown, data.classes, titles), target / "detections.png")
-    log_of_run = training_log(folder)
-    if len(log_of_run):
-        save(draw_training(log_of_run, METRICS), target / "results.png")
+    try:
+        save(draw_training(training_log(folder), METRICS), target / "results.png")
+    except ValueError as error:  # nothing was trained, and no validation image has an object
+        log.warning("no results.png: %s", error)
     save(draw_curve(rows, metric), target / "metric_vs_params.png")
     kept = {end_title(rows[end]): folder / detections(rows[end]["round"]) for end in ends}
     if all(file.is_file() for file in kept.values()):

@@ -24,7 +24,7 @@ def draw_training(log: "pd.DataFrame", metrics: Sequence[str]) -> Figure:
 
     Args:
         log: training log by optimizer step, see :attr:`ldt.runs.run.Run.log`.
-        metrics: names of the validation metrics to show; those that were not logged are omitted.
+        metrics: names of the validation metrics to show; those without a finite value are omitted.
 
     Returns:
         A figure of page width, a panel for each quantity; the total loss comes first.
@@ -32,20 +32,21 @@ def draw_training(log: "pd.DataFrame", metrics: Sequence[str]) -> Figure:
     Raises:
         ValueError: there is neither a loss nor a metric in the log.
     """
-    losses = sorted(name for name in log if str(name).startswith(TOTAL))
-    shown = [f"val/{name}" for name in metrics if f"val/{name}" in log]
-    if not losses and not shown:
+    finite = {str(name): np.isfinite(log[name].to_numpy(float)) for name in log}
+    known = [name for name, there in finite.items() if there.any()]
+    names = sorted(name for name in known if name.startswith(TOTAL))
+    names += [f"val/{name}" for name in metrics if f"val/{name}" in known]
+    if not names:
         raise ValueError("the log has no loss (train/loss...) and no metric (val/...)")
     epochs = _epochs(log)
-    rows = -(-len(losses + shown) // COLUMNS)
+    rows = -(-len(names) // COLUMNS)
     figure = new_figure(PAGE_CM, rows * PANEL_CM + 0.6)
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
-    for axes, name in zip(grid.ravel(), [*losses, *shown], strict=False):
-        there = log[name].notna().to_numpy()
-        _plot(axes, epochs[there], log[name].to_numpy()[there], name)
+    for axes, name in zip(grid.ravel(), names, strict=False):
+        _plot(axes, epochs[finite[name]], log[name].to_numpy()[finite[name]], name)
         for cut in _cuts(log, epochs):
             axes.axvline(cut, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
-    for axes in grid.ravel()[len(losses + shown) :]:
+    for axes in grid.ravel()[len(names) :]:
         axes.set_axis_off()
     figure.supxlabel("epoch (dashed: a cut)" if _cuts(log, epochs) else "epoch", fontsize=FONT)
     return figure

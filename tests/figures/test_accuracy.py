@@ -168,6 +168,13 @@ def test_losses_and_metrics_are_shown_over_epochs_with_a_line_at_every_cut():
         assert cuts == pytest.approx([6, 8])  # the end of the last round is none
 
 
+def test_quantities_without_a_finite_value_are_omitted():
+    log = log_of(40, 10, [40])
+    log["val/AP"], log["train/loss_a"] = np.nan, np.inf
+    figure = draw_training(log, ["AP"])
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == ["loss"]
+
+
 def test_a_log_without_losses_and_metrics_is_refused():
     with pytest.raises(ValueError, match="no loss"):
         draw_training(pd.DataFrame({"epoch": [0.0]}, index=pd.Index([0], name="step")), ["AP"])
