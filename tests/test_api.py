@@ -187,7 +187,7 @@ def test_another_family_with_an_instance_of_a_criterion(data):
 def test_it_removes_what_a_run_removes(detector, config, data, tmp_path):
     torch.save({"state_dict": detector.state_dict()}, tmp_path / "weights.pth")
     overrides = ["recipe.epochs=0", f"detector.checkpoint={tmp_path}/weights.pth", "prune=oneshot"]
-    overrides += ["prune.rate=0.3", "report.pictures=0", "method=l1"]
+    overrides += ["prune.rate=0.3", "report.figures=true", "report.pictures=0", "method=l1"]
     folder = tmp_path / "run"
     experiment.run(tiny(tmp_path, *overrides), folder)
     images = data.calibration_dataloader(8, 16)

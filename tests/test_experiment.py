@@ -60,7 +60,13 @@ def test_a_run_leaves_everything_behind(finished):
     for round_ in range(ROUNDS + 1):
         ldt.load_pruned(folder / f"round-{round_}.ckpt")
     pictures = {file.name for file in (folder / "pictures").iterdir()}
-    always = {"detections.png", "metric_vs_params.png", "channels.png", "shrinking.png"}
+    always = {
+        f"{name}.png"
+        for name in (
+            *("labels", "results", "precision_recall", "class_ap", "confusion"),
+            *("detections", "metric_vs_params", "channels", "shrinking"),
+        )
+    }
     assert always <= pictures <= {*always, "discriminants.png"}  # of few objects there may be none
     assert (folder / "logs/metrics.csv").is_file()
 
@@ -104,7 +110,7 @@ def test_a_failed_drawing_loses_nothing_and_is_made_up_for(tmp_path, monkeypatch
             experiment.run(config, tmp_path / "run")
     before = summary(tmp_path / "run")
     assert before["status"] == "finished"
-    assert not (tmp_path / "run/pictures").exists()
+    assert [file.name for file in (tmp_path / "run/pictures").iterdir()] == ["labels.png"]
     monkeypatch.setattr(build, "DetectorModule", lambda *_, **__: pytest.fail("trained again"))
     experiment.run(config, tmp_path / "run")
     assert (tmp_path / "run/pictures/detections.png").is_file()

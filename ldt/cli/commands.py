@@ -238,8 +238,9 @@ def figures(
       channels        channels kept in each layer
       shrinking       width of each layer over the rounds, PNG and GIF
       results         losses and metrics over the epochs
-      precision_recall, class_ap, confusion
-                      accuracy class by class, of the kept detections
+      precision_recall  precision against recall of each class
+      class_ap        AP of each class
+      confusion       which class is detected as which, and what is missed
 
     A RUN is a run directory (its last round) or one of its round-<t>.ckpt files.
 
