@@ -395,8 +395,8 @@ def build_trainer(
     Raises:
         ValueError: ``recipe.batch_size`` is not divisible among the processes.
     """
-    plain: Any = {"enable_model_summary": False}  # for older configurations without this key
-    plain |= as_dict(config.trainer)
+    # the first key for older configurations, which lack it
+    plain: dict[str, Any] = {"enable_model_summary": False, **as_dict(config.trainer)}
     given: dict[str, Any] = {
         key: value for key, value in plain.items() if key not in OURS and value is not None
     }

@@ -1,7 +1,8 @@
 """`python -m ldt.export` is `ldt export`; imported, this name is :func:`ldt.export`."""
 
 import sys
-from typing import Any
+from types import ModuleType
+from typing import cast
 
 if __name__ == "__main__":
     from ldt.cli import main
@@ -10,5 +11,4 @@ if __name__ == "__main__":
 else:
     from ldt.deployment.to_mmdet import export
 
-    function: Any = export
-    sys.modules[__name__] = function
+    sys.modules[__name__] = cast(ModuleType, export)

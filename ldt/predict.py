@@ -1,7 +1,8 @@
 """`python -m ldt.predict` is `ldt predict`; imported, this name is :func:`ldt.predict`."""
 
 import sys
-from typing import Any
+from types import ModuleType
+from typing import cast
 
 if __name__ == "__main__":
     from ldt.cli import main
@@ -10,5 +11,4 @@ if __name__ == "__main__":
 else:
     from ldt.deployment.prediction import predict
 
-    function: Any = predict
-    sys.modules[__name__] = function
+    sys.modules[__name__] = cast(ModuleType, predict)

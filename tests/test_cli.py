@@ -308,7 +308,7 @@ def test_errors_before_training_are_refusals_and_later_ones_are_not(tmp_path, mo
             if name == "write_inventory":
                 patch.setattr(experiment, "_execute", lambda *_: {"rounds": [{}]})
             with pytest.raises(ValueError, match="no") as raised:
-                experiment.run(tiny(tmp_path), tmp_path / name)
+                experiment.run(tiny(tmp_path, "report.figures=true"), tmp_path / name)
         assert is_refusal(raised.value) == expected, name
         if expected:
             assert not (tmp_path / name).exists()

@@ -93,7 +93,7 @@ def test_a_run_that_is_told_to_stop_in_a_cut_ends_as_if_it_had_not_been(tmp_path
     script = tmp_path / "told.py"
     script.write_text(TOLD)
     arguments, out = options(tmp_path, "told", *more), tmp_path / "told.out"
-    process = forked.Forked([str(script), *arguments], tmp_path, out, out, drawn=False)
+    process = forked.Forked([str(script), *arguments], tmp_path, out, out)
     assert process.wait() == 130, out.read_text()
     assert json.loads((tmp_path / "told/summary.json").read_text()) == {"status": "interrupted"}
     assert not (tmp_path / "told/round-1.ckpt").exists()

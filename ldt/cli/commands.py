@@ -501,7 +501,7 @@ def predict(
     threshold: float,
     max_pixels: int,
     every: int,
-    frames: Any,
+    frames: object,
     trust: bool,
 ) -> None:
     """Detect objects in images, videos, or folders of them, with the detector of CHECKPOINT.

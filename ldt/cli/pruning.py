@@ -85,7 +85,7 @@ def _check_options(
     criterion: str,
     budget: str,
     ranking: str | None,
-    repair: Any,
+    repair: object,
     latency: dict[str, Any],
 ) -> None:
     """Check what needs no image, before anything is measured."""

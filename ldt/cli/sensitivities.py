@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -121,5 +120,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _change(value: Any, sign: int) -> str:
+def _change(value: float | None, sign: int) -> str:
     return "-" if value is None else f"{sign * value:+.3f}"

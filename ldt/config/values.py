@@ -107,7 +107,8 @@ def _shown(key: str, value: object, kind: Any, example: object) -> str:
     example = choices[0] if example is None and choices else example
     with contextlib.suppress(ValueError):  # no number, or no share is allowed
         share = float(str(value).strip().removesuffix("%")) / 100
-        if 0.01 < share < 1 and any(limit in (Lt(1), Le(1)) for limit in get_args(kind)):
+        # 1.5 is hardly a percentage
+        if 0.02 <= share < 1 and any(limit in (Lt(1), Le(1)) for limit in get_args(kind)):
             example = share
     return "" if example is None else f" (e.g. {key}={typed(example)})"
 

@@ -82,7 +82,7 @@ class PipelineImages(Dataset):
         """Return three images for a mosaic; else one, which has objects if a few tries find it."""
         if isinstance(transform, Mosaic):
             return [copy.deepcopy(self._run(index, count)) for index in self._draw(3)]
-        partner: Any = None
+        partner: dict[str, Any] = {}
         for index in self._draw(transform.max_iters):
             partner = self._run(index, count)
             if len(partner["gt_bboxes"]):

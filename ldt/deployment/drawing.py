@@ -33,7 +33,7 @@ class Painter:
 
     def draw(self, pixels: np.ndarray, sample: DetDataSample) -> np.ndarray:
         """Return an image [h, w, 3] (uint8, RGB) with the boxes of its detections."""
-        options: Any = {"draw_gt": False, "pred_score_thr": self.threshold}
+        options: dict[str, Any] = {"draw_gt": False, "pred_score_thr": self.threshold}
         self._visualizer.add_datasample("image", pixels, sample, **options)
         return self._visualizer.get_image()
 

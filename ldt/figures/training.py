@@ -1,7 +1,7 @@
 """Plot a run's losses and metrics over its epochs."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ def _plot(axes: Axes, epochs: np.ndarray, values: np.ndarray, name: str) -> None
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean over a window around each value."""
     width = max(1, min(SMOOTHED, len(values) // 4))
-    window: Any = np.ones(width)
+    window = np.ones(width)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 

@@ -159,10 +159,10 @@ def _style(value: Value) -> str:
 
 
 def _csv(found: Sequence[Cell]) -> str:
-    table: Any = summarise(found)
+    table = summarise(found)
     return table.map(_inert).rename(columns=_inert).to_csv(index=False, lineterminator="\n")
 
 
-def _inert(value: Any) -> Any:
+def _inert(value: object) -> Any:
     """Mark a text that a spreadsheet would compute; numbers stay as they are."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value

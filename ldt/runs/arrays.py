@@ -6,7 +6,7 @@ says, and as its kind of file allows; objects, which would be pickled Python, ar
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from zipfile import ZipFile
 
 import numpy as np
@@ -64,5 +64,5 @@ def _read(file: IO[bytes], name: str, size: int, kinds: str, dimensions: int) ->
         claimed *= length
     if min(shape, default=0) < 0 or claimed != size - file.tell():
         raise ValueError(f"{name}: its header says {claimed} bytes; it has {size - file.tell()}")
-    values: Any = np.frombuffer(file.read(claimed), dtype)
+    values = np.frombuffer(file.read(claimed), dtype)
     return values.reshape(shape, order="F" if fortran else "C").copy()
