@@ -97,6 +97,7 @@ def unfolding() -> list[Any]:
 
 
 CALL = {"type": "subprocess.run", "args": ["touch", "trap"]}
+RESIZE = {"type": "Resize", "scale": [64, 64], "keep_ratio": False}
 URL = "http://127.0.0.1:9/evil.pth"
 ATTACKS = {
     "a call as model": (put(CALL, "model"), "not a registered part"),
@@ -135,8 +136,24 @@ ATTACKS = {
     ),
     "padding without end": (
         put(2**15, "model", "data_preprocessor", "pad_size_divisor"),
-        "numbers up to 8192",
+        "numbers from 1 to 512",
     ),
+    "padding to nothing": (
+        put(0, "model", "data_preprocessor", "pad_size_divisor"),
+        "numbers from 1 to 512",
+    ),
+    "steps without end": (put([RESIZE] * 2000, "resize"), "resize has 2000 steps"),
+    "an enormous image": (
+        put([RESIZE | {"scale": [8192, 8192]}], "resize"),
+        "resize.scale=8192x8192; allowed: at most",
+    ),
+    "one enormous image of several": (
+        put([RESIZE | {"scale": [[64, 64], [8192, 8192]]}], "resize"),
+        "resize.scale=8192x8192; allowed: at most",
+    ),
+    "too few classes": (put(["a", "b"], "classes"), "names 2 classes, but its detector predicts 3"),
+    "not one class": (put([], "classes"), "names 0 classes, but its detector predicts 3"),
+    "more classes than weights": (put(65000, "model", "bbox_head", "num_classes"), ""),
     "a size that is no number": (
         put(float("nan"), "model", "backbone", "depth"),
         "numbers up to 65536",

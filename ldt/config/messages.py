@@ -16,6 +16,7 @@ from omegaconf.errors import (
 from ldt.config.keys import explain_key
 from ldt.config.values import allowed
 
+LEXER = "LexerNoViableAltException"
 MERGING = "Error merging override "
 SIZE = re.compile(r"'dataset\.scales\.([^']+)' not found")  # dataset.scale refers to it
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, ImportError, OSError)
@@ -46,6 +47,11 @@ def explained(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; type {error.full_key}=<value>"
     told = _first(str(error))
+    if told.startswith(LEXER):
+        return (
+            f"{told.removeprefix(LEXER).strip(': ')}: quote a text with other signs than letters "
+            "a to z, for example 'dataset.classes=[\"große Katze\",hund]'"
+        )
     if isinstance(cause, ValidationError) and told.startswith(MERGING):
         override = told.removeprefix(MERGING)
         if kinds := allowed(str(cause.full_key), override.partition("=")[2]):

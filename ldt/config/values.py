@@ -4,6 +4,8 @@ import contextlib
 import functools
 import inspect
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from types import UnionType
@@ -48,6 +50,7 @@ __all__ = [  # the types too: an annotation and its check are imported together
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "of at least"), Lt: ("lt", "below"), Le: ("le", "up to")}
+PLAIN = re.compile(r"[A-Za-z0-9_.:/%+-]+")  # a text that needs no quotes
 EXAMPLES = (0.5, 1)  # of numbers without a default
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -277,10 +280,24 @@ def typed(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(typed, value))}]"
+        return f"[{','.join(map(_item, value))}]"
     if isinstance(value, float) and float(short := f"{value:g}") == value:
         return short
     return str(value)
+
+
+def _item(value: object) -> str:
+    """Format an item of a list, quoted if it has signs that Hydra would not take for its own."""
+    if not isinstance(value, str) or PLAIN.fullmatch(value):
+        return typed(value)
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{quoted}"'
+
+
+def assigned(key: str, value: object) -> str:
+    """Format ``key=value`` as typed in a shell, quoted where it is necessary."""
+    text = f"{key}={typed(value)}"
+    return shlex.quote(text) if '"' in text else text
 
 
 def _is_path(adapter: TypeAdapter[Any], value: object) -> bool:

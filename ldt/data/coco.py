@@ -13,6 +13,7 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
+from ldt.config.values import assigned
 from ldt.data.datamodule import DetectionDataModule, Split, need_folder
 from ldt.data.image_files import MAX_PIXELS, Size, image_sizes
 from ldt.data.image_lists import listed_ids
@@ -146,7 +147,7 @@ def check_classes(classes: Sequence[str], available: Sequence[str], path: Path) 
         if name not in available:
             raise ValueError(
                 f"{path} has no class {name!r}; available: {', '.join(available)} "
-                f"(type for example dataset.classes=[{','.join(available[:2])}])"
+                f"(type for example {assigned('dataset.classes', list(available[:2]))})"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from mmdet.models.detectors import BaseDetector
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldt.detectors.adapter import Detector
 from ldt.detectors.archives import load_plain
@@ -88,11 +88,23 @@ def detector_of(checkpoint: dict[str, Any], device: str | torch.device = "cpu") 
         structure.rebuild(detector, record["structure"], state)
         thaw_pruned(detector, changed)
         detector.load_state_dict(_without_aliases(state, set(detector.state_dict())), strict=True)
+    names, count = record["classes"], class_count(detector)
+    if count is not None and len(names) != count:
+        raise ValueError(f"it names {len(names)} classes, but its detector predicts {count}")
     setattr(detector, "dataset_meta", {"classes": tuple(record["classes"])})  # noqa: B010
     setattr(detector, RECORD, record)
     detector.to(device)
     detector.eval()  # not every mmdet detector returns self
     return detector
+
+
+def class_count(model: nn.Module) -> int | None:
+    """Return how many classes the detector's head predicts; None if it does not say so."""
+    head = getattr(model, "bbox_head", None)
+    if head is None:
+        head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
+    head = head[0] if isinstance(head, nn.ModuleList) else head  # of a cascade
+    return getattr(head, "num_classes", None)
 
 
 @contextmanager

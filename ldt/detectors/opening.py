@@ -9,7 +9,7 @@ from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from ldt.detectors.checkpoints import RECORD, load_pruned
+from ldt.detectors.checkpoints import RECORD, class_count, load_pruned
 from ldt.detectors.models import PlainConfig, build, drop_pretrained, model_config
 from ldt.detectors.weights import load_weights
 
@@ -109,15 +109,6 @@ def _plain_model(config: Config | Mapping[str, Any]) -> PlainConfig:
     plain = cast(PlainConfig, ConfigDict(model).to_dict())
     drop_pretrained(plain)
     return plain
-
-
-def class_count(model: nn.Module) -> int | None:
-    """Return how many classes the detector's head predicts; None if it does not say so."""
-    head = getattr(model, "bbox_head", None)
-    if head is None:
-        head = getattr(getattr(model, "roi_head", None), "bbox_head", None)
-    head = head[0] if isinstance(head, nn.ModuleList) else head  # of a cascade
-    return getattr(head, "num_classes", None)
 
 
 def _classes(model: nn.Module, classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -46,6 +46,9 @@ MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 MOST_NODES, MOST_LEVELS, LONGEST_TEXT = 200_000, 32, 1000
 LARGEST_NUMBER = 2**16  # of a model config; mmdet's own configs have at most 30000
 LONGEST_SIDE = 2**13  # pixels of an image, of its padding
+LARGEST_IMAGE = 2**25  # pixels after a step of resizing
+LARGEST_DIVISOR = 2**9  # of the sides of a padded image; mmdet's own configs have at most 128
+MOST_STEPS = 16  # of resizing
 LARGEST_MODEL = 2**30  # bytes that building may allocate, and so many times those of the weights:
 LARGEST_RATIO = 8
 MOST_TENSORS = 1000  # that building may allocate, and so many for each of the weights:
@@ -214,6 +217,8 @@ def check_parts(node: object, where: str) -> None:
 def _check_number(number: Any, where: str) -> None:
     image = where.startswith("model.data_preprocessor.") or where.startswith("resize.")
     most = LONGEST_SIDE if image else LARGEST_NUMBER
+    if where.endswith("pad_size_divisor") and not 1 <= number <= LARGEST_DIVISOR:
+        raise ValueError(f"{where}={number:.3g}; allowed: numbers from 1 to {LARGEST_DIVISOR}")
     small = (isinstance(number, float) and not image) or abs(number) <= most
     if not (small and math.isfinite(number)):
         told = f"{number:.3g}" if isinstance(number, float) or abs(number) < 1e300 else "..."
@@ -254,6 +259,8 @@ def checked_steps(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ValueError: in one line, what is not allowed.
     """
     _check_plain(steps)
+    if len(steps) > MOST_STEPS:
+        raise ValueError(f"resize has {len(steps)} steps; allowed: at most {MOST_STEPS}")
     use_mmdet()
     for step in steps:
         _check_step(step)
@@ -270,7 +277,23 @@ def _check_step(step: Mapping[str, Any]) -> None:
             f"resize: type={str(name)[:100]!r}; allowed: {', '.join(RESIZE_STEPS)}, or a "
             "transform of your own that is imported"
         )
-    check_parts({key: value for key, value in step.items() if key != "type"}, "resize")
+    parts = {key: value for key, value in step.items() if key != "type"}
+    check_parts(parts, "resize")
+    for key, value in parts.items():
+        _check_area(key, value)
+
+
+def _check_area(key: str, value: object) -> None:
+    """Check that a size, or each of several, is no enormous image."""
+    sizes = value if isinstance(value, (list, tuple)) else []
+    if len(sizes) == 2 and all(isinstance(side, (int, float)) for side in sizes):
+        if abs(sizes[0] * sizes[1]) > LARGEST_IMAGE:
+            raise ValueError(
+                f"resize.{key}={sizes[0]}x{sizes[1]}; allowed: at most {LARGEST_IMAGE:,} pixels"
+            )
+    else:
+        for size in sizes:
+            _check_area(key, size)
 
 
 class _Allocation(TorchDispatchMode):

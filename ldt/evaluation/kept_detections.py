@@ -7,15 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
+from ldt.data.kitti_labels import TYPES
 from ldt.evaluation.detection_rows import (
     AREA,
     BOX,
     COLUMNS,
+    DETECTION,
+    IGNORED,
+    IMAGE,
     IMAGE_ID,
     KIND,
+    KITTI,
     LABEL,
     SCORE,
     TRUNCATION,
+    TRUTH,
     Image,
     images_of,
 )
@@ -88,4 +94,18 @@ def load(path: Path) -> tuple[list[Image], tuple[str, ...]]:
             if values.shape != table[:, columns].shape:  # numpy would repeat a single row
                 raise ValueError("arrays of different lengths")
             table[:, columns] = values
+        _check_values(table, len(classes))
         return images_of(table, len(classes)), classes
+
+
+def _check_values(table: np.ndarray, classes: int) -> None:
+    """Raise ValueError for numbers that no validation has."""
+    if not np.isfinite(table).all():
+        raise ValueError("a box, score or area is not finite")
+    kinds, labels = table[:, KIND], table[:, LABEL]
+    if not np.isin(kinds, (IMAGE, DETECTION, TRUTH, IGNORED, KITTI)).all():
+        raise ValueError(f"rows of an unknown kind: {kinds.max():.0f}")
+    least = np.where(kinds == IGNORED, -1, 0)  # an ignored region may be of all classes
+    limit = np.select([kinds == IMAGE, kinds == KITTI], [2, len(TYPES)], classes)
+    if (wrong := (labels < least) | (labels >= limit)).any():
+        raise ValueError(f"the label {labels[wrong][0]:.0f} of {classes} classes")

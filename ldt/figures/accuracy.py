@@ -47,7 +47,7 @@ def draw_precision_recall(curves: Mapping[str, np.ndarray], classes: Sequence[st
         if known:
             mean = precision[:, known].mean(axis=1)
             axes.plot(recalls, mean, color=DARK, linewidth=2.0, label=f"mean ({mean.mean():.3f})")
-            axes.legend(fontsize=SMALL, frameon=False, loc="lower left")
+            axes.legend(fontsize=SMALL, frameon=False, loc="best")
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.set_title(name, fontsize=FONT)
         axes.set_xlabel("recall", fontsize=FONT)
@@ -121,7 +121,7 @@ def draw_confusion(matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -
 def _draw_matrix(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
     # detections of the background have no total that they could be a share of but their own
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     places = range(len(classes) + 1)
     few = len(classes) <= MOST_NUMBERS
     size = SMALL if few else 3.0

@@ -73,4 +73,4 @@ def _set_limits(axes: Axes, values: Sequence[float], total: float) -> None:
         low, high = min(values), max(values)
         span = max(high - low, LEAST_SPAN)
         middle = (low + high) / 2
-        axes.set_ylim(middle - 0.65 * span, middle + 0.75 * span)
+        axes.set_ylim(max(0.0, middle - 0.65 * span), middle + 0.75 * span)

@@ -30,7 +30,7 @@ def draw_training(log: "pd.DataFrame", metrics: Sequence[str]) -> Figure:
         A figure of page width, a panel for each quantity; the total loss comes first.
 
     Raises:
-        ValueError: there is neither a loss nor a metric in the log.
+        ValueError: there is neither a loss nor a metric in the log, or no epoch.
     """
     finite = {str(name): np.isfinite(log[name].to_numpy(float)) for name in log}
     known = [name for name, there in finite.items() if there.any()]
@@ -38,33 +38,39 @@ def draw_training(log: "pd.DataFrame", metrics: Sequence[str]) -> Figure:
     names += [f"val/{name}" for name in metrics if f"val/{name}" in known]
     if not names:
         raise ValueError("the log has no loss (train/loss...) and no metric (val/...)")
-    epochs = _epochs(log)
+    if "epoch" not in log or not np.isfinite(log["epoch"]).any():
+        raise ValueError("the log does not say which epoch a step is of")
+    per_epoch = _steps_per_epoch(log)
+    epochs, cuts = (log.index.to_numpy(float) + 1) / per_epoch, _cuts(log, per_epoch)
     rows = -(-len(names) // COLUMNS)
     figure = new_figure(PAGE_CM, rows * PANEL_CM + 0.6)
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes, name in zip(grid.ravel(), names, strict=False):
         _plot(axes, epochs[finite[name]], log[name].to_numpy()[finite[name]], name)
-        for cut in _cuts(log, epochs):
+        for cut in cuts:
             axes.axvline(cut, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
     for axes in grid.ravel()[len(names) :]:
         axes.set_axis_off()
-    figure.supxlabel("epoch (dashed: a cut)" if _cuts(log, epochs) else "epoch", fontsize=FONT)
+    figure.supxlabel("epoch (dashed: a cut)" if cuts else "epoch", fontsize=FONT)
     return figure
 
 
-def _epochs(log: "pd.DataFrame") -> np.ndarray:
-    """Return the epochs that are over after each step, fractions included."""
-    steps = log.index.to_numpy(float) + 1
-    count = float(log["epoch"].max()) + 1
-    return steps * count / steps.max()
+def _steps_per_epoch(log: "pd.DataFrame") -> float:
+    """Return the optimizer steps of an epoch, which validations end."""
+    steps, epochs = log.index.to_numpy(float), log["epoch"].to_numpy(float)
+    ends = log.filter(regex="^val/").notna().any(axis=1).to_numpy() & np.isfinite(epochs)
+    if not ends.any():  # the first epoch is not over, or none is validated
+        ends = np.isfinite(epochs)
+    last = np.flatnonzero(ends)[-1]
+    return float((steps[last] + 1) / (epochs[last] + 1))
 
 
-def _cuts(log: "pd.DataFrame", epochs: np.ndarray) -> list[float]:
+def _cuts(log: "pd.DataFrame", per_epoch: float) -> list[float]:
     """Return the epochs after which channels were removed: ends of rounds but the last."""
     if "round/round" not in log:
         return []
-    ends = epochs[log["round/round"].notna().to_numpy()]
-    return list(map(float, ends[:-1]))
+    steps = log.index[log["round/round"].notna()].to_numpy(float)  # rounds end before this step
+    return list(map(float, steps[:-1] / per_epoch))
 
 
 def _plot(axes: Axes, epochs: np.ndarray, values: np.ndarray, name: str) -> None:

@@ -44,6 +44,19 @@ def test_weights_of_images_are_copies_of_them(tables):
     assert np.isnan(average_precision(match(images, len(CLASSES)), np.zeros((1, len(images)))))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [(2, 1000, "label"), (2, -2, "label"), (3, np.nan, "finite"), (4, np.inf, "finite"),
+     (0, 7, "kind")],
+)  # fmt: skip
+def test_detections_that_no_validation_has_are_damaged(tables, tmp_path, column, value, told):
+    table = tables[0][1].copy()
+    row = np.flatnonzero(table[:, 0] == 1)[0]  # a detection
+    table[row, column] = value
+    with pytest.raises(ValueError, match=told):
+        kept_detections._check_values(table, len(CLASSES))
+
+
 def test_kept_detections_have_the_metrics_of_the_validation(tables, tmp_path):
     whole = np.concatenate([table for _, table in tables])
     whole[:, 1] += 1000 * np.repeat(np.arange(len(tables)), [len(table) for _, table in tables])

@@ -147,15 +147,19 @@ def test_labels_are_counted_by_class_and_split_most_frequent_first():
     assert widths == [[50, 3, 0], [9, 1, 2]]
 
 
-def log_of(steps, epochs, ends):
-    """A log with a loss every other step, and a validation at the end of every epoch."""
-    log = pd.DataFrame(index=pd.Index(range(steps), name="step"))
-    log["epoch"] = np.arange(steps) // (steps // epochs)
-    log["train/loss"] = np.where(np.arange(steps) % 2, 1.0 / (1 + np.arange(steps)), np.nan)
-    over = np.arange(1, steps + 1) % (steps // epochs) == 0
-    log["val/AP"] = np.where(over, 0.3, np.nan)
-    log["round/round"] = [float(ends.index(s + 1)) if s + 1 in ends else np.nan for s in log.index]
-    return log
+def log_of(steps, epochs, ends, last=None):
+    """A log with a loss every other step, a validation after every epoch, and ends of rounds.
+
+    A round is logged at the number of steps that it took, which is that of the step after it.
+    """
+    log = pd.DataFrame(index=pd.Index(range(steps + 1), name="step"))
+    numbers = log.index.to_numpy()
+    log["epoch"] = numbers // (steps // epochs)
+    log.loc[steps, "epoch"] = epochs - 1
+    log["train/loss"] = np.where(numbers % 2, 1.0 / (1 + numbers), np.nan)
+    log["val/AP"] = np.where((numbers + 1) % (steps // epochs) == 0, 0.3, np.nan)
+    log["round/round"] = [float(ends.index(s)) if s in ends else np.nan for s in numbers]
+    return log if last is None else log.loc[:last]
 
 
 def test_losses_and_metrics_are_shown_over_epochs_with_a_line_at_every_cut():
@@ -166,6 +170,20 @@ def test_losses_and_metrics_are_shown_over_epochs_with_a_line_at_every_cut():
     for axes in (loss, ap):
         cuts = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
         assert cuts == pytest.approx([6, 8])  # the end of the last round is none
+
+
+@pytest.mark.parametrize("last", [1, 5, 9, 25])
+def test_an_epoch_that_is_not_over_is_no_whole_one(last):
+    loss = draw_training(log_of(40, 10, [], last), []).axes[0]
+    assert loss.lines[0].get_xdata().tolist() == pytest.approx(
+        [(step + 1) / 4 for step in range(1, last + 1, 2)], rel=0 if last > 3 else 1
+    )
+
+
+def test_a_log_without_epochs_is_refused():
+    log = log_of(40, 10, [40]).drop(columns="epoch")
+    with pytest.raises(ValueError, match="which epoch"):
+        draw_training(log, ["AP"])
 
 
 def test_quantities_without_a_finite_value_are_omitted():
