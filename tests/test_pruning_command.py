@@ -106,6 +106,7 @@ def test_sensitivity_is_drawn_and_told(own, tmp_path):
         ({"--criterion": "best"}, "criterion='best' is not known; choose one of chip"),
         ({"--repair": "gn"}, "repair='gn'; allowed: none, bn, lstsq"),
         ({"--out": "/nowhere/pruned.ckpt"}, "there is no folder /nowhere"),
+        ({"--out": "pruned.pth"}, "--out pruned.pth: the name of a checkpoint ends in .ckpt"),
         ({"config": "nowhere.py"}, "nowhere.py' cannot be read"),
         ({"weights": "nowhere.pth"}, "no such file"),
         ({"data": "nowhere"}, "nowhere"),

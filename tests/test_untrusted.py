@@ -153,7 +153,7 @@ ATTACKS = {
     ),
     "too few classes": (put(["a", "b"], "classes"), "names 2 classes, but its detector predicts 3"),
     "not one class": (put([], "classes"), "names 0 classes, but its detector predicts 3"),
-    "more classes than weights": (put(65000, "model", "bbox_head", "num_classes"), ""),
+    "more classes than weights": (put(65000, "model", "bbox_head", "num_classes"), "detector"),
     "a size that is no number": (
         put(float("nan"), "model", "backbone", "depth"),
         "numbers up to 65536",

@@ -11,6 +11,7 @@ from ldt.api import calibration_batches, evaluate, prune
 from ldt.cli.subjects import open_subject
 from ldt.criteria.methods import find_method
 from ldt.data.datamodule import DetectionDataModule
+from ldt.detectors.opening import SUFFIX
 from ldt.loop.schedule import PruningSchedule
 from ldt.runs.files import check_folder_of
 from ldt.runs.refusal import refusing
@@ -90,6 +91,8 @@ def _check_options(
 ) -> None:
     """Check what needs no image, before anything is measured."""
     find_method(criterion, ranking)
+    if out is not None and out.suffix != SUFFIX and not out.is_dir():
+        raise ValueError(f"--out {out}: the name of a checkpoint ends in {SUFFIX}")
     if latency and budget != "latency":
         name = next(iter(latency)).replace("_", "-")
         raise ValueError(f"--{name} is for --budget latency; --budget {budget} was given")

@@ -15,6 +15,8 @@ from ldt.detectors.weights import load_weights
 
 ALLOWED = "give an mmdet detector, a config file, an mmengine Config, or a .ckpt file of ldt"
 
+SUFFIX = ".ckpt"  # of checkpoints of ldt; other files of weights go with a config
+
 
 @dataclass
 class OpenedDetector:
@@ -80,7 +82,7 @@ def open_detector(
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a detector is given by a checkpoint of ldt or by the directory of a run."""
-    return path.suffix == ".ckpt" or path.is_dir()
+    return path.suffix == SUFFIX or path.is_dir()
 
 
 def _opened(

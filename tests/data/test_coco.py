@@ -3,14 +3,17 @@
 import contextlib
 import io
 import json
+import re
+import shlex
 
 import cv2
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from mmdet.datasets import CocoDataset
 from real_data import COCO, needs
 
-from ldt.data.coco import CLASSES, CocoDataModule
+from ldt.data.coco import CLASSES, CocoDataModule, check_classes
 
 NAMES = ("cat", "dog", "bird")
 
@@ -212,6 +215,16 @@ def test_the_default_is_cocos_80_classes():
     for none in ((), None):
         assert CocoDataModule(classes=none).classes == CLASSES
     assert len(CLASSES) == 80
+
+
+def test_names_of_classes_are_told_as_they_are_typed(tmp_path):
+    with pytest.raises(ValueError, match="no class") as told:
+        check_classes(["x"], ["große Katze", 'a "b"', "c"], tmp_path)
+    typed = re.search(r"type for example (.*)\)$", str(told.value))
+    assert typed
+    (given,) = shlex.split(typed[1])
+    override = OverridesParser.create().parse_override(given)
+    assert override.value() == ["große Katze", 'a "b"']
 
 
 def test_an_unknown_class_is_named_with_those_available(tmp_path):
