@@ -91,8 +91,6 @@ def _check_options(
 ) -> None:
     """Check what needs no image, before anything is measured."""
     find_method(criterion, ranking)
-    if out is not None and out.suffix != SUFFIX and not out.is_dir():
-        raise ValueError(f"--out {out}: the name of a checkpoint ends in {SUFFIX}")
     if latency and budget != "latency":
         name = next(iter(latency)).replace("_", "-")
         raise ValueError(f"--{name} is for --budget latency; --budget {budget} was given")
@@ -105,6 +103,8 @@ def _check_options(
     )
     if out is not None:
         check_folder_of(out)
+        if out.suffix != SUFFIX:
+            raise ValueError(f"--out {out}: the name of a checkpoint ends in {SUFFIX}")
 
 
 def _measure(detector: nn.Module, data: DetectionDataModule, images: int) -> dict[str, float]:
