@@ -50,7 +50,7 @@ __all__ = [  # the types too: an annotation and its check are imported together
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "of at least"), Lt: ("lt", "below"), Le: ("le", "up to")}
-PLAIN = re.compile(r"[A-Za-z0-9_.:/%+-]+")  # a text that needs no quotes
+PLAIN = re.compile(r"([A-Za-z0-9_.:/%+-]|\$\{[\w.]+\})+")  # a text that needs no quotes
 EXAMPLES = (0.5, 1)  # of numbers without a default
 F = TypeVar("F", bound=Callable[..., Any])
 
