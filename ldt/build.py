@@ -250,7 +250,7 @@ def build_module(
         checkpoint=detector["checkpoint"],
         resize=data.resize,
         background=background,
-        max_detections=_max_detections(plain),
+        max_detections=max_detections(plain),
         compiled=bool(plain["trainer"].get("compile")),
     )
     if distilled(plain).get("head"):
@@ -310,12 +310,13 @@ def _needs_two_classes(config: DictConfig) -> bool:
 def _model_config(plain: dict[str, Any], n_classes: int) -> dict[str, Any]:
     own = plain["detector"]
     model = model_config(own["config"], own["options"], n_classes, own["pretrained"])
-    if (most := _max_detections(plain)) > MAX_DETECTIONS:
+    if (most := max_detections(plain)) > MAX_DETECTIONS:
         raise_max_per_img(model, most)
     return model
 
 
-def _max_detections(plain: dict[str, Any]) -> int:
+def max_detections(plain: dict[str, Any]) -> int:
+    """Return how many detections per image and class count for AP."""
     return plain["dataset"].get("max_detections", MAX_DETECTIONS)  # not in every data set's schema
 
 

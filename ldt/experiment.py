@@ -30,6 +30,7 @@ from ldt.build import (
     build_steps,
     build_trainer,
     check_config,
+    max_detections,
     opened_logger,
     read_inputs,
     read_inputs_without_data,
@@ -421,7 +422,8 @@ def _show(config: DictConfig, summary: dict[str, Any], folder: Path) -> None:
         data.setup("validate")
         layers.write_inventory(folder)
         limit = config.trainer.limit_val_batches
-        from_runs.draw_run(summary, folder, data, config.report.pictures, limit)
+        most = max_detections(as_dict(config))
+        from_runs.draw_run(summary, folder, data, config.report.pictures, limit, most)
         write_json(folder / files.SUMMARY, summary | {"drawn": True})
     report.print_run(summary, folder)
 

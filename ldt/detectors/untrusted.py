@@ -21,8 +21,10 @@ from pydantic import ValidationError as PydanticError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldt.config.kinds import LARGEST_SIDE
 from ldt.detectors.models import drop_pretrained, import_custom, use_mmdet
 from ldt.pruning.structure import SIZES
+from ldt.runs.formatting import check_printable
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,6 @@ TEXT = re.compile(r"[\w.,:;?+\-\[\] ]{0,100}")  # no path, no URL, no call
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 MOST_NODES, MOST_LEVELS, LONGEST_TEXT = 200_000, 32, 1000
 LARGEST_NUMBER = 2**16  # of a model config; mmdet's own configs have at most 30000
-LONGEST_SIDE = 2**13  # pixels of an image, of its padding
 LARGEST_IMAGE = 2**25  # pixels after a step of resizing
 LARGEST_DIVISOR = 2**9  # of the sides of a padded image; mmdet's own configs have at most 128
 MOST_STEPS = 16  # of resizing
@@ -55,16 +56,10 @@ MOST_TENSORS = 1000  # that building may allocate, and so many for each of the w
 TENSORS_OF_A_WEIGHT = 10  # mmdet's detectors: 1 to 4
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("has characters that cannot be printed")
-    return text
-
-
-Printable = Annotated[str, StringConstraints(max_length=200), AfterValidator(_printable)]
+Printable = Annotated[str, StringConstraints(max_length=200), AfterValidator(check_printable)]
 LayerName = Annotated[str, StringConstraints(max_length=300, pattern=r"^([\w-]+(\.[\w-]+)*)?$")]
 LayerSize = Annotated[StrictInt, Ge(0), Le(2**20)]
-Side = Annotated[StrictInt, Ge(1), Le(LONGEST_SIDE)]
+Side = Annotated[StrictInt, Ge(1), Le(LARGEST_SIDE)]
 
 
 class Record(BaseModel):
@@ -216,7 +211,7 @@ def check_parts(node: object, where: str) -> None:
 
 def _check_number(number: Any, where: str) -> None:
     image = where.startswith("model.data_preprocessor.") or where.startswith("resize.")
-    most = LONGEST_SIDE if image else LARGEST_NUMBER
+    most = LARGEST_SIDE if image else LARGEST_NUMBER
     if where.endswith("pad_size_divisor") and not 1 <= number <= LARGEST_DIVISOR:
         raise ValueError(f"{where}={number:.3g}; allowed: numbers from 1 to {LARGEST_DIVISOR}")
     small = (isinstance(number, float) and not image) or abs(number) <= most

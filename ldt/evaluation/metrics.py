@@ -152,19 +152,16 @@ def coco_ap(
 def precision_curves(
     images: Sequence[Image], num_classes: int, max_detections: int = MAX_DETECTIONS
 ) -> np.ndarray:
-    """Return COCO's precision at IoU 0.5, [101, num_classes]; nan for a class without truths.
+    """Return COCO's precision by IoU, recall and class; nan for a class without truths.
 
-    Rows are the recalls 0, 0.01, ... 1, so that the mean of a column is AP50 of its class.
+    Its mean over the IoUs of `IOUS` and the recalls of `RECALLS` is AP; at the first IoU, AP50.
     """
-    curves = np.full((101, num_classes), np.nan)
+    curves = np.full((len(IOUS), len(RECALLS), num_classes), np.nan)
     if not any(len(image.truths.labels) for image in images):
         return curves
     result = _coco_result(images, max_detections, curves=True)
-    found = result["precision"][0, :, :, 0, -1].numpy()  # IoU, recall, class, area, detections
-    labels = result["classes"].reshape(-1).tolist()
-    for label, column in zip(labels, found.T, strict=True):
-        if column.min() >= 0:
-            curves[:, label] = column
+    found = result["precision"][..., 0, -1].numpy()  # of areas all, of numbers of detections most
+    curves[..., result["classes"].reshape(-1).tolist()] = np.where(found < 0, np.nan, found)
     return curves
 
 

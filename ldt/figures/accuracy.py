@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from ldt.figures.look import DARK, GREY, LIGHT
 from ldt.figures.style import FONT, PAGE_CM, PALETTE, SMALL, new_figure, tidy
 
-STYLES = (":", "-")  # of the first and the last detector
 MOST_CURVES = len(PALETTE)  # with more classes only their mean is drawn in colour
 MOST_BARS = 24
 MOST_NUMBERS = 12  # classes, beyond which the cells of a matrix have no numbers

@@ -1,7 +1,8 @@
 """Pictures of a finished run, saved in its folder."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ldt.detectors.checkpoints import detector_of, read
 from ldt.evaluation import kept_detections
 from ldt.evaluation.confusion import confusion_matrix
 from ldt.evaluation.gradcam import heatmap
-from ldt.evaluation.metrics import coco_ap, precision_curves
+from ldt.evaluation.metrics import MAX_DETECTIONS, precision_curves
 from ldt.evaluation.neck_statistics import NeckSpace, neck_spaces
 from ldt.figures.accuracy import draw_class_ap, draw_confusion, draw_precision_recall
 from ldt.figures.attention import Attention, View
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ACCURACY = ("precision_recall", "class_ap", "confusion")  # figures of kept detections
 METRICS = ("AP", "AP50", "AP75", "mAP", "kitti_moderate")  # shown over the epochs
 SHOWN_PARTS = ("backbone", "neck")
 ENOUGH = 256  # maximum validation images whose objects are shown
@@ -50,6 +52,7 @@ def draw_run(
     data: DetectionDataModule,
     pictures: int,
     limit: float | None = None,
+    max_detections: int = MAX_DETECTIONS,
 ) -> None:
     """Draw a run's figures into ``<folder>/pictures``.
 
@@ -67,6 +70,7 @@ def draw_run(
             is run, and both figures that need one are omitted.
         limit: ``trainer.limit_val_batches``, a number of batches or a share of them as a float;
             ``discriminants.png`` is of no more images.
+        max_detections: detections per image and class that count for AP.
 
     Raises:
         ValueError: a checkpoint is damaged.
@@ -79,14 +83,12 @@ def draw_run(
         titles = [title(rows[end], metric) for end in ends]
         shown = scenes([files[end] for end in ends], data, pictures)
         save(draw_detections(shown, data.classes, titles), target / "detections.png")
-    try:
-        save(draw_training(training_log(folder), METRICS), target / "results.png")
-    except ValueError as error:  # nothing was trained, and no validation image has an object
-        log.warning("no results.png: %s", error)
+    # where nothing was trained and no validation image has an object, there is nothing to show
+    _save_if_any(lambda: draw_training(training_log(folder), METRICS), target / "results.png")
     save(draw_curve(rows, metric), target / "metric_vs_params.png")
     kept = {end_title(rows[end]): folder / detections(rows[end]["round"]) for end in ends}
     if all(file.is_file() for file in kept.values()):
-        for name, figure in accuracy_figures(kept).items():
+        for name, figure in accuracy_figures(kept, max_detections=max_detections).items():
             save(figure, target / f"{name}.png")
     if len(files) > 1:
         networks = [channels(file) for file in files]
@@ -95,14 +97,21 @@ def draw_run(
         save(draw_shrinking(networks, names), target / "shrinking.png")
     if pictures and summary.get("ldt"):
         images = min(ENOUGH, _validated(data, limit))
-        _draw_base(files[0], rows[0], metric, data, images, target / "discriminants.png")
+        base = title(rows[0], metric)
+        _save_if_any(lambda: _strongest(files[0], base, data, images), target / "discriminants.png")
 
 
-def accuracy_figures(kept: Mapping[str, Path]) -> dict[str, Figure]:
+def accuracy_figures(
+    kept: Mapping[str, Path],
+    names: Sequence[str] = ACCURACY,
+    max_detections: int = MAX_DETECTIONS,
+) -> dict[str, Figure]:
     """Draw the figures of kept detections by their names, empty if there is no object.
 
     Args:
         kept: files with detections by the detector's name, one detector or base and pruned.
+        names: of the figures, of :data:`ACCURACY`.
+        max_detections: detections per image and class that count for AP.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -111,16 +120,26 @@ def accuracy_figures(kept: Mapping[str, Path]) -> dict[str, Figure]:
     found = {name: kept_detections.load(file) for name, file in kept.items()}
     classes = next(iter(found.values()))[1]
     images = {name: images for name, (images, _) in found.items()}
-    curves = {name: precision_curves(own, len(classes)) for name, own in images.items()}
-    if not any(np.isfinite(own).any() for own in curves.values()):
+    if not any(len(image.truths.labels) for own in images.values() for image in own):
         return {}
-    matrices = {name: confusion_matrix(own, len(classes)) for name, own in images.items()}
-    aps = {name: coco_ap(own, len(classes))[1] for name, own in images.items()}
-    return {
-        "precision_recall": draw_precision_recall(curves, classes),
-        "class_ap": draw_class_ap(aps, classes),
-        "confusion": draw_confusion(matrices, classes),
+    count = len(classes)
+
+    @cache
+    def curves() -> dict[str, np.ndarray]:
+        return {n: precision_curves(own, count, max_detections) for n, own in images.items()}
+
+    draws = {
+        "precision_recall": lambda: draw_precision_recall(
+            {name: own[0] for name, own in curves().items()}, classes
+        ),
+        "class_ap": lambda: draw_class_ap(
+            {name: own.mean(axis=(0, 1)) for name, own in curves().items()}, classes
+        ),
+        "confusion": lambda: draw_confusion(
+            {name: confusion_matrix(own, count) for name, own in images.items()}, classes
+        ),
     }
+    return {name: draws[name]() for name in names}
 
 
 def draw_labels_of(data: DetectionDataModule, folder: Path) -> None:
@@ -141,21 +160,20 @@ def _validated(data: DetectionDataModule, limit: float | None) -> int:
     return int(share * len(data.val_dataloader())) * data.val_batch_size
 
 
-def _draw_base(
-    checkpoint: Path,
-    row: Mapping[str, Any],
-    metric: str,
-    data: DetectionDataModule,
-    images: int,
-    file: Path,
-) -> None:
+def _save_if_any(draw: Callable[[], Figure], file: Path) -> None:
+    """Save a figure; if there is nothing to draw, log why."""
     try:
-        found = spaces(checkpoint, data, images)
+        figure = draw()
     except ValueError as error:
         log.warning("no %s: %s", file.name, error)
-        return
-    best = max(found, key=lambda space: space.power)
-    save(draw_discriminants([best], [title(row, metric)], class_names(data)), file)
+    else:
+        save(figure, file)
+
+
+def _strongest(checkpoint: Path, name: str, data: DetectionDataModule, images: int) -> Figure:
+    """Draw the discriminant space of a detector's strongest scale."""
+    best = max(spaces(checkpoint, data, images), key=lambda space: space.power)
+    return draw_discriminants([best], [name], class_names(data))
 
 
 def class_names(data: DetectionDataModule) -> list[str]:

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ldt.data.summary import BANDS
 from ldt.figures.look import DARK
 from ldt.figures.style import FONT, PAGE_CM, SMALL, new_figure, tidy
 
@@ -14,7 +15,6 @@ MOST_BARS = 40
 HEIGHT = 0.8  # of the bars of a class
 WIDE = 100  # ratio of counts from which on their axis is logarithmic
 BINS = 32
-BANDS = {"small": 32, "medium": 96}  # COCO's: sides below, in pixels
 
 
 def draw_labels(
@@ -69,7 +69,8 @@ def _draw_sizes(axes: Axes, sides: Mapping[str, np.ndarray]) -> None:
         weights = np.full(len(own), 1 / max(1, len(own)))
         axes.hist(own, bins, weights=weights, color=COLOURS[i], histtype="step", linewidth=1.2)
     axes.set_xscale("log")
-    for name, side in BANDS.items():
+    for name, area in BANDS.items():
+        side = area**0.5
         axes.axvline(side, color="black", linewidth=0.6, linestyle=":")
         axes.annotate(name, (side, 1), (-2, -2), xycoords=("data", "axes fraction"),
                       textcoords="offset points", ha="right", va="top", fontsize=SMALL)  # fmt: skip

@@ -5,6 +5,7 @@ A run is given by its directory (last round) or by one of its round-<t>.ckpt fil
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from ldt.build import build_criterion, data_of, module_of
 from ldt.criteria.ldt import LDTCriterion
 from ldt.detectors.checkpoints import read
+from ldt.evaluation.metrics import MAX_DETECTIONS
 from ldt.evaluation.score_stability import batch_utilities
 from ldt.figures import from_runs
 from ldt.figures.attention import draw_attention
@@ -111,30 +113,16 @@ def results(runs: Sequence[Run], given: Options) -> Figure:
     return draw_training(runs[0].log, from_runs.METRICS)
 
 
-def precision_recall(runs: Sequence[Run], given: Options) -> Figure:
-    """Precision and recall of each class; for a single run, base and last round."""
-    return _accuracy(runs, "precision_recall")
-
-
-def class_ap(runs: Sequence[Run], given: Options) -> Figure:
-    """AP of each class; for a single run, base and last round."""
-    return _accuracy(runs, "class_ap")
-
-
-def confusion(runs: Sequence[Run], given: Options) -> Figure:
-    """Confusion matrices; for a single run, base and last round."""
-    return _accuracy(runs, "confusion")
-
-
-def _accuracy(runs: Sequence[Run], name: str) -> Figure:
+def _accuracy(name: str, runs: Sequence[Run], given: Options) -> Figure:
+    """Draw a figure of the kept detections; for a single run, of base and last round."""
     ends = _ends(runs)
-    titles = [title.split("\n")[0] for title in _titles(ends)]
-    names = titles if len(set(titles)) == len(ends) else [run.folder.name for run in ends]
-    kept = {
-        name: run.folder / detections_file(run.measured["round"])
-        for name, run in zip(names, ends, strict=True)
-    }
-    drawn = from_runs.accuracy_figures(kept)
+    names = [from_runs.end_title(run.measured) for run in ends]
+    if len({run.folder for run in ends}) > 1:
+        names = [title.split("\n")[0] for title in _titles(ends)]
+        names = names if len(set(names)) == len(ends) else [str(run.folder) for run in ends]
+    files = [run.folder / detections_file(run.measured["round"]) for run in ends]
+    most = ends[0].config["dataset"].get("max_detections", MAX_DETECTIONS)
+    drawn = from_runs.accuracy_figures(dict(zip(names, files, strict=True)), [name], most)
     if not drawn:
         raise ValueError("no validation image has an object: there is no accuracy to draw")
     return drawn[name]
@@ -142,11 +130,8 @@ def _accuracy(runs: Sequence[Run], name: str) -> Figure:
 
 DRAWN: dict[str, Callable[[Sequence[Run], Options], Figure]] = {
     function.__name__: function
-    for function in (
-        *(discriminants, attention, detections, stability, channels, shrinking),
-        *(results, precision_recall, class_ap, confusion),
-    )
-}
+    for function in (discriminants, attention, detections, stability, channels, shrinking, results)
+} | {name: partial(_accuracy, name) for name in from_runs.ACCURACY}
 ALONE = ("stability", "channels", "shrinking", "results")  # figures of exactly one run
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 
 from ldt.config.values import NaturalNumber, Seed
 from ldt.runs import files
+from ldt.runs.formatting import check_printable
 
 MOVED = {  # class paths in configurations of earlier versions
     "ldt.data.kitti.RoadScenesDataModule": "ldt.data.roadscenes.RoadScenesDataModule",
@@ -61,12 +62,6 @@ def _bounded(value: float) -> float:
     if abs(value) > LARGEST:
         raise ValueError(f"more than {LARGEST:g}")
     return value
-
-
-def _printable(name: str) -> str:
-    if not name.isprintable():
-        raise ValueError("not printable")
-    return name
 
 
 def _measured(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +106,7 @@ Number = Annotated[int | float, AfterValidator(_bounded)]
 Pixels = Annotated[int, Ge(1), Le(10**6)]
 Round = Annotated[dict[str, Any], AfterValidator(_measured)]
 Rounds = Annotated[list[Round], AfterValidator(_in_order)]
-Name = Annotated[str, Len(0, LONGEST_NAME), AfterValidator(_printable)]
+Name = Annotated[str, Len(0, LONGEST_NAME), AfterValidator(check_printable)]
 Size = Annotated[int, Ge(0), Le(int(LARGEST))]
 RoundNumber = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 LayerSizes = dict[Literal["in", "out", "params", "multiply_adds"], Size]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaging import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -127,24 +128,6 @@ def document() -> dict[str, Any]:
     }
 
 
-@st.composite
-def damaged(draw: Any) -> Any:
-    """A good document with one part anywhere replaced by anything, or taken away."""
-    content = document()
-    place: Any = content
-    while True:
-        key = draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
-        inner = place[key]
-        if isinstance(inner, (dict, list)) and inner and draw(st.booleans()):
-            place = inner
-            continue
-        if draw(st.booleans()) or isinstance(place, list):
-            place[key] = draw(anything)
-        else:
-            del place[key]
-        return content
-
-
 def check_coco(file: Path, images: Path) -> None:
     try:
         dataset = coco.CocoBoxes(
@@ -175,7 +158,7 @@ def images(tmp_path_factory: Any) -> Path:
 
 @pytest.mark.slow
 @FUZZ
-@given(damaged())
+@given(damaged(document(), anything))
 def test_a_damaged_annotation_file_is_named(tmp_path: Path, images: Path, content: Any):
     file = tmp_path / "annotations.json"
     file.write_text(json.dumps(content))
