@@ -57,7 +57,7 @@ def _draw_counts(axes: Axes, counts: Mapping[str, np.ndarray]) -> None:
         axes.barh(places, own, height, color=COLOURS[i], label=split)
     whole = np.sum(list(counts.values()), axis=0)
     axes.set_ylim(len(whole) - 0.4, -0.6)
-    if whole.max(initial=0) > WIDE * max(1, whole.min(initial=1)):
+    if whole.max() > WIDE * max(1, whole.min()):
         axes.set_xscale("symlog")
     tidy(axes)
 

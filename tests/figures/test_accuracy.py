@@ -146,6 +146,9 @@ def test_labels_are_counted_by_class_and_split_most_frequent_first():
     assert [label.get_text() for label in left.get_yticklabels()] == ["b", "a", "c"]
     widths = [[bar.get_width() for bar in group] for group in left.containers]
     assert widths == [[50, 3, 0], [9, 1, 2]]
+    assert left.get_xscale() == "linear"
+    wide = draw_labels({"training": [3, 500, 1]}, {"training": []}, ["a", "b", "c"])
+    assert wide.axes[0].get_xscale() == "symlog"
 
 
 def log_of(steps, epochs, ends, last=None):
