@@ -176,11 +176,11 @@ def test_a_batch_that_does_not_divide_is_refused_before_training(tmp_path):
 
 
 def alive(folder):
-    """Processes whose command line names a folder."""
+    """Processes that work in a folder."""
     found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        named = any(str(folder) in part for part in process.info["cmdline"] or ())
-        if named and process.info["status"] != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter(["cwd", "cmdline", "status"]):
+        there = (process.info["cwd"] or "").startswith(str(folder))
+        if there and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process.info["cmdline"])
     return found
 
