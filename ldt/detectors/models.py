@@ -17,6 +17,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.utils import import_modules_from_strings
 
+from ldt.config.places import CONFIGS
 from ldt.detectors.mmengine_internals import (
     package_folder,
     packages_by_importlib,
@@ -124,8 +125,7 @@ def read_config(config: str) -> Config:
     except UNREADABLE as error:
         reason = str(error).partition(", the current sys.path")[0]
         raise ValueError(
-            f"detector.config={config!r} cannot be read ({reason}). Give a file, or a packaged "
-            "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+            f"detector.config={config!r} cannot be read ({reason}); {CONFIGS}"
         ) from error
 
 
