@@ -84,6 +84,8 @@ class LDTConfig:
     # of alpha=auto: the size of the term's gradient at the neck over the detection loss's
     alpha_share: Share = MISSING
     beta_share: Share = MISSING  # of beta=auto: likewise
+    # of auto: once, or again in each epoch, so that the shares are held while gradients change
+    estimation: Annotated[str, kinds.Estimation] = "once"
     ridge: NotNegative = MISSING  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
     ridge_absolute: NotNegative = MISSING  # see ridge
     # mean or sum over eq. 11's off-diagonal entries; correlation: of channels scaled to variance 1
