@@ -53,14 +53,8 @@ UNPRUNED = (  # keys without effect if nothing is pruned
 )
 LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
-    *(
-        "ldt.alpha_share",
-        "ldt.beta_share",
-        "ldt.estimation",
-        "ldt.warmup_epochs",
-        "ldt.memory",
-        "ldt.gather",
-    ),
+    *("ldt.alpha_share", "ldt.beta_share", "ldt.estimation", "ldt.warmup_epochs"),
+    *("ldt.memory", "ldt.gather"),
 )
 FOLDS_OFF = ("dataset.fold", "dataset.gap", "dataset.reserved_folds")  # without effect, folds=0
 FOLDS_ON = ("dataset.reserved_folds", "dataset.train_fraction", "dataset.split_seed")  # with folds
