@@ -8,6 +8,7 @@ import pickle
 import re
 import resource
 import sys
+from pathlib import Path
 from typing import get_args
 
 import click
@@ -81,7 +82,8 @@ def taken(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "loop.csv").symlink_to("loop.csv")
     (tmp_path / "nowhere").symlink_to("missing")
-    return {
+    proc = {Path("/proc/a.csv"): "/proc takes no files"}  # although its permissions say so
+    return (proc if Path("/proc/self").exists() else {}) | {
         tmp_path / "folder.csv": "is a folder, not a file to write",
         tmp_path / "pipe.csv": "is a pipe or a device, not a file to write",
         tmp_path / "file.csv/a.csv": "file.csv is not a folder",
