@@ -185,6 +185,7 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         runtimes=config.report.get("runtimes", ()),
         validate_every=config.trainer.validate_every,
         keep_detections=config.report.detections,
+        before_retraining=config.report.get("before_retraining", False),
     )
 
 

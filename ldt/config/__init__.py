@@ -274,6 +274,7 @@ class ReportConfig:
     figures: bool = True  # draw figures and count every layer's cost, when the run is finished
     # keep the detections of every round's validation (detections-<t>.npz), which figures show
     detections: bool = True
+    before_retraining: bool = True  # validate after each cut too: a round's cut/AP
 
 
 @dataclass
