@@ -48,7 +48,7 @@ from ldt.pruning.costs import parse_budget
 from ldt.recipe import PARAMWISE, check_recipe, micro_batch, set_keys
 from ldt.runs import files, inputs
 from ldt.runs.identity import canonical_precision
-from ldt.runs.refusal import KINDS
+from ldt.runs.refusal import KINDS, refusing
 from ldt.runs.run import Run, load_config
 from ldt.runtimes.latency_table import LatencyTarget
 
@@ -185,6 +185,7 @@ def build_loop(config: DictConfig, plan: PruningSchedule, folder: Path) -> Prune
         runtimes=config.report.get("runtimes", ()),
         validate_every=config.trainer.validate_every,
         keep_detections=config.report.detections,
+        before_retraining=config.report.get("before_retraining", False),
     )
 
 
@@ -358,12 +359,13 @@ def read_inputs_without_data(plain: dict[str, Any], run: Run) -> inputs.Inputs:
 
 def data_of(run: Run, trust: bool = False) -> DetectionDataModule:
     """Load the data of a run from the most recent recorded location that still exists."""
-    config = load_config(run.folder, trust)
-    known = inputs.recorded(run.folder).get("places", [])
-    places = [place for place in reversed(known) if Path(place).is_dir()]
-    if places and not Path(config.dataset.root or places[0]).is_dir():
-        config.dataset.root = places[0]
-    data = build_data(config)
+    with refusing():
+        config = load_config(run.folder, trust)
+        known = inputs.recorded(run.folder).get("places", [])
+        places = [place for place in reversed(known) if Path(place).is_dir()]
+        if places and not Path(config.dataset.root or places[0]).is_dir():
+            config.dataset.root = places[0]
+        data = build_data(config)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -371,8 +373,10 @@ def data_of(run: Run, trust: bool = False) -> DetectionDataModule:
 
 def module_of(run: Run, trust: bool = False) -> DetectorModule:
     """Load the detector of a run's selected round as a module in eval mode."""
-    recipe = as_dict(load_config(run.folder, trust).recipe)
-    return restored(read(run.checkpoint(), trust), recipe)
+    with refusing():
+        recipe = as_dict(load_config(run.folder, trust).recipe)
+        checkpoint = read(run.checkpoint(), trust)
+    return restored(checkpoint, recipe)
 
 
 @contextlib.contextmanager

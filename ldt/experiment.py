@@ -443,7 +443,7 @@ def train(*overrides: str, folder: str | Path | None = None) -> Run:
 
     Example:
         >>> run = ldt.train("dataset.train=8", "dataset.val=4", "recipe.epochs=1",
-        ...                 "recipe.retrain_epochs=1", "prune.images=8", "report.pictures=0")
+        ...                 "recipe.retrain_epochs=1", "prune.images=8", "report.figures=false")
         roadscenes-gfl_tiny-ldt-params0.7-s0-...
         >>> list(run.rounds["round"])
         [0, 1, 2]

@@ -27,6 +27,7 @@ TINY = (
     "prune.rate=0.5",
     "report.latency_runs=0",
     "report.figures=false",  # they take half of a tiny run's time
+    "report.before_retraining=false",
 )
 DRAWN = ("report.figures=true", "report.pictures=1")
 

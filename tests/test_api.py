@@ -24,6 +24,7 @@ from ldt.detectors import batch_norm, checkpoints
 from ldt.detectors.adapter import Calibration, Detector
 from ldt.detectors.forward import raw_forward
 from ldt.detectors.models import build, model_config
+from ldt.evaluation.layers import write_inventory
 from ldt.evaluation.profiling import count_macs, count_parameters
 from ldt.pruning.budget import TOLERANCE, UnreachableRateError
 from ldt.runs.files import read_json
@@ -187,9 +188,10 @@ def test_another_family_with_an_instance_of_a_criterion(data):
 def test_it_removes_what_a_run_removes(detector, config, data, tmp_path):
     torch.save({"state_dict": detector.state_dict()}, tmp_path / "weights.pth")
     overrides = ["recipe.epochs=0", f"detector.checkpoint={tmp_path}/weights.pth", "prune=oneshot"]
-    overrides += ["prune.rate=0.3", "report.figures=true", "report.pictures=0", "method=l1"]
+    overrides += ["prune.rate=0.3", "method=l1"]
     folder = tmp_path / "run"
     experiment.run(tiny(tmp_path, *overrides), folder)
+    write_inventory(folder)
     images = data.calibration_dataloader(8, 16)
     result = ldt.prune(detector, images, rate=0.3, criterion="l1", input_size=SIZE)
     layers = read_json(folder / "structure.json")["rounds"]["1"]

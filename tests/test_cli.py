@@ -8,6 +8,7 @@ import pickle
 import re
 import resource
 import sys
+from pathlib import Path
 from typing import get_args
 
 import click
@@ -81,7 +82,8 @@ def taken(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "loop.csv").symlink_to("loop.csv")
     (tmp_path / "nowhere").symlink_to("missing")
-    return {
+    proc = {Path("/proc/a.csv"): "/proc takes no files"}  # although its permissions say so
+    return (proc if Path("/proc/self").exists() else {}) | {
         tmp_path / "folder.csv": "is a folder, not a file to write",
         tmp_path / "pipe.csv": "is a pipe or a device, not a file to write",
         tmp_path / "file.csv/a.csv": "file.csv is not a folder",
@@ -258,6 +260,14 @@ def test_what_hydra_wraps_is_told_alone(override, told, capsys):
         (["seed=-1"], "seed=-1; allowed: a whole number of at least 0"),
         (["trainer.threads=0"], "trainer.threads=0; allowed: a whole number of at least 1"),
         (["study=${nope}"], "'nope' not found"),
+        (["detector=mmdet"], "detector.config is not set; type detector.config=<value>"),
+        (
+            ["detector=mmdet", "detector.config=nix.py"],
+            "detector.config='nix.py': no such file; give",
+        ),
+        (["detector.checkpoint=nix.ckpt"], "detector.checkpoint='nix.ckpt': no such file"),
+        (["dataset=kitti"], "dataset.root is not set; type dataset.root=/path/to/kitti (KITTI's"),
+        (["dataset=coco", "dataset.root=nix"], "no folder nix; expected there: COCO's folders"),
         (["--config-dir", "nowhere"], "nowhere' not found"),
         (["--config-name", "nope"], "Cannot find primary config 'nope'"),
         (["+hydra.foo=1"], "hydra.foo: unknown key; known in hydra: "),
@@ -284,10 +294,11 @@ def test_what_hydra_cannot_compose_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_run_py_refuses_what_a_run_cannot_begin_with(tmp_path):
-    done = python(str(ROOT / "run.py"), "detector=mmdet", cwd=tmp_path)
+def test_what_is_missing_is_told_before_anything_heavy_is_imported(tmp_path):
+    done = python("-c", WATCHED, "run", "dataset=kitti", "dataset.root=nix", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: detector.config is not set; type detector.config=<value>\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no folder nix; expected there: KITTI's folders")
 
 
 @pytest.mark.slow

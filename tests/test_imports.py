@@ -1,6 +1,7 @@
 """Imports run one way, and heavy libraries stay where they belong."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,13 @@ def statements(node):
             yield from statements(child)
 
 
+@cache
 def imported(file):
     """Dotted names that a file imports, wherever it does so."""
+    return frozenset(_imported(file))
+
+
+def _imported(file):
     for statement in statements(ast.parse(file.read_text())):
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import build
 import cells as tables
+import forked
 import measure_latency
 import pytest
 from cells import METRICS, ROOT, compose_jobs, load_cells
 from omegaconf import OmegaConf
-from short_runs import python
 from summaries import finished, row
 
 from ldt.runs.files import read_rows, write_json
@@ -284,7 +284,7 @@ def test_a_figure_shows_the_runs_of_its_cells(study, tmp_path):
     ],
 )
 def test_an_unknown_experiment_is_told(given, told):
-    done = python(str(ROOT / "experiments/build.py"), *given, cwd=Path.cwd())
+    done = forked.run(str(ROOT / "experiments/build.py"), *given, cwd=Path.cwd())
     assert told in done.stderr
     assert done.returncode != 0
     assert "Traceback" not in done.stderr

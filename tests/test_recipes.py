@@ -1,6 +1,7 @@
 """Recipes that have a counterpart in mmdet are compared with mmdet's configs, value by value."""
 
 import copy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,11 +51,21 @@ def plain(*overrides: str) -> dict[str, Any]:
 
 
 def of_config(packaged: str, *overrides: str) -> dict[str, Any]:
+    return copy.deepcopy(_of_config(packaged, *overrides))
+
+
+@cache
+def _of_config(packaged: str, *overrides: str) -> dict[str, Any]:
     name = f"detector.config=mmdet::{packaged}.py"
     return plain("detector=mmdet", name, "recipe=config", *overrides)
 
 
 def theirs(packaged: str) -> Any:
+    return copy.deepcopy(_theirs(packaged))
+
+
+@cache
+def _theirs(packaged: str) -> Any:
     return read_config(f"mmdet::{packaged}.py")
 
 
@@ -174,9 +185,9 @@ def curve_of_mmengine(config: Any, steps: int, epochs: int) -> list[float]:
         arguments = {"optimizer": optimizer, "epoch_length": steps // epochs}
         schedulers.append(PARAM_SCHEDULERS.build(each, default_args=arguments))
     found = []
+    optimizer.step()  # once, as schedulers warn otherwise: the rates do not depend on it
     for step in range(1, steps + 1):
         found.append(optimizer.param_groups[0]["lr"] / lr)
-        optimizer.step()
         for scheduler in schedulers:
             if not scheduler.by_epoch or step % (steps // epochs) == 0:
                 scheduler.step()
@@ -368,7 +379,7 @@ def test_the_moving_average_is_read_wherever_the_hook_is(tmp_path, hooks):
 def test_a_guessed_batch_is_told_once(caplog):
     _warn_once.cache_clear()
     for _ in range(2):
-        of_config(RTMDET)
+        _of_config.__wrapped__(RTMDET)
     told = [each.message for each in caplog.records if "base_batch_size" in each.message]
     assert len(told) == 1
     assert told[0].endswith("taken to be for 8 GPUs (recipe.base_batch_size=256)")

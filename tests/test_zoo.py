@@ -1,6 +1,7 @@
 """The table of detectors in docs/detectors.md, made anew for one family of each kind."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -14,6 +15,7 @@ FOLDERS = {path.name for path in zoo.CONFIGS.iterdir() if path.is_dir()}
 TABLE = (ROOT / "docs/detectors.md").read_text().splitlines()
 # transformer; deformable convolutions; depthwise; two stages, grouped; many branches
 KINDS = ("detr", "centernet", "yolo", "regnet", "hrnet")
+SLOW = ("regnet", "hrnet")  # at the image size of the table
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,6 +29,8 @@ def imported():
     ("family", "model"), [(kind, zoo.FAMILIES[kind][-1]) for kind in KINDS], ids=KINDS
 )
 def test_the_table_is_what_the_runner_finds(family: str, model: zoo.Model) -> None:
+    if family in SLOW:  # what a row says does not depend on it
+        model = replace(model, size=64)
     row = zoo.examined(family, model)
     assert row["outcome"] == "ok"
     cells = [line.split(" | ") for line in TABLE]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from ldt.callbacks.ldt_weights import AUTO, STEPS, TermWeights, squared_gradient_norms
-from ldt.config.kinds import Covariance, Weight
+from ldt.config.kinds import Covariance, Estimation, Weight
 from ldt.config.values import NaturalNumber, NotNegative, Share, checked
 from ldt.discriminant import PHI, RIDGE, RIDGE_ABSOLUTE, discriminants_of
 from ldt.location import object_vectors
@@ -31,8 +31,9 @@ class LDTLoss(L.Callback):
     gradient at the neck in that of the detection loss.
 
     With ``auto``, LDT is off until the warm-up of the learning rate has ended and the memory is
-    full. Then the weight is estimated once (:class:`TermWeights`). It is kept from there on, also
-    in the runs that begin with a checkpoint of this one and have no base training of their own.
+    full. Then the weight is estimated (:class:`TermWeights`). It is kept from there on, also in the
+    runs that begin with a checkpoint of this one and have no base training of their own, unless
+    `estimation` is ``epoch``.
 
     Args:
         phi: eigenvalues above phi times the largest one count.
@@ -41,6 +42,8 @@ class LDTLoss(L.Callback):
         alpha_share: share of the discriminant term's gradient at the neck in that of the detection
             loss that ``alpha=auto`` aims at.
         beta_share: the same for the covariance term.
+        estimation: ``once``, or again in each ``epoch``: the detection loss's gradient falls while
+            it trains and the discriminant term's grows, so that a share of 5% may become 70%.
         ridge: ridge of S_w, relative to tr(S_w)/C.
         ridge_absolute: constant added to the ridge.
         covariance: ``mean`` or ``sum`` of the off-diagonal entries in eq. 11, or ``correlation``,
@@ -65,6 +68,7 @@ class LDTLoss(L.Callback):
         beta: Weight = AUTO,
         alpha_share: Share = 0.05,
         beta_share: Share = 0.05,
+        estimation: Estimation = "once",
         ridge: NotNegative = RIDGE,
         ridge_absolute: NotNegative = RIDGE_ABSOLUTE,
         covariance: Covariance = "mean",
@@ -72,9 +76,8 @@ class LDTLoss(L.Callback):
         memory: NaturalNumber = 0,
         gather: bool = True,
     ) -> None:
-        self.weights = TermWeights(
-            {"ld": alpha, "cov": beta}, {"ld": alpha_share, "cov": beta_share}
-        )
+        shares = {"ld": alpha_share, "cov": beta_share}
+        self.weights = TermWeights({"ld": alpha, "cov": beta}, shares, estimation == "epoch")
         self.warmup_epochs, self.gather = warmup_epochs, gather
         self.options = {
             "phi": phi,
@@ -105,6 +108,8 @@ class LDTLoss(L.Callback):
     def _settings(self) -> dict[str, Any]:
         """What an estimated weight depends on, as plain data."""
         given = {"given": self.weights.given, "shares": self.weights.shares}
+        if self.weights.renewed:
+            given["renewed"] = True
         return {**self.options, **given, "memory": self._memory.maxlen}
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +126,7 @@ class LDTLoss(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the shares again."""
-        self.weights.begin_epoch()
+        self.weights.begin_epoch(trainer.num_training_batches)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn of shares that have left the healthy range."""
@@ -182,7 +187,7 @@ class LDTLoss(L.Callback):
         """
         assert self._module is not None
         module, trainer = self._module, self._module.trainer
-        was_known = bool(self.weights.known)
+        was_known, before = bool(self.weights.known), self.weights.known
         if (was_known and not self.weights.steps_left) or not self._representative():
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -192,8 +197,8 @@ class LDTLoss(L.Callback):
         squared = trainer.strategy.reduce(squared, reduce_op="sum")
         steps = min(STEPS, max(1, module.phase_steps // 10))
         self.weights.add(squared.sqrt().tolist(), steps)
-        if not was_known:
-            self._keep(module.global_step + 1)
+        if self.weights.known is not before:
+            self._keep(self._begun if was_known else module.global_step + 1)
 
     def _representative(self) -> bool:
         """Return whether the learning rate has warmed up and the memory is full."""

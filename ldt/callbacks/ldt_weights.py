@@ -27,6 +27,8 @@ class TermWeights:
     Args:
         given: alpha and beta by term (``ld``, ``cov``), each a number or ``auto``.
         shares: the target share of each term.
+        renewed: set ``auto`` weights again in each epoch, by its first steps. The share is held,
+            while the loss that is trained changes.
 
     Attributes:
         known: the weights; empty until they are estimated.
@@ -34,8 +36,13 @@ class TermWeights:
         steps_left: in how many next steps of the epoch to measure, once the weights are known.
     """
 
-    def __init__(self, given: Mapping[str, float | str], shares: Mapping[str, float]) -> None:
-        self.given, self.shares = dict(given), dict(shares)
+    def __init__(
+        self,
+        given: Mapping[str, float | str],
+        shares: Mapping[str, float],
+        renewed: bool = False,
+    ) -> None:
+        self.given, self.shares, self.renewed = dict(given), dict(shares), renewed
         fixed = {k: float(v) for k, v in given.items() if v != AUTO}
         self.known: dict[str, float] = fixed if len(fixed) == len(given) else {}
         self.measured: dict[str, float] = {}
@@ -58,9 +65,9 @@ class TermWeights:
         self.known, self._ratios = dict(state["known"]), list(state["ratios"])
         self._unhealthy = set(state["unhealthy"])
 
-    def begin_epoch(self) -> None:
-        """Measure the shares again in the next steps."""
-        self._epoch, self.steps_left = [], EPOCH_STEPS
+    def begin_epoch(self, steps: float = EPOCH_STEPS) -> None:
+        """Measure the shares again in the next steps, of `steps` in the epoch."""
+        self._epoch, self.steps_left = [], int(min(EPOCH_STEPS, steps))
 
     def add(self, norms: Sequence[float], steps: int) -> None:
         """Add the gradient norms of the detection loss and of each term in one step.
@@ -71,31 +78,38 @@ class TermWeights:
             steps: the number of steps after which an estimation ends.
         """
         detection, *terms = norms
-        self.steps_left -= bool(self.known)
-        if not all(0 < norm < float("inf") for norm in norms):
-            return
-        ratios = {name: norm / detection for name, norm in zip(self.given, terms, strict=True)}
+        kept = self._epoch if self.known else self._ratios
+        if all(0 < norm < float("inf") for norm in norms):
+            terms_by_name = zip(self.given, terms, strict=True)
+            kept.append({name: norm / detection for name, norm in terms_by_name})
         if not self.known:
-            self._ratios.append(ratios)
-            if len(self._ratios) >= steps:
+            if len(kept) >= steps:
                 self.settle()
             return
-        self._epoch.append(ratios)
-        self.measured = {
-            name: weight * statistics.median(one[name] for one in self._epoch)
-            for name, weight in self.known.items()
-        }
+        self.steps_left -= 1
+        if kept:
+            medians = self._medians(kept)
+            if self.renewed and not self.steps_left:
+                self.known = self._weights(medians)
+            self.measured = {name: self.known[name] * medians[name] for name in self.given}
 
     def settle(self) -> None:
         """End an estimation with the steps measured so far; without any it goes on."""
         if self.known or not self._ratios:
             return
-        medians = {name: statistics.median(r[name] for r in self._ratios) for name in self.given}
-        self.known = {
+        medians = self._medians(self._ratios)
+        self.known = self._weights(medians)
+        self.measured = {name: self.known[name] * medians[name] for name in self.given}
+
+    def _medians(self, ratios: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: statistics.median(one[name] for one in ratios) for name in self.given}
+
+    def _weights(self, medians: Mapping[str, float]) -> dict[str, float]:
+        """Return the weights whose terms have their shares at these ratios."""
+        return {
             name: self.shares[name] / medians[name] if value == AUTO else float(value)
             for name, value in self.given.items()
         }
-        self.measured = {name: self.known[name] * medians[name] for name in self.given}
 
     def unhealthy(self) -> list[str]:
         """Return a message for each term whose share has left the healthy range since the last."""

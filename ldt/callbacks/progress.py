@@ -108,9 +108,11 @@ class RunProgress(ProgressBar):
         progress.say(f"{name}  loss {_loss(trainer):.4f}  {seconds:.1f} s{progress.left()}")
 
     def on_validation_start(self, trainer: L.Trainer, *_: object) -> None:
-        """Begin to measure a round, unless this is a validation within a phase."""
+        """Begin to measure a round, unless this is a validation within a phase or of a cut."""
         alone = trainer.state.fn == "validate"  # before the fit
-        if not self._silent and (alone or self.loop.is_last_epoch(trainer.current_epoch)):
+        if self._silent or self.loop.after_cut:
+            return
+        if alone or self.loop.is_last_epoch(trainer.current_epoch):
             progress.begin(MEASURE, self.loop.round)
 
     def on_validation_batch_end(

@@ -29,8 +29,9 @@ from ldt.config import as_dict, conf_dir, register
 from ldt.config.keys import check_keys, check_names, check_places
 from ldt.config.messages import explained
 from ldt.config.paths import quote_paths
+from ldt.config.places import check_files
 from ldt.config.values import check_against_schema
-from ldt.runs.files import discard_sweep
+from ldt.runs.files import discard_sweep, holds_run
 from ldt.runs.refusal import refused
 
 
@@ -51,10 +52,12 @@ class StrictLoader(ConfigLoaderImpl):
     Attributes:
         study: directory of the study of a sweep.
         checks_values: whether values are checked, too.
+        checks_files: whether the files that they name are: a run is about to begin.
     """
 
     study: Path | None = None
     checks_values = True
+    checks_files = False
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Compose and check a configuration; Hydra calls it for runs, sweeps and their jobs."""
@@ -64,6 +67,8 @@ class StrictLoader(ConfigLoaderImpl):
         check_keys(config)
         if self.checks_values:
             _check_values(config)
+            if self.checks_files:
+                _check_files(config)
         _check_hydra_keys(config.hydra)
         return config
 
@@ -89,6 +94,21 @@ hydra.Hydra.app_help = _show_help  # type: ignore[method-assign]
 def _check_values(config: DictConfig) -> None:
     """Check values before anything heavy is imported; `ldt.build.check_config` does it again."""
     check_against_schema(as_dict(config, resolve=False))
+
+
+def _check_files(config: DictConfig) -> None:
+    """Check that nothing is missing, neither a value nor a file, unless the run is there already.
+
+    A finished run is shown where its data are gone.
+    """
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    as_dict(own, resolve=False, throw_on_missing=True)
+    try:
+        check_files(config)  # no more of it is resolved: a recipe may read mmdet's config
+    except (ValueError, FileNotFoundError):
+        HydraConfig.instance().set_config(config)  # a run's name depends on it
+        if not holds_run(Path(config.hydra.run.dir)):
+            raise
 
 
 def _check_hydra_keys(config: DictConfig) -> None:
@@ -226,9 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = Job([f"--{o.replace('_', '-')}={v}" for o in options if (v := getattr(given, o))])
         if given.experimental_rerun:
             parser.error("--experimental-rerun is not supported; `ldt repeat` repeats a run")
-        shown = given.multirun and not (given.help or given.hydra_help or given.info)
+        asks = given.help or given.hydra_help or given.info or given.cfg
+        StrictLoader.checks_files = not (asks or given.multirun)  # a sweep may set what is missing
         try:
-            with progress.running() if shown else contextlib.nullcontext():
+            with progress.running() if given.multirun and not asks else contextlib.nullcontext():
                 utils._run_hydra(given, parser, job, str(conf_dir()), "config")
         except (KeyboardInterrupt, SystemExit):
             StudyTable.progress.close()
@@ -238,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not job.begun and given.multirun and StrictLoader.study is not None:
                 discard_sweep(StrictLoader.study)
             raise error if job.begun else refused(error)  # noqa: B904 (the same exception)
+        finally:
+            StrictLoader.checks_files = False
         if given.multirun and StrictLoader.study is not None:
             end_sweep(StrictLoader.study, Job.returned or StudyTable.jobs)
 

@@ -84,6 +84,8 @@ class LDTConfig:
     # of alpha=auto: the size of the term's gradient at the neck over the detection loss's
     alpha_share: Share = MISSING
     beta_share: Share = MISSING  # of beta=auto: likewise
+    # of auto: once, or again in each epoch, so that the shares are held while gradients change
+    estimation: Annotated[str, kinds.Estimation] = "once"
     ridge: NotNegative = MISSING  # S_w + (ridge tr(S_w)/C + ridge_absolute) I
     ridge_absolute: NotNegative = MISSING  # see ridge
     # mean or sum over eq. 11's off-diagonal entries; correlation: of channels scaled to variance 1
@@ -272,6 +274,7 @@ class ReportConfig:
     figures: bool = True  # draw figures and count every layer's cost, when the run is finished
     # keep the detections of every round's validation (detections-<t>.npz), which figures show
     detections: bool = True
+    before_retraining: bool = True  # validate after each cut too: a round's cut/AP
 
 
 @dataclass

@@ -13,15 +13,15 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
+from ldt.config.places import LAYOUTS, need_root
 from ldt.config.values import assigned
-from ldt.data.datamodule import DetectionDataModule, Split, need_folder
+from ldt.data.datamodule import DetectionDataModule, Split
 from ldt.data.image_files import MAX_PIXELS, Size, image_sizes
 from ldt.data.image_lists import listed_ids
 from ldt.data.tally import Tally
 from ldt.runs.inputs import file_digest, remembered, split_record
 
 CLASSES: tuple[str, ...] = CocoDataset.METAINFO["classes"]
-LAYOUT = "COCO's folders annotations, train2017 and val2017"
 IMAGE_LIST = re.compile(r'"images"\s*:\s*\[')
 
 
@@ -34,8 +34,9 @@ def read_annotations(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no annotation file {path}; expected: {LAYOUT}. Type dataset.root=/path/to/coco, or "
-            "dataset.train_ann=... and dataset.val_ann=... for other names"
+            f"no annotation file {path}; expected: {LAYOUTS['coco']}. Type "
+            "dataset.root=/path/to/coco, or dataset.train_ann=... and dataset.val_ann=... for "
+            "other names"
         )
     try:
         content = json.loads(_text(path), object_hook=_without_mask)
@@ -464,6 +465,4 @@ class CocoDataModule(DetectionDataModule):
     def _path(self, path: str) -> Path:
         if Path(path).is_absolute():
             return Path(path)
-        if self.root is None:
-            raise ValueError(f"dataset.root is not set; type dataset.root=/path/to/coco ({LAYOUT})")
-        return need_folder(self.root, "dataset.root", LAYOUT) / path
+        return need_root(self.root, "coco") / path

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import cv2
@@ -50,16 +49,6 @@ OPTIONS = {  # config key of each argument of the data module
     "pad": "detector.pad",
     "mixup": "detector.mixup",
 }
-
-
-def need_folder(root: str | Path, option: str, expected: str) -> Path:
-    """Return `root` as a path; raise FileNotFoundError with the `expected` content if missing."""
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"no folder {path}; expected there: {expected}. Type {option}=/path/to/it"
-        )
-    return path
 
 
 def one_thread(worker: int) -> None:

@@ -16,8 +16,9 @@ from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 
 from ldt.config.kinds import Grouping
+from ldt.config.places import LAYOUTS, need_root
 from ldt.config.values import Count, NaturalNumber, check_value
-from ldt.data.datamodule import DetectionDataModule, Split, need_folder
+from ldt.data.datamodule import DetectionDataModule, Split
 from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
 from ldt.data.image_lists import listed_ids
 from ldt.data.kitti_labels import (
@@ -38,7 +39,6 @@ GROUPINGS: dict[str, dict[str, str]] = {
     "merged": {"Van": "Car", "Truck": "Car", "Tram": "Car", "Person_sitting": "Pedestrian"},
     "strict": {},
 }
-LAYOUT = f"KITTI's folders {IMAGES} (.png or .jpg) and {LABELS} (.txt)"
 
 
 def group(objects: Iterable[KittiObject], grouping: str, classes: Sequence[str]) -> list[dict]:
@@ -83,7 +83,9 @@ def image_ids(root: Path) -> list[str]:
     """
     ids = sorted(_image_files(root))
     if not ids:
-        raise FileNotFoundError(f"no images in {root / IMAGES}; expected in {root}: {LAYOUT}")
+        raise FileNotFoundError(
+            f"no images in {root / IMAGES}; expected in {root}: {LAYOUTS['kitti']}"
+        )
     return ids
 
 
@@ -229,7 +231,7 @@ class KittiDataset(BaseDetDataset):
     ) -> None:
         self.official, self.max_pixels = official, max_pixels
         self.told, self.largest = Tally(), 0.0  # the largest coordinate of a box
-        self.root = need_folder(root, "dataset.root", LAYOUT)
+        self.root = need_root(root, "kitti")
         self.ids = list(ids)
         self.grouping = grouping
         check_classes(classes, grouping)
@@ -322,11 +324,7 @@ class KittiDataModule(DetectionDataModule):
 
     def folder(self) -> Path:
         """Return the root; raise ValueError or FileNotFoundError if it is not set or missing."""
-        if self.root is None:
-            raise ValueError(
-                f"dataset.root is not set; type dataset.root=/path/to/kitti ({LAYOUT})"
-            )
-        return need_folder(self.root, "dataset.root", LAYOUT)
+        return need_root(self.root, "kitti")
 
     def split_ids(self) -> dict[str, list]:
         """Return the image names of both splits, like "000042"."""

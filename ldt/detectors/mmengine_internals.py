@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import cast
 
-from mmengine.config import config
+from mmengine.config import config, utils
 from mmengine.model import BaseDataPreprocessor, BaseModule
 from mmengine.registry import registry
 from torch import nn
@@ -29,15 +30,33 @@ def registered_types_only() -> Iterator[None]:
 def packages_by_importlib() -> Iterator[None]:
     """Find the package of a config's ``_base_`` (``mmdet::...``) by importlib, in the context.
 
-    mmengine asks ``pkg_resources``, which setuptools has removed.
+    mmengine asks ``pkg_resources``, which setuptools has removed, and reads all metafiles of the
+    package for every config, which takes longer than the config.
     """
-    known = config.is_installed, config.get_installed_path
+    known = config.is_installed, config.get_installed_path, config._get_external_cfg_path
     config.is_installed = lambda package: find_spec(package) is not None
     config.get_installed_path = package_folder
+    config._get_external_cfg_path = _path_in_metafile
     try:
         yield
     finally:
-        config.is_installed, config.get_installed_path = known
+        config.is_installed, config.get_installed_path, config._get_external_cfg_path = known
+
+
+def _path_in_metafile(folder: str, file: str) -> str:
+    """Return what mmengine finds; raise its ValueError for what no metafile names."""
+    if (found := _asked_once(folder, file)) is None:
+        raise ValueError(f"no metafile of {folder} names {file}")
+    return found
+
+
+@cache
+def _asked_once(folder: str, file: str) -> str | None:
+    """Return the path of a packaged config; None if no metafile of the package names it."""
+    try:
+        return utils._get_external_cfg_path(folder, file)
+    except ValueError:
+        return None
 
 
 def copy_without_waiting(preprocessor: BaseDataPreprocessor) -> None:

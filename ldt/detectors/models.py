@@ -17,6 +17,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.utils import import_modules_from_strings
 
+from ldt.config.places import CONFIGS
 from ldt.detectors.mmengine_internals import (
     package_folder,
     packages_by_importlib,
@@ -83,22 +84,23 @@ def _read_teacher(model: PlainConfig) -> None:
         model["teacher_config"] = {"model": teacher}
 
 
-def input_settings(config: str) -> dict[str, Any]:
+def input_settings(config: str | Config) -> dict[str, Any]:
     """Return ``scale`` (width, height), ``keep_ratio`` and ``pad`` of a config's test pipeline.
 
     Args:
-        config: as for :func:`model_config`.
+        config: as for :func:`model_config`, or one that has been read.
 
     Raises:
         ValueError: there is no such config, or its test pipeline has no ``Resize`` to a size.
     """
-    content = read_config(config)
+    content = config if isinstance(config, Config) else read_config(config)
     loader = content.get("test_dataloader") or {}
     steps = (loader.get("dataset") or {}).get("pipeline") or content.get("test_pipeline") or []
     resize = next((step for step in steps if step["type"] == "Resize"), None)
     if resize is None or resize.get("scale") is None:
         lacks = "Resize" if resize is None else "scale in its Resize"
-        raise ValueError(f"{config!r} has no test pipeline with a {lacks}, so no input size")
+        name = content.filename if content is config else config
+        raise ValueError(f"{name!r} has no test pipeline with a {lacks}, so no input size")
     scale = resize["scale"]
     square = any(step["type"] == "Pad" and "size_divisor" not in step for step in steps)
     return {
@@ -124,8 +126,7 @@ def read_config(config: str) -> Config:
     except UNREADABLE as error:
         reason = str(error).partition(", the current sys.path")[0]
         raise ValueError(
-            f"detector.config={config!r} cannot be read ({reason}). Give a file, or a packaged "
-            "config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+            f"detector.config={config!r} cannot be read ({reason}); {CONFIGS}"
         ) from error
 
 

@@ -59,7 +59,7 @@ class ConfigRecipe:
         """Return ``pad``, ``size``, ``mosaic_scale`` or ``mixup``, or the usual value if silent."""
         with contextlib.suppress(ValueError, *BROKEN):
             if key in ("pad", "size"):
-                square = input_settings(self.name)["pad"] == "square"
+                square = input_settings(self.content)["pad"] == "square"
                 return "square" if square else {"pad": "none", "size": "full"}[key]
             return _listed(getattr(train_pipelines.augmentation(self.content), key))
         return {"pad": "none", "size": "full", "mosaic_scale": [0.1, 2.0], "mixup": True}[key]

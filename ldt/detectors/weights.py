@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ldt.config.names import below
+from ldt.config.places import need_checkpoint
 from ldt.detectors.archives import load_plain
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ def load_weights(
             or contains more than plain tensors.
         FileNotFoundError: there is no such file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"detector.checkpoint={str(path)!r}: no such file")
+    need_checkpoint(path)
     content = _read(path)
     state = content.get("state_dict", content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):

@@ -1,10 +1,11 @@
 """The prune-retrain loop of the paper: train, then score, prune and retrain, round by round."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import lightning as L
 import torch
@@ -23,6 +24,7 @@ from ldt.callbacks.lightning_internals import (
     set_max_epochs,
     validate,
 )
+from ldt.config.kinds import Metric
 from ldt.criteria.base import check_importance
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
@@ -59,6 +61,7 @@ from ldt.runtimes.latency_table import LatencyTable
 from ldt.runtimes.timing import Runtime, RuntimeName, measure_runtimes
 
 log = logging.getLogger(__name__)
+METRICS = get_args(get_args(Metric)[1])
 C = TypeVar("C", bound=L.Callback)
 
 
@@ -77,11 +80,13 @@ class PruneRetrain(L.Callback):
         validate_every: epochs between validations within a phase; 0 validates at its end only.
         runtimes: in which the latency is measured besides (:data:`ldt.runtimes.timing.RUNTIMES`).
         keep_detections: write the detections of each round's validation.
+        before_retraining: validate after each cut too, for ``cut/AP`` in the round's row.
         gradual: mask channels while training, in additional epochs before each round's retraining,
             instead of pruning at once; the criterion is not used then.
 
     Attributes:
         rows: one dict per finished round, that of the base training first.
+        after_cut: whether the current validation is that of a cut.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class PruneRetrain(L.Callback):
         gradual: GradualPruning | None = None,
         runtimes: Sequence[RuntimeName] = (),
         keep_detections: bool = False,
+        before_retraining: bool = False,
     ) -> None:
         if 0 < latency_runs < profiling.MINIMUM_RUNS or latency_runs < 0:
             raise ValueError(
@@ -104,7 +110,8 @@ class PruneRetrain(L.Callback):
         self.schedule, self.criterion, self.folder = schedule, criterion, folder
         self.latency_runs, self.validate_every = latency_runs, validate_every
         self.gradual, self.runtimes = gradual, tuple(runtimes)
-        self.keep_detections = keep_detections
+        self.keep_detections, self.before_retraining = keep_detections, before_retraining
+        self.after_cut = False
         self._masking_epochs = 0  # of all rounds, in addition to the schedule's epochs
         self._masking_before = 0  # of these, those of earlier rounds
         self._masks: dict[str, Any] = {}  # loaded state of `gradual`, until the graph is traced
@@ -115,6 +122,7 @@ class PruneRetrain(L.Callback):
         self._latency: dict[str, float] = {}
         self._started = time.perf_counter()
         self._metrics: dict[str, float] = {}
+        self._cut_metrics: dict[str, float] = {}
         self._notes: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +132,7 @@ class PruneRetrain(L.Callback):
             "rows": self.rows,
             "left_whole": self.excluded,
             "notes": self._notes,
+            "cut_metrics": self._cut_metrics,
             "latency": self._latency,
             "masking_epochs": self._masking_epochs,
             "masking_before": self._masking_before,
@@ -143,6 +152,7 @@ class PruneRetrain(L.Callback):
         costs = {canonical_budget(key): cost for key, cost in costs.items()}
         self._unpruned = Unpruned(costs, state_dict["channels"], self.table)
         self._latency = state_dict.get("latency", {})
+        self._cut_metrics = state_dict.get("cut_metrics", {})
         self._started = time.perf_counter() - state_dict["seconds"]
 
     # Hooks: when to validate, record and prune --------------------------------------------
@@ -262,11 +272,15 @@ class PruneRetrain(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last validation for the round's record."""
-        self._metrics = {
+        found = {
             key.removeprefix("val/"): float(value)
             for key, value in trainer.callback_metrics.items()
             if key.startswith("val/")
         }
+        if self.after_cut:
+            self._cut_metrics = {f"cut/{key}": found[key] for key in METRICS if key in found}
+        else:
+            self._metrics = found
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the round and begin the next one, at the end of a phase."""
@@ -313,6 +327,7 @@ class PruneRetrain(L.Callback):
         if self.runtimes:
             runs = self.latency_runs or profiling.MINIMUM_RUNS
             row.update(measure_runtimes(module.adapter, self.runtimes, runs))
+        row.update(self._cut_metrics)
         row.update({f"latency/{key}": value for key, value in self._latency.items()})
         row.update({f"criterion/{key}": value for key, value in self._notes.items()})
         row["seconds"] = round(time.perf_counter() - self._started, 1)
@@ -429,9 +444,21 @@ class PruneRetrain(L.Callback):
         module.lr_scale = self.schedule.retrain_lr
         module.schedule = module.recipe["schedule"]
         self._rebuild(trainer, module)
+        self._cut_metrics = {}
         if not self.schedule.retrain_epochs:
             validate(trainer)
             self._finish_round(trainer, module)
+        elif self.before_retraining:
+            self._validate_cut(trainer)
+
+    def _validate_cut(self, trainer: L.Trainer) -> None:
+        """Measure what a cut leaves before retraining."""
+        self.after_cut = True
+        validate(trainer)
+        self.after_cut = False
+        if trainer.is_global_zero:
+            found = (self._cut_metrics.get(f"cut/{key}", math.nan) for key in ("AP", "mAP"))
+            log.info("before retraining: AP %.3f, mAP %.3f", *found)
 
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:
         """Rebuild all that depends on the network's weights, after a phase ends or pruning.

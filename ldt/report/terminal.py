@@ -96,6 +96,9 @@ def _table_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> Table:
         columns[name] = [number(row.get(name), 3) for row in rows]
         if name == headline:
             columns["change"] = [_change(row, base, name) for row in rows]
+            if any(f"cut/{name}" in row for row in rows):
+                cuts = [number(row.get(f"cut/{name}"), 3) for row in rows]
+                columns["after cut"] = ["", *cuts[1:]]
     columns["parameters (M)"] = [number(row.get("params"), 3, 1e-6) for row in rows]
     columns["MACs (G)"] = [number(row.get("multiply_adds"), 3, 1e-9) for row in rows]
     columns["removed (%)"] = [number(row.get("rate"), 1, 100) for row in rows]
@@ -130,6 +133,8 @@ def _legend(summary: Mapping[str, Any]) -> Iterator[str]:
     height, width = summary["input_size"]
     budget = BUDGETS[summary["plan"]["budget"]]
     yield f"change: of {summary['metric']}, the metric of this data set, against the base"
+    if any(key.startswith("cut/") for row in summary["rounds"] for key in row):
+        yield f"after cut: {summary['metric']} before retraining"
     yield f"removed: of the base's {budget}; input {height}x{width} (height x width)"
     if places := _measured_on(summary["rounds"]):
         yield f"latency: of one image, {places}"

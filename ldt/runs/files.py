@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -323,8 +324,13 @@ def check_target(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():
         raise ValueError(f"{path} cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: {parent} is read-only")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # permissions do not tell: /proc, root on NFS
+            pass
+    except OSError as error:
+        read_only = isinstance(error, PermissionError) or error.errno == errno.EROFS
+        reason = "is read-only" if read_only else f"takes no files ({error.strerror})"
+        raise ValueError(f"{path} cannot be written: {parent} {reason}") from error
 
 
 def picture_folder(folder: Path) -> Path:

@@ -53,7 +53,8 @@ UNPRUNED = (  # keys without effect if nothing is pruned
 )
 LDT_OFF = (  # keys without effect if the detector is trained without LDT
     *("ldt.phi", "ldt.alpha", "ldt.beta", "ldt.ridge", "ldt.ridge_absolute", "ldt.covariance"),
-    *("ldt.alpha_share", "ldt.beta_share", "ldt.warmup_epochs", "ldt.memory", "ldt.gather"),
+    *("ldt.alpha_share", "ldt.beta_share", "ldt.estimation", "ldt.warmup_epochs"),
+    *("ldt.memory", "ldt.gather"),
 )
 FOLDS_OFF = ("dataset.fold", "dataset.gap", "dataset.reserved_folds")  # without effect, folds=0
 FOLDS_ON = ("dataset.reserved_folds", "dataset.train_fraction", "dataset.split_seed")  # with folds
@@ -62,6 +63,7 @@ REPEATS = ("seed", "base")  # runs of a cell may differ in these
 BEFORE: Flat = {  # values of keys that older configurations lack
     "base": "own",
     "ldt.background": "auto",
+    "ldt.estimation": "once",
     "dataset.max_detections": 100,
     "dataset.folds": 0,
     "method.inner_rounds": 1,
@@ -160,6 +162,7 @@ def idle(config: Mapping[str, Any]) -> tuple[str, ...]:
     pruning = UNPRUNED if _prunes_nothing(config) else ()
     own = config.get("ldt") or {}
     given = [f"ldt.{key}_share" for key in ("alpha", "beta") if own.get(key) != "auto"]
+    given += ["ldt.estimation"] * (len(given) == 2)
     augment = (config.get("recipe") or {}).get("augment", "mosaic")
     mosaic = () if augment == "mosaic" else MOSAIC
     prune, distill = config.get("prune") or {}, config.get("distill") or {}

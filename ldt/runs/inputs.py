@@ -16,6 +16,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
+from ldt.config.places import need_checkpoint
 from ldt.runs import files, records
 from ldt.runs.differences import differences
 from ldt.runs.identity import OtherRunError
@@ -129,9 +130,7 @@ def record(
     """
     weights = _local_weights(model)
     if checkpoint:
-        weights["detector.checkpoint"] = checkpoint
-    if checkpoint and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"detector.checkpoint={checkpoint!r}: no such file")
+        weights["detector.checkpoint"] = str(need_checkpoint(checkpoint))
     modules = (model.get("custom_imports") or {}).get("imports") or []
     modules = [modules] if isinstance(modules, str) else modules
     found = {

@@ -47,6 +47,29 @@ def test_a_weight_gives_the_median_step_its_share():
     assert weights.measured == before  # of the new epoch
 
 
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_renewed_weight_gives_each_epoch_its_share(renewed):
+    """The detection loss's gradient falls, that of L_LD grows, and L_cov's weight is given."""
+    weights = TermWeights({"ld": "auto", "cov": 2.0}, {"ld": 0.05, "cov": 0.05}, renewed)
+    weights.add([1, 1, 1], 1)
+    first = dict(weights.known)
+    for detection, discriminant in ((0.8, 3), (0.5, 8), (0.1, 20)):
+        weights.begin_epoch(3)
+        for norms in (
+            [detection, discriminant, 1],
+            [detection, 0, 1],
+            [detection, discriminant, 1],
+        ):
+            weights.add(norms, 1)
+        share = weights.known["ld"] * discriminant / detection
+        assert weights.measured["ld"] == pytest.approx(share)
+        assert weights.known["cov"] == first["cov"] == 2.0
+        assert share == pytest.approx(0.05) if renewed else weights.known == first
+        before = dict(weights.known)
+        weights.add([1, 1, 1], 1)  # a step of the epoch that is not measured
+        assert weights.known == before
+
+
 def test_a_given_weight_is_kept_beside_an_estimated_one():
     weights = TermWeights({"ld": "auto", "cov": 7.5}, {"ld": 0.1, "cov": 0.05})
     assert weights.known == {}
@@ -124,6 +147,20 @@ def test_an_estimation_works_in_mixed_precision(precision):
     terms = LDTLoss(**AUTO, warmup_epochs=0)
     fit(module_of(epochs=1, warmup=0), [many()] * 3, terms, precision=precision)
     assert all(0 < weight < 1e4 for weight in terms.weights.known.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_weights_are_estimated_again_in_each_epoch_and_stored():
+    terms = Watched(**AUTO, warmup_epochs=0, estimation="epoch")
+    module = module_of(epochs=3, warmup=0)
+    fit(module, [many()] * 4, terms, epochs=3)
+    alphas = [float(logs["alpha"]) for *_, logs in terms.steps]
+    # known from the first step on, and renewed by the four steps of the second and third epoch
+    assert [len(set(part)) for part in (alphas[1:8], alphas[8:])] == [1, 1]
+    assert len({alphas[1], alphas[8], terms.weights.known["ld"]}) == 3
+    assert module.term_constants["ldt"]["weights"] == terms.weights.known
+    assert terms.weights.measured["ld"] == pytest.approx(0.05)
 
 
 @pytest.mark.slow

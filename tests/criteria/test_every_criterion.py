@@ -2,6 +2,8 @@
 
 import io
 from collections import defaultdict
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,6 @@ def scores_of(subject: Case, name: str, graph: PruningGraph | None = None) -> di
     return score_groups(criterion, subject.target, graph or subject.graph(), subject.batches)
 
 
-@cache
-def known_scores(network: str, name: str) -> dict[str, Tensor]:
-    return scores_of(case(network), name)
-
-
 def state(model: nn.Module) -> dict[str, Any]:
     """Everything that scoring must leave alone."""
     return {
@@ -66,17 +63,40 @@ def state(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Scored:
+    """A network's scores, the size of each group, and its state before and after."""
+
+    scores: dict[str, Tensor]
+    sizes: dict[str, int]
+    states: tuple[dict[str, Any], dict[str, Any]]
+    weights: tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+@cache
+def scored(network: str, name: str) -> Scored:
+    subject = case(network)
+    graph = subject.graph()
+    before = state(subject.model), deepcopy(subject.model.state_dict())
+    scores = scores_of(subject, name, graph)
+    after = state(subject.model), subject.model.state_dict()
+    states, weights = zip(before, after, strict=True)
+    return Scored(scores, {key: group.size for key, group in graph.groups.items()}, states, weights)
+
+
+def known_scores(network: str, name: str) -> dict[str, Tensor]:
+    return scored(network, name).scores
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_one_finite_score_per_channel(name: str, network: str) -> None:
-    subject = case(network)
-    graph = subject.graph()
-    scores = scores_of(subject, name, graph)
-    assert set(scores) == set(graph.groups)
-    for group, values in scores.items():
-        assert values.shape == (graph.groups[group].size,)
-        assert bool(values.isfinite().all())
+    scores = known_scores(network, name)
+    assert {key: values.shape for key, values in scores.items()} == {
+        key: (size,) for key, size in scored(network, name).sizes.items()
+    }
+    assert all(bool(values.isfinite().all()) for values in scores.values())
     assert any(len(values.unique()) > 1 for values in scores.values())
 
 
@@ -84,16 +104,12 @@ def test_one_finite_score_per_channel(name: str, network: str) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_scoring_leaves_the_network_alone(name: str, network: str) -> None:
-    subject = case(network)
-    graph = subject.graph()
-    before = state(subject.model)
-    weights = {key: value.clone() for key, value in subject.model.state_dict().items()}
-    scores_of(subject, name, graph)
-    assert state(subject.model) == before
+    before, after = scored(network, name).states
+    assert after == before
     assert before["gradients"] == []
-    after = subject.model.state_dict()
-    assert list(after) == list(weights)
-    assert all(torch.equal(after[key], value) for key, value in weights.items())
+    before, after = scored(network, name).weights
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 @pytest.mark.slow

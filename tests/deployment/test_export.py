@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import forked
 import numpy as np
 import own_parts
 import pytest
@@ -42,16 +43,26 @@ torch.save(content | about, out)
 """
 
 
-def opened_by_mmdet(folder: Path, checkpoint: Path, item: dict[str, Any], cwd: Path) -> Any:
+def opened_by_mmdet(
+    folder: Path, checkpoint: Path, item: dict[str, Any], cwd: Path, fresh: bool = False
+) -> Any:
     """What `init_detector`, `DetInferencer` and `load_pruned` find, in a process of their own.
 
     The last one sees what the data module makes of the image.
+
+    Args:
+        folder: the exported detector.
+        checkpoint: what it was exported from.
+        item: an image of the data module.
+        cwd: where it is opened.
+        fresh: in a process that has imported nothing of ldt but what the script says.
     """
     batch = {"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]}
     torch.save(batch, cwd / "batch.pt")
     image, out = item["data_samples"].img_path, cwd / "found.pt"
     files = [str(file) for file in (folder, image, out, checkpoint, cwd / "batch.pt")]
-    done = python("-c", MMDET, *files, cwd=cwd)
+    (cwd / "opened.py").write_text(MMDET)
+    done = (python if fresh else forked.run)(str(cwd / "opened.py"), *files, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert len(list((cwd / "drawn/vis").iterdir())) == 1
     return torch.load(out, weights_only=True)
@@ -118,7 +129,8 @@ def test_a_detector_of_ones_own_goes_the_whole_way(tmp_path, monkeypatch):
     folder = export(checkpoint, tmp_path / "exported")
     data = experiment.build_data(config)
     data.setup("validate")
-    content = opened_by_mmdet(folder, checkpoint, data.val_dataloader().dataset[0], tmp_path)
+    item = data.val_dataloader().dataset[0]
+    content = opened_by_mmdet(folder, checkpoint, item, tmp_path, fresh=True)
     by_api, by_inferencer, ours = content["found"]
     assert_equal(by_api, ours)
     assert_equal(by_inferencer, ours)
@@ -126,9 +138,10 @@ def test_a_detector_of_ones_own_goes_the_whole_way(tmp_path, monkeypatch):
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
+    script = elsewhere / "opened.py"
     for given, told in (("", "type --trust"), (", trust=True", "PYTHONPATH")):
-        script = f"import sys, ldt; ldt.load_pruned(sys.argv[1]{given})"
-        done = python("-c", script, str(checkpoint), cwd=elsewhere)
+        script.write_text(f"import sys, ldt; ldt.load_pruned(sys.argv[1]{given})")
+        done = forked.run(str(script), str(checkpoint), cwd=elsewhere)
         assert "own_parts" in done.stderr
         assert told in done.stderr
 

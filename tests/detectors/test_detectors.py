@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.config import utils
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
 from real_data import NANODET_G, YOLOX_NANO, needs
@@ -15,6 +16,7 @@ from torch import nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from ldt.criteria.base import score_groups
+from ldt.detectors import mmengine_internals
 from ldt.detectors.forward import (
     as_maps,
     eval_with_gradients,
@@ -516,3 +518,19 @@ def test_a_published_file_loads(n_classes):
     skip = ["bbox_head.multi_level_conv_cls"] if n_classes == 3 else []
     assert set(published) == set(detector.state_dict())
     assert same(published, detector.state_dict(), skip)
+
+
+def test_a_packaged_config_is_where_mmengine_finds_it(tmp_path):
+    """Once for every file: mmengine reads all metafiles of the package each time."""
+    meta = {"model-index.yml": "Import: [metafile.yml]"}
+    meta["metafile.yml"] = "Models: [{Name: a, Config: configs/a/named}]"
+    (tmp_path / ".mim").mkdir()
+    for name, text in meta.items():
+        (tmp_path / ".mim" / name).write_text(text)
+    (tmp_path / "configs/a").mkdir(parents=True)
+    (tmp_path / "configs/a/named").touch()
+    for _ in range(2):
+        for find in (mmengine_internals._path_in_metafile, utils._get_external_cfg_path):
+            assert find(str(tmp_path), "a/named.py") == str(tmp_path / "configs/a/named")
+            with pytest.raises(ValueError, match="a/other"):
+                find(str(tmp_path), "a/other.py")

@@ -200,6 +200,14 @@ def test_wrong_numbers_are_told(run, tmp_path, capsys):
     assert "two batches to compare" in line
 
 
+@pytest.mark.parametrize("name", ["detections", "discriminants"])
+def test_a_config_that_is_not_allowed_is_refused_before_any_work(run, name, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("  batch_size: 4", "  batch_size: -4"))
+    assert "batch_size=-4; allowed" in refused(capsys, name, tmp_path / "run")
+
+
 def test_the_names_of_the_figures_are_those_that_can_be_drawn(capsys):
     assert ("curves", *paper.DRAWN) == NAMES
     cli.main(["figures", "--help"])

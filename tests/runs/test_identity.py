@@ -90,6 +90,8 @@ PAIRS = [
     ("", "ldt.alpha=0.5", "other run"),
     ("ldt=paper", "ldt=default", "other run"),
     ("ldt=default", "ldt=default ldt.alpha_share=0.2", "other run"),
+    ("ldt=default", "ldt=default ldt.estimation=epoch", "other run"),
+    ("ldt=paper", "ldt=paper ldt.estimation=epoch", "same run"),
     ("", "ldt.covariance=correlation", "other run"),
     ("", "ldt.background=true", "other run"),
     ("", "recipe.epochs=10", "other run"),

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
 from pruned_files import data_of, pruned_checkpoint
-from short_runs import TINY, python, rows
+from short_runs import ROOT, TINY, rows
 from short_runs import command as run
 from small import case
 
@@ -59,8 +60,9 @@ def test_every_runtime_times_a_detector_and_leaves_it_as_it_was() -> None:
     assert found["onnxruntime/file_bytes"] == pytest.approx(weights, rel=0.1)
 
 
-AFTER_OPENVINO = """
-import gc, signal
+AFTER_OPENVINO = f"""
+import gc, signal, sys
+sys.path.append({str(ROOT / "tests")!r})
 from ldt.runtimes.packages import kept_signal_stack, need
 from ldt.runtimes.timing import measure_runtimes
 from small import case
@@ -80,9 +82,11 @@ signal.raise_signal(signal.SIGUSR1)
 
 
 @pytest.mark.slow
-def test_signals_are_handled_after_openvino_has_run() -> None:
+def test_signals_are_handled_after_openvino_has_run(tmp_path: Path) -> None:
     """It replaces the stack for them; the process would be killed without a word."""
-    done = python("-W", "ignore", "-c", AFTER_OPENVINO, cwd=Path(__file__).parents[1])
+    script = tmp_path / "after_openvino.py"
+    script.write_text(AFTER_OPENVINO)
+    done = forked.run(str(script), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1:] == ["alive"]
 
@@ -126,7 +130,7 @@ def test_benchmark_refuses_what_is_no_detector(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_reports_its_runtimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs/study/run"
-    given = ("method=l1", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
+    given = ("method=l1", "prune=oneshot", "trainer=cpu", "report.runtimes=[eager,onnxruntime]")
     names = ("study=study", "run_name=run")
     done = run(*TINY, *given, *names, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
