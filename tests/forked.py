@@ -19,7 +19,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ process, which has imported everything but computed nothing, so that a child beg
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -56,6 +57,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "logging to W&B": (wandb_logger.WandbRun, "log_metrics"),
     "W&B's result": (wandb_logger.WandbRun, "_log_result"),
 }
+
+DRAWING = ("drawing", "a picture", "moving a file")  # calls of these occur in figures
 
 
 def half_written(content: Any, file: Any) -> None:
@@ -114,20 +117,27 @@ def begun(work: Callable[[], object]) -> int:
 
 def reference(configs: dict[str, Any], study: Path) -> dict[str, int]:
     """The jobs of a study that are not killed; how often each moment occurs in the first one."""
+    drawn = calls_in(configs["one"], study)
+    found = calls_in(plain(configs["one"]), study.with_name("plain"))
+    for name in [name for name in configs if name != "one"]:
+        assert child(partial(run, configs[name], study, name)) == 0, "it fails without being killed"
+    counts = {moment: (drawn if moment in DRAWING else found)[moment] for moment in MOMENTS}
+    return {moment: count for moment, count in counts.items() if count}
+
+
+def calls_in(config: Any, study: Path) -> dict[str, int]:
+    """Run a job to its end; how often each moment occurs in it."""
     counts = {moment: [0] for moment in MOMENTS}
     file = study.with_suffix(".counts")
 
     def work() -> None:
         for moment, calls in counts.items():
             counted(moment, calls, None)
-        run(configs["one"], study, "one")
-        file.write_text("\n".join(f"{moment}\t{calls[0]}" for moment, calls in counts.items()))
-        for name in [name for name in configs if name != "one"]:
-            run(configs[name], study, name)
+        run(config, study, "one")
+        file.write_text(json.dumps({moment: calls[0] for moment, calls in counts.items()}))
 
-    assert child(work) == 0, "the jobs fail without being killed"
-    pairs = [line.split("\t") for line in file.read_text().splitlines()]
-    return {moment: int(count) for moment, count in pairs if int(count)}
+    assert child(work) == 0, "it fails without being killed"
+    return json.loads(file.read_text())
 
 
 def run(config: Any, study: Path, name: str) -> None:
@@ -137,8 +147,12 @@ def run(config: Any, study: Path, name: str) -> None:
     experiment.run(own, study / name)
 
 
-def killed_and_resumed(configs: dict[str, Any], study: Path, moment: str, at: int) -> None:
-    """Die in one call of the first job, while others wait for its base, and begin it again."""
+def killed_and_resumed(given: dict[str, Any], study: Path, moment: str, at: int) -> None:
+    """Die in one call of the first job, while others wait for its base, and begin it again.
+
+    Figures take more time than all else: they are left out where nothing of them is killed.
+    """
+    configs = given if moment in DRAWING else {name: plain(job) for name, job in given.items()}
 
     def die() -> None:
         counted(moment, [0], at)
@@ -155,6 +169,13 @@ def killed_and_resumed(configs: dict[str, Any], study: Path, moment: str, at: in
     left = [file.name for file in study.rglob(f"{files.DRAFT}*")]
     left += [file.name for file in study.with_suffix(".cache").glob(".roadscenes*-*-*[!k]")]
     assert left == [], f"drafts are left: {left}"
+
+
+def plain(config: Any) -> Any:
+    """The same job without figures."""
+    job = config.copy()
+    job.report.figures = False
+    return job
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -179,6 +200,8 @@ def configurations(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "ldt.memory=2",
         "ldt.warmup_epochs=0",
         "prune.rounds=2",
+        "method.inner_rounds=2",
+        "report.before_retraining=true",
         *DRAWN,
     ]
     if given.wandb:
