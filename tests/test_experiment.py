@@ -181,15 +181,19 @@ def test_other_detectors_run_as_they_are(options, tmp_path):
     [pytest.param(p.name, p, marks=needs(p)) for p in (KITTI, COCO)],
 )
 def test_real_images_run_as_they_are(dataset, root, tmp_path):
+    scale = {"kitti": "[320,96]", "coco": "[160,160]"}[dataset]
     few = ["trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "prune.images=4"]
     phases = ["recipe.epochs=1", "recipe.retrain_epochs=1", "recipe.batch_size=2", "prune=oneshot"]
     overrides = [f"dataset={dataset}", f"dataset.root={root}", "detector=yolox_nano", *few, *phases]
     more = ["prune.rate=0.3", "report.latency_runs=0", "report.pictures=1", "dataset.workers=0"]
+    more.append(f"dataset.scale={scale}")
     config = composed(*overrides, *more, "trainer=cpu", "run_name=real")
     experiment.run(config, tmp_path / "run")
     base, last = rows(tmp_path / "run")
     assert last["params_rate"] == pytest.approx(0.3, abs=0.005)
-    assert set(base) == set(last) - {"criterion/rank_correlation"}
+    cut = {key for key in last if key.startswith("cut/")}
+    assert set(base) == set(last) - {"criterion/rank_correlation"} - cut
+    assert {key.removeprefix("cut/") for key in cut} < set(base)
     assert (tmp_path / "run/pictures/detections.png").is_file()
 
 
