@@ -288,6 +288,16 @@ def test_what_is_no_detector_is_told(data):
 
 
 @pytest.mark.slow
+def test_a_detector_in_half_precision_is_refused(detector, data):
+    for kind in (torch.float16, torch.bfloat16, torch.complex64):
+        other = deepcopy(detector).to(kind)
+        with pytest.raises(
+            ValueError, match=rf" is {kind}; allowed: torch.float32, which detector"
+        ):
+            ldt.prune(other, data, rate=0.3)
+
+
+@pytest.mark.slow
 def test_wrong_overrides_of_training_are_told():
     with pytest.raises(ValueError, match=r"^prune.raet=1: unknown key; did you mean prune.rate\?"):
         ldt.train("prune.raet=1")

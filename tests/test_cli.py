@@ -31,7 +31,7 @@ from ldt.criteria.methods import find_method
 from ldt.deployment import prediction, to_mmdet
 from ldt.progress import console
 from ldt.runs.files import write_json
-from ldt.runs.refusal import Failed, Refused, is_refusal, refused, refusing
+from ldt.runs.refusal import Failed, Refused, is_refusal, one_line, refused, refusing
 
 HEAVY = (
     "torch",
@@ -68,6 +68,11 @@ def refusal(capsys, *arguments, code=2):
     assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in out.splitlines())  # signs of life
     (line,) = err.splitlines()
     return line.removeprefix("error: ")
+
+
+def test_an_error_is_a_line_that_can_be_read_and_ends():
+    assert one_line("a\n b\x1b[31m") == "a b\N{REPLACEMENT CHARACTER}[31m"
+    assert one_line("x" * 100_000) == "x" * 2000 + "... (100,000 characters)"
 
 
 # Targets --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ldt.detectors.checkpoints import detector_of, read, resize_steps
 from ldt.evaluation.metrics import DetectionMetrics
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.runs.files import check_folder_of, holds_run
-from ldt.runs.refusal import refusing
+from ldt.runs.refusal import one_line, refusing
 from ldt.runs.run import checkpoint_of
 from ldt.runtimes import int8
 from ldt.runtimes.about import KEY, About
@@ -241,7 +241,7 @@ def export_model(detector: Detector, about: About, file: Path) -> None:
         to_onnx(detector, plain, about.shape, about.outputs == "raw", about.max_detections)
         _save(read_model(plain, file.suffix), about, file)
     except Exception as error:  # mmdet, torch and runtimes raise many types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"{type(detector.model).__name__} {CANNOT}: {reason}") from error
 
 

@@ -15,6 +15,7 @@ from ldt.detectors.freezing import thaw_pruned
 from ldt.detectors.models import build
 from ldt.detectors.untrusted import checked, limited_allocation
 from ldt.pruning import structure
+from ldt.runs.refusal import one_line
 from ldt.runs.run import checkpoint_of
 
 RECORD = "pruning_record"  # attribute of a loaded detector: its checkpoint's metadata
@@ -115,7 +116,7 @@ def _one_line() -> Iterator[None]:
     except (ValueError, ImportError):
         raise
     except Exception as error:  # constructors of mmdet raise many types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"the checkpoint's detector cannot be built ({reason})") from error
 
 

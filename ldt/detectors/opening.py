@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config, ConfigDict
 from torch import nn
@@ -57,13 +58,15 @@ def open_detector(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of these, or the weights belong to another detector.
+        ValueError: it is none of these, has weights in half precision, or the weights belong to
+            another detector.
     """
     if isinstance(detector, nn.Module):
         if weights is not None:
             raise ValueError("weights are for a config; this detector is built already")
         if not isinstance(detector, BaseDetector):
             raise ValueError(f"detector is a {type(detector).__name__}; {ALLOWED}")
+        _check_precision(detector)
         record = getattr(detector, RECORD, {})
         if config is not None:
             record = {**record, "model": _read_config(config)}
@@ -83,6 +86,15 @@ def open_detector(
 def _is_checkpoint(path: Path) -> bool:
     """Whether a detector is given by a checkpoint of ldt or by the directory of a run."""
     return path.suffix == SUFFIX or path.is_dir()
+
+
+def _check_precision(detector: nn.Module) -> None:
+    """Check that scores can be computed: sums of squares and gradients vanish in half precision."""
+    for name, part in detector.named_parameters():
+        if part.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {part.dtype}; allowed: torch.float32, which detector.float() makes"
+            )
 
 
 def _opened(

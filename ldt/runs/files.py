@@ -81,7 +81,7 @@ def reading(file: Path, remedy: str = "remove it to run again") -> Iterator[None
         raise
     except Exception as error:  # parsers and libraries for pictures raise all kinds
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        reason = f"{kind}{one_line(error)}"[:MOST_REASON]
+        reason = one_line(f"{kind}{error}", MOST_REASON)
         raise DamagedError(f"{file} is damaged ({reason}); {remedy}") from error
 
 

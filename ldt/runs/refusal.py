@@ -48,9 +48,15 @@ def refused(error: Exception) -> Exception:
     return error
 
 
-def one_line(message: object) -> str:
-    """Return a message, or that of an exception, without line breaks and control characters."""
-    return printable(" ".join(str(message).split()))
+def one_line(message: object, most: int = 2000) -> str:
+    """Return a message, or that of an exception, without line breaks and control characters.
+
+    Args:
+        message: the message.
+        most: characters of it that are kept; names in a stranger's file may have any length.
+    """
+    text = printable(" ".join(str(message).split()))
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def _open_onnx(path: Path, threads: int | None) -> OnnxSession:
     try:  # from memory: there is no folder to find further files in
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many types
-        raise ValueError(f"ONNX Runtime cannot open it ({one_line(error)[:300]})") from error
+        raise ValueError(f"ONNX Runtime cannot open it ({one_line(error, 300)})") from error
     return OnnxSession(about, session)
 
 
@@ -133,7 +133,7 @@ def checked_onnx(content: bytes) -> About:
     try:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except Exception as error:
-        raise ValueError(f"its graph is not valid ({one_line(error)[:300]})") from error
+        raise ValueError(f"its graph is not valid ({one_line(error, 300)})") from error
     _check_tensors(_dims(value.type) for value in [*inferred.value_info, *inferred.output])
     return about
 
@@ -170,13 +170,13 @@ def _open_openvino(path: Path, threads: int | None) -> OpenVinoSession:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"it is damaged or no OpenVINO model ({one_line(error)[:300]})") from error
+        raise ValueError(f"it is damaged or no OpenVINO model ({one_line(error, 300)})") from error
     about = checked_openvino(model)
     options = F32 | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     try:
         compiled = core.compile_model(model, "CPU", options)
     except Exception as error:
-        raise ValueError(f"OpenVINO cannot compile it ({one_line(error)[:300]})") from error
+        raise ValueError(f"OpenVINO cannot compile it ({one_line(error, 300)})") from error
     return OpenVinoSession(about, compiled.create_infer_request())
 
 
