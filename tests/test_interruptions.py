@@ -1,9 +1,11 @@
 """Runs that are stopped, started twice, refused a disk, or sent away, in processes of their own."""
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import forked
@@ -15,6 +17,7 @@ from short_runs import DRAWN, ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
 from ldt import experiment
+from ldt.cli import main
 from ldt.figures import from_runs
 from ldt.figures.style import save
 from ldt.loop import pruning_round
@@ -297,6 +300,48 @@ def test_a_queue_that_refuses_is_told(slurm, tmp_path, caplog):
 
 
 # What happens to a run's directory -------------------------------------------------------------
+
+
+def test_a_file_system_without_locks_holds_whole_runs(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    config = tiny(tmp_path, "trainer=cpu", "method=l1", "prune=oneshot", "base=shared")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    found = experiment.run(config, tmp_path / "study/run")
+    told = caplog.text.count("a file system without locks")
+    assert told == 3  # of the run, its base and the cache of the scenes
+    assert experiment.run(config, tmp_path / "study/run") == found
+    assert [summary(folder)["status"] for folder in (tmp_path / "study").iterdir()] == [
+        "finished",
+        "finished",
+    ]
+
+
+def test_a_finished_run_on_a_disk_that_became_read_only_is_shown(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=99m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("no right to mount a disk")
+    try:
+        config = tiny(tmp_path, "trainer=cpu", "method=none", *DRAWN)
+        found = experiment.run(config, disk / "study/run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert experiment.run(config, disk / "study/run") == found
+        capsys.readouterr()
+        main(["report", str(disk / "study"), "--format", "csv"])
+        assert f"{found:.3f}"[:5] in capsys.readouterr().out
+        shown = ["figures", "results", str(disk / "study/run")]
+        with pytest.raises(SystemExit) as refused:
+            main(shown)
+        assert refused.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("is read-only")
+        main([*shown, "--out", str(tmp_path / "results.png")])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert (tmp_path / "results.png").is_file()
 
 
 def test_a_directory_that_is_removed_ends_the_run_in_one_line(tmp_path, monkeypatch):
