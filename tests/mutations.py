@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,16 @@ def mutated(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return record
 
 
+def hostile(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Copies of a record, in each of which one thing that is built by its type is a command."""
+    for number, (node, key) in enumerate(places(record)):
+        if isinstance(node[key], dict) and "type" in node[key]:
+            changed = copy.deepcopy(record)
+            node, key = list(places(changed))[number]
+            node[key] = copy.deepcopy(CALL)
+            yield changed
+
+
 def opened(file: Path) -> str:
     """Open a checkpoint in the three ways there are; return how that ended."""
     try:
@@ -130,26 +140,38 @@ def opened(file: Path) -> str:
 
 def outcomes(checkpoint: Path, number: int, seed: int) -> tuple[Counter[str], list[str]]:
     """Open so many mutated checkpoints; count how they ended, and list what was forbidden."""
-    use_mmdet()
     rng, content = random.Random(seed), torch.load(checkpoint, weights_only=True)
+
+    def mutations() -> Iterator[dict[str, Any]]:
+        for _ in range(number):
+            state, record = dict(content["state_dict"]), mutated(content["ldt"], rng)
+            if rng.random() < 0.1:
+                key, change = rng.choice([*state]), rng.choice(TENSORS)
+                state[key] = change(state[key])
+            yield {"state_dict": state, "ldt": record}
+
+    return watched(content, mutations())
+
+
+def watched(
+    content: dict[str, Any], changed: Iterable[dict[str, Any]]
+) -> tuple[Counter[str], list[str]]:
+    """Open a checkpoint and changed ones; count how these ended, and list what was forbidden."""
+    use_mmdet()
     counts: Counter[str] = Counter()
     escapes: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         file, watch = Path(name) / "round-1.ckpt", Watch(Path(name))
         torch.save(content, file)
         assert opened(file) == "opened"  # what is imported then is imported
-        for _ in range(number):
-            state, record = dict(content["state_dict"]), mutated(content["ldt"], rng)
-            if rng.random() < 0.1:
-                key, change = rng.choice([*state]), rng.choice(TENSORS)
-                state[key] = change(state[key])
-            torch.save({"state_dict": state, "ldt": record}, file)
+        for other in changed:
+            torch.save(other, file)
             with watch.watching() as seen:
                 begun = time.process_time()
                 counts[opened(file)] += 1
             if time.process_time() - begun > PATIENCE:
                 counts[f"slower than {PATIENCE} s"] += 1
-            escapes += [f"{event}: {record}"[:2000] for event in seen]
+            escapes += [f"{event}: {other['ldt']}"[:2000] for event in seen]
     return counts, escapes
 
 

@@ -311,6 +311,16 @@ def test_detectors_of_mmdet_are_let_in(family: str):
 
 
 @pytest.mark.slow
+def test_what_a_record_builds_is_never_a_command(benign: Path):
+    content = torch.load(benign, weights_only=True)
+    changed = [content | {"ldt": record} for record in mutations.hostile(content["ldt"])]
+    assert len(changed) > 5
+    counts, escapes = mutations.watched(content, changed)
+    assert not escapes
+    assert counts == {"refused": len(changed)}
+
+
+@pytest.mark.slow
 def test_mutated_records_run_nothing(benign: Path):
     # by hand: python tests/mutations.py --number 10000
     counts, escapes = mutations.outcomes(benign, number=60, seed=0)
