@@ -13,11 +13,11 @@ from plotly.offline import get_plotlyjs
 
 from ldt.report import study_figures
 from ldt.report.images import album
-from ldt.report.tables import SIZES, TARGETS, Column, Value, compare, percent
+from ldt.report.tables import LATENCY, SIZES, TARGETS, Column, Value, compare, has_noise, percent
 from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs import STATES
 from ldt.runs.aggregate import Cell, cells, varying
-from ldt.runs.formatting import number
+from ldt.runs.formatting import TILDE, is_noisy, number
 from ldt.runs.identity import LABELS, flatten
 from ldt.runs.run import Run
 
@@ -54,6 +54,7 @@ def page(study: Path, runs: Sequence[Run], megabytes: float) -> str:
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         facts=_facts(runs, found),
         cells=compare(found),
+        noise=TILDE if has_noise(found) else "",
         rows=_rows(found),
         panels=_panels(found),
         losses=_losses(found),
@@ -143,6 +144,9 @@ def _row(cell: Cell, run: Run, after: Sequence[Column]) -> dict[str, Value]:
         "before": _number(before, Column("", "", 3)),
     }
     measured = {column.title: _number(row.get(column.key), column) for column in after}
+    if is_noisy(row):
+        median = measured[LATENCY]
+        measured[LATENCY] = median._replace(text=f"~{median.text}")
     removed = _number(row.get("rate"), Column("", "", 1, 100))
     return values | measured | {"removed (%)": removed}
 

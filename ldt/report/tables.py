@@ -9,7 +9,7 @@ import pandas as pd
 
 from ldt.report.terminal import BUDGETS, LATENCY_TARGETS, RUNTIME_TIMES, shown_metrics
 from ldt.runs.aggregate import Cell, notes, summarise
-from ldt.runs.formatting import number
+from ldt.runs.formatting import TILDE, is_noisy, number
 
 
 class Column(NamedTuple):
@@ -30,10 +30,11 @@ class Value(NamedTuple):
     best: bool = False
 
 
+LATENCY = "latency (ms)"
 SIZES = (
     Column("params", "parameters (M)", 3, 1e-6, -1),
     Column("multiply_adds", "multiply-adds (G)", 3, 1e-9, -1),
-    Column("latency_ms", "latency (ms)", 1, 1.0, -1),
+    Column("latency_ms", LATENCY, 1, 1.0, -1),
     *(Column(key, title, 2, 1.0, -1) for key, title in RUNTIME_TIMES.items()),
 )
 TARGETS = tuple(Column(key, title, 2) for key, title in LATENCY_TARGETS.items())
@@ -68,12 +69,24 @@ def compare(found: Sequence[Cell]) -> Table:
         _texts(cell, row["seeds"])
         | {
             column.title: Value(
-                _plus_minus(row, column), row[column.key], (index, column.key) in best
+                _tilde(cell, column) + _plus_minus(row, column),
+                row[column.key],
+                (index, column.key) in best,
             )
             for column in shown
         }
         for index, (cell, row) in enumerate(zip(found, means.to_dict("records"), strict=True))
     ]
+
+
+def _tilde(cell: Cell, column: Column) -> str:
+    """Return "~" for a latency that was noisy in a run."""
+    return "~" * (column.key == "latency_ms" and any(map(is_noisy, (r.row for r in cell.runs))))
+
+
+def has_noise(found: Sequence[Cell]) -> bool:
+    """Return whether a latency of the table was noisy."""
+    return any(is_noisy(run.row) for cell in found for run in cell.runs)
 
 
 def _texts(cell: Cell, seeds: int) -> dict[str, Value]:
@@ -129,7 +142,11 @@ def _markdown(found: Sequence[Cell]) -> str:
     rule = ["---" if title in TEXTS else "---:" for title in titles]
     rows = [[_marked(value) for value in row.values()] for row in table]
     lines = [f"| {' | '.join(line)} |\n" for line in (map(_as_text, titles), rule, *rows)]
-    return "".join(lines) + "".join(f"\n{_as_text(note)}\n" for note in notes(found))
+    return "".join(lines) + "".join(f"\n{_as_text(note)}\n" for note in _notes(found))
+
+
+def _notes(found: Sequence[Cell]) -> list[str]:
+    return notes(found) + [TILDE] * has_noise(found)
 
 
 def _marked(value: Value) -> str:
@@ -150,7 +167,7 @@ def _latex(found: Sequence[Cell]) -> str:
     style = style.format(escape="latex").format_index(escape="latex", axis=1).hide(axis="index")
     alignment = "".join("l" if title in TEXTS else "r" for title in texts)
     written = style.to_latex(hrules=True, column_format=alignment).replace("±", "$\\pm$")
-    told = "".join(f"% {note}\n" for note in notes(found))
+    told = "".join(f"% {note}\n" for note in _notes(found))
     return f"% \\usepackage{{booktabs}}\n{told}{written}"
 
 

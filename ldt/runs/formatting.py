@@ -1,6 +1,14 @@
 """Formatting of numbers and texts for tables, figures and the terminal."""
 
+from collections.abc import Mapping
 from math import isnan
+from typing import Any
+
+NOISY = 1.25  # of a latency: its 90th percentile over its median
+TILDE = (
+    "~: noisy, the 90th percentile of the calls is over 1.25 times their median; measure again "
+    "with nothing else running"
+)
 
 
 def printable(text: str) -> str:
@@ -19,6 +27,12 @@ def check_printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("has characters that cannot be printed")
     return text
+
+
+def is_noisy(row: Mapping[str, Any], key: str = "latency") -> bool:
+    """Return whether a row's 90th percentile is far above its median: others used the machine."""
+    median, slow = row.get(f"{key}_ms"), row.get(f"{key}_p90_ms")
+    return bool(median and slow and slow > NOISY * median)
 
 
 def number(value: float | None, digits: int, scale: float = 1.0) -> str:

@@ -14,8 +14,9 @@ from ldt.report import open_runs
 from ldt.report.images import album
 from ldt.report.page import page
 from ldt.report.study_figures import MOST_POINTS, by_round, pareto, thinned, trade_off, training
+from ldt.report.tables import write
 from ldt.runs.aggregate import cells
-from ldt.runs.files import write_json
+from ldt.runs.files import read_json, write_json
 
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 APS = {"chip": (0.31, 0.33), "ldt": (0.38, 0.36), "l1": (0.2, 0.25)}
@@ -146,6 +147,22 @@ def test_the_page_holds_everything_and_links_to_nothing(study):
         assert name in text
     assert "12 more pictures" in text
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(http|//)""", text)
+
+
+def test_a_noisy_latency_is_marked_wherever_it_is_shown(study):
+    one, other = (read_json(study / f"ldt-s{seed}/summary.json") for seed in (0, 1))
+    for found in (one, other):
+        found["rounds"][-1]["latency_p90_ms"] = 1.2 * found["rounds"][-1]["latency_ms"]
+    write_json(study / "ldt-s1/summary.json", other)
+    assert "~" not in write(cells(open_runs(study)), "markdown")
+    one["rounds"][-1]["latency_p90_ms"] = 1.3 * one["rounds"][-1]["latency_ms"]
+    write_json(study / "ldt-s0/summary.json", one)
+    table = write(cells(open_runs(study)), "markdown")
+    assert re.findall(r"~[\d.]+", table) == ["~5.5"]  # the mean of both seeds
+    assert "~: noisy" in table
+    text = page(study, open_runs(study), 0)
+    assert re.findall(r">(~[\d.]+)", text) == ["~5.5", "~5.0"]
+    assert "~: noisy" in text
 
 
 @pytest.mark.slow

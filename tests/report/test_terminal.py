@@ -73,6 +73,19 @@ def test_a_run_is_printed_with_one_line_a_round(tmp_path, capsys):
     assert {words[1] for words in commands[1:]} == {str(tmp_path)}
 
 
+def test_a_noisy_latency_is_marked_and_so_is_the_speed_up_by_it(tmp_path, capsys):
+    quiet, noisy = {"latency_p90_ms": 13.0}, {"latency_p90_ms": 19.0}
+    report.print_run(summary(row(0, **quiet), row(1, **noisy), row(2, **quiet)), tmp_path)
+    text = capsys.readouterr().out
+    assert cells(text, "1")[-2:] == ["~12.3", "~1.00x"]
+    assert cells(text, "2")[-2:] == ["12.3", "1.00x"]
+    assert "~: noisy" in text
+    report.print_run(summary(row(0, **noisy), row(1, **quiet)), tmp_path)
+    assert cells(capsys.readouterr().out, "1")[-2:] == ["12.3", "~1.00x"]
+    report.print_run(summary(row(0, **quiet), row(1, **quiet)), tmp_path)
+    assert "~" not in capsys.readouterr().out
+
+
 def test_latencies_of_two_machines_are_not_compared(tmp_path, capsys):
     report.print_run(summary(row(0), row(1, threads=4)), tmp_path)
     text = capsys.readouterr().out
