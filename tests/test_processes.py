@@ -229,6 +229,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process(tmp_path, number):
         assert process.poll() is None, out.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert len(alive(tmp_path)) >= 3  # the sweep and the two processes of its job
     process.send_signal(number)
     assert process.wait() == 130, out.read_text()
     (file,) = tmp_path.glob("runs/default/*/summary.json")
