@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
+PLACES = (str(ROOT),)  # where commands find modules first
 PATIENCE = 900  # seconds after which a process counts as hanging, on a slow and busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
 OURS = {"", str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)}
@@ -31,7 +32,7 @@ INSTALLED = [path for path in sys.path if path not in OURS]  # the server's, whe
 
 def environment() -> dict[str, str]:
     """The environment of every command: one thread, and this checkout's `ldt`."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(PLACES)}
 
 
 def start_server() -> None:
@@ -67,7 +68,7 @@ class Started:
         self._process: Any = CONTEXT.Process(target=_work, args=given)
         with mock.patch.dict(sys.modules, __main__=ModuleType("__main__")):  # else imported there
             self._process.start()
-        multiprocessing.process._children.discard(self._process)  # waited for at the exit else
+        process._children.discard(self._process)  # waited for at the exit else
         ready.close()
         waiting.poll(None)  # until it is in its group, or has ended
 

@@ -231,6 +231,7 @@ def test_a_round_of_pruning(repair):
 @pytest.mark.filterwarnings("ignore")
 def test_a_whole_run_on_the_device_is_one_on_the_cpu(tmp_path, monkeypatch):
     options = ["method=ldt", "recipe.ema=0.05", "ldt.memory=1", "recipe.channels_last=false"]
+    options += ["prune=oneshot"]  # in software, each call of the device takes long
     experiment.run(tiny(tmp_path, *options), tmp_path / "cpu")
     monkeypatch.setattr(L, "Trainer", on_stand_in)
     with StandIn():

@@ -61,10 +61,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path):
     assert "Traceback" not in text
 
 
-def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
+def test_ctrl_c_while_a_round_begins_changes_nothing(undisturbed, tmp_path, monkeypatch):
     """It comes at the worst moment: channels are cut, nothing is saved yet."""
-    config = tiny(tmp_path, "method=l1", "prune=oneshot")
-    experiment.run(config, tmp_path / "whole")
+    config = based(undisturbed)
     with monkeypatch.context() as patch:
         check = pruning_round.check_rate
 
@@ -78,7 +77,7 @@ def test_ctrl_c_while_a_round_begins_changes_nothing(tmp_path, monkeypatch):
     assert stopped.value.code == 130
     assert summary(tmp_path / "run")["status"] == "interrupted"
     experiment.run(config, tmp_path / "run")
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(undisturbed / "whole")
 
 
 def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
@@ -265,7 +264,8 @@ def test_a_signalled_job_goes_on_as_if_it_had_not_been(
     moment, number, slurm, undisturbed, tmp_path, monkeypatch
 ):
     config = based(undisturbed, *(DRAWN if moment == "drawing" else ()))
-    before = signal.getsignal(number)
+    before, drawn = signal.getsignal(number), []
+    monkeypatch.setattr(from_runs, "draw_run", lambda _, folder, *__: drawn.append(folder))
     with monkeypatch.context() as patch:
         owner, name, call = MOMENTS[moment]
         signalled(patch, owner, name, number, call)
@@ -279,7 +279,10 @@ def test_a_signalled_job_goes_on_as_if_it_had_not_been(
         states = {summary(f)["status"] for f in folders if (f / "summary.json").exists()}
         assert states <= {"interrupted", "finished"}
         assert "interrupted" in states
+    bases = list((tmp_path / "s").glob("base-*")) if moment == "drawing" else []
+    assert drawn == bases
     experiment.run(config, tmp_path / "s/run")
+    assert drawn == [*bases, *[tmp_path / "s/run"] * (moment == "drawing")]
     assert rows(tmp_path / "s/run") == rows(undisturbed / "whole")
 
 

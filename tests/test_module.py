@@ -10,6 +10,7 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
+from short_runs import SCENES
 from small import composed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,7 +32,7 @@ MANY = [[8, 8, 40, 40], [50, 10, 90, 50], [20, 20, 60, 60], [2, 30, 30, 60]]
 @pytest.mark.parametrize(("given", "limit"), [((), 100), (("50",), 100), (("300",), 300)])
 def test_the_detections_that_count_are_returned_by_the_detector(tmp_path, given, limit):
     options = [f"dataset.max_detections={number}" for number in given]
-    config = composed(*options, "run_name=x", f"dataset.cache={tmp_path}")
+    config = composed(*SCENES, *options, "run_name=x", f"dataset.cache={tmp_path}")
     plain = OmegaConf.to_container(config, resolve=True)
     module = build_module(config, plain, build_data(config))
     assert module.metrics.max_detections == int(given[0] if given else 100)

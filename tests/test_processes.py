@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import forked
@@ -12,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from short_runs import ROOT, TINY, command, rows
+from short_runs import ROOT, TINY, command, python, rows
 
 import ldt
 from ldt.loop.schedule import PruningSchedule
@@ -185,25 +183,26 @@ def alive(folder):
     return found
 
 
-def test_a_job_that_fails_in_one_process_leaves_the_next_ones_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("started", "seeds"), [(command, "0,1"), (python, "0")], ids=["forked", "interpreters"]
+)
+def test_a_job_that_fails_in_one_process_leaves_the_next_ones_alone(
+    tmp_path, monkeypatch, started, seeds
+):
     """The second process alone meets an image that it cannot read, in the first job."""
     (tmp_path / "mine.py").write_text(BROKEN)
+    monkeypatch.setattr(forked, "PLACES", (*forked.PLACES, str(tmp_path)))
     arguments = [*TINY, *TWO, f"dataset.cache={tmp_path / 'cache'}", "method=none"]
-    arguments += ["dataset._target_=mine.Mine", "seed=0,1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
-        cwd=tmp_path,
-        env=forked.environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        capture_output=True,
-        text=True,
-        timeout=forked.PATIENCE,
-        check=False,
-    )
+    arguments += ["dataset._target_=mine.Mine", f"seed={seeds}"]
+    program = [] if started is command else [str(ROOT / "run.py")]
+    done = started(*program, "-m", *arguments, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    failed, whole = sorted((tmp_path / "runs/default").glob("*/summary.json"))
+    failed, *others = sorted((tmp_path / "runs/default").glob("*/summary.json"))
     found = json.loads(failed.read_text())
     assert found == {"status": "failed", "error": "ValueError: the true reason"}
-    assert json.loads(whole.read_text())["status"] == "finished"
+    assert [json.loads(file.read_text())["status"] for file in others] == ["finished"] * (
+        len(seeds.split(",")) - 1
+    )
     assert alive(tmp_path) == []
 
 
@@ -230,6 +229,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process(tmp_path, number):
         assert process.poll() is None, out.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert len(alive(tmp_path)) >= 3  # the sweep and the two processes of its job
     process.send_signal(number)
     assert process.wait() == 130, out.read_text()
     (file,) = tmp_path.glob("runs/default/*/summary.json")

@@ -3,11 +3,12 @@
 import itertools
 from shutil import copytree
 
+import forked
 import numpy as np
 import pytest
 import torch
 from mmdet.apis import init_detector
-from short_runs import python, rows, summary, tiny
+from short_runs import rows, summary, tiny
 from small import SCOPE
 from torch import nn
 
@@ -169,19 +170,22 @@ def test_the_pruned_detector_predicts_the_same_in_a_new_process(two_rounds, tmp_
     with torch.no_grad():
         before = raw_forward(detector, image)
     torch.set_num_threads(threads)
-    code = f"""if True:
-        import ldt, torch
-        torch.set_num_threads(1)
-        detector = ldt.load_pruned({str(folder / "round-2.ckpt")!r})
-        with torch.no_grad():
-            found = detector(torch.load("image.pt"), mode="tensor")
-        torch.save([[m for m in maps] for maps in found], "maps.pt")
-    """
-    done = python("-c", code, cwd=tmp_path)
+    (tmp_path / "predict.py").write_text(PREDICT)
+    done = forked.run(str(tmp_path / "predict.py"), str(folder / "round-2.ckpt"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     after = [m for maps in torch.load(tmp_path / "maps.pt") for m in maps]
     assert [m.shape for m in after] == [m.shape for m in before]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+PREDICT = """
+import sys, ldt, torch
+torch.set_num_threads(1)
+detector = ldt.load_pruned(sys.argv[1])
+with torch.no_grad():
+    found = detector(torch.load("image.pt"), mode="tensor")
+torch.save([[m for m in maps] for maps in found], "maps.pt")
+"""
 
 
 @pytest.mark.slow

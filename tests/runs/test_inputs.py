@@ -53,7 +53,7 @@ def label_of(root, split="val"):
 def kitti_config(root, *overrides):
     few = [o for o in SCENES if o.startswith(("dataset.scale", "dataset.workers"))]
     short = ["recipe.epochs=2", "recipe.batch_size=4", "method=none", "report.latency_runs=0"]
-    more = ["report.pictures=0", "trainer=cpu", "run_name=r"]
+    more = ["report.figures=false", "trainer=cpu", "run_name=r"]
     return composed("dataset=kitti", f"dataset.root={root}", *few, *short, *more, *overrides)
 
 
