@@ -19,7 +19,7 @@ from ldt.runs.run import load_config, open_run, open_runs
 
 pytestmark = pytest.mark.slow
 FUZZ = settings(
-    max_examples=200, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 numbers = st.one_of(st.integers(), st.floats(), st.just(10**400), st.just(-1), st.just(0))
 words = st.one_of(
@@ -141,7 +141,7 @@ def test_arrays_of_any_bytes(tmp_path: Path, content: bytes):
 KEYS = ("seed", "prune.rate", "dataset.scale", "detector", "method", "trainer.devices", "nix", "+x")
 
 
-@settings(FUZZ, max_examples=60)
+@settings(FUZZ, max_examples=20)
 @given(
     st.lists(st.one_of(words, st.tuples(st.sampled_from(KEYS), words).map("=".join)), max_size=2)
 )
