@@ -1,18 +1,26 @@
 """Two processes (gloo, on the CPU) do what one does, and their runs survive a kill."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import forked
 import numpy as np
 import psutil
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from short_runs import ROOT, TINY, command, python, rows
 
 import ldt
+from ldt.callbacks.lightning_internals import end_processes
+from ldt.cli import job_process
 from ldt.loop.schedule import PruningSchedule
 from ldt.pruning.budget import TOLERANCE
 
@@ -251,3 +259,29 @@ def test_a_mistake_in_one_job_leaves_the_others_alone(tmp_path):
     assert done.returncode == 1
     assert "recipe.batch_size=-1; allowed" in done.stderr
     assert "1 finished, 0 failed" in done.stdout
+
+
+# Ends -------------------------------------------------------------------------------------------
+
+STUBBORN = ["sh", "-c", "trap '' TERM INT; while :; do sleep 0.1; done"]  # ignores to be told
+
+
+def test_nothing_of_a_job_outlives_it(tmp_path):
+    code = f"""
+import pathlib, subprocess, sys
+left = subprocess.Popen({STUBBORN})
+pathlib.Path("pid").write_text(str(left.pid))
+sys.exit(3)
+"""
+    with contextlib.chdir(tmp_path):
+        assert job_process._wait([sys.executable, "-c", code]) == 3
+    left = int((tmp_path / "pid").read_text())
+    _, alive = psutil.wait_procs([psutil.Process(left)] if psutil.pid_exists(left) else [], 10)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_processes_that_wait_for_this_one_are_ended():
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    launcher.procs = [subprocess.Popen(STUBBORN)]
+    end_processes(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    assert launcher.procs[0].wait(10) == -signal.SIGKILL
