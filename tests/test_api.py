@@ -236,6 +236,7 @@ def test_random_scores_depend_on_the_seed_only(detector, data):
     assert any((one[name] != other[name]).any() for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

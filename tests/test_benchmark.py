@@ -142,6 +142,7 @@ def test_the_best_trial_is_that_of_the_highest_mean():
     assert best({"a": [0.2, 0.4], "b": [0.5, 0.0], "c": [0.3], "d": []}, 3) == ["a", "c", "b"]
 
 
+@pytest.mark.slow
 @needs(KITTI)
 def test_every_kind_of_cell_is_a_valid_run():
     plan = Plan.read("yolox_nano", "kitti", epochs=16, retrain_epochs=4)
@@ -217,6 +218,7 @@ def test_scores_are_dropped_until_the_plan_fits(driver, capsys):
         driver("development", only_plan=True, hours=0.01)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_statistics_of_kept_detections(driver, tmp_path, plan_file, monkeypatch):
     monkeypatch.setattr(page, "DRAWS", 100)
     driver("development")

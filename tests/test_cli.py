@@ -169,6 +169,7 @@ def test_hydras_help_costs_little_more_than_composing(tmp_path):
     assert min(ratios) < 1.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OLD)
 def test_an_older_address_is_the_same_command(name, tmp_path, capsys):
     main([name, "--help"])

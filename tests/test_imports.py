@@ -102,6 +102,7 @@ def edges(file):
     return {found for found in imported(file) if found.startswith("ldt.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [f for f in FILES if f.name != "__init__.py"], ids=name)
 def test_a_module_imports_nothing_from_above(file):
     up = [found for found in edges(file) if level(found) < level(name(file))]

@@ -92,6 +92,7 @@ def test_sensitivity_is_drawn_and_told(own, tmp_path):
     assert "a run), or CONFIG WEIGHTS DATA" in str(wrong.exception)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -175,6 +175,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "told"), ATTACKS.values(), ids=ATTACKS)
 def test_a_record_can_say_only_what_is_known(benign: Path, tmp_path: Path, change: Any, told: str):
     content = torch.load(benign, weights_only=True)
@@ -249,6 +250,7 @@ def test_a_small_file_calls_nothing_that_allocates_much(tmp_path: Path, module, 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [{"feat_channels": 2**16}, {"stacked_convs": 2**16}])
 def test_a_small_file_builds_no_huge_detector(benign: Path, tmp_path: Path, head: dict[str, int]):
     content = torch.load(benign, weights_only=True)
@@ -272,6 +274,7 @@ def test_names_of_classes_are_data(benign: Path, tmp_path: Path):
     assert config.model.backbone == content["ldt"]["model"]["backbone"]
 
 
+@pytest.mark.slow
 def test_all_that_loads_a_file_while_it_is_built_is_known():
     """The parts of mmdet whose constructors load something are those that the gate knows."""
     loads = re.compile(r"from_pretrained|load_checkpoint\(|fromfile|\bopen\(|\beval\([^)]")
@@ -409,6 +412,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "told"), FOREIGN.values(), ids=FOREIGN)
 def test_repeating_a_run_runs_no_code_of_its_author(tmp_path: Path, change: Any, told: str):
     config: Any = OmegaConf.to_container(tiny(tmp_path), resolve=True)
@@ -442,6 +446,7 @@ HUGE = {  # in a configuration: what it would allocate, start or read
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", HUGE.values(), ids=HUGE)
 def test_values_of_a_run_are_those_that_a_command_takes(tmp_path: Path, change: Any):
     config: Any = OmegaConf.to_container(tiny(tmp_path), resolve=True)

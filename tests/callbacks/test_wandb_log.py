@@ -298,6 +298,7 @@ def away(request):
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_told_and_the_run_can_go_on(away, tmp_path, monkeypatch):
     wandb_here.seal(monkeypatch, tmp_path, WANDB_BASE_URL=away, WANDB_API_KEY=wandb_here.KEY)
     monkeypatch.setattr(wandb_logger, "PATIENCE", 0.2)

@@ -29,6 +29,7 @@ FREELY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plus", ["+", "++"])
 @pytest.mark.parametrize(
     ("key", "wanted"),
@@ -160,6 +161,7 @@ def test_a_key_that_a_class_does_not_take_is_refused(tmp_path, monkeypatch, over
 OWN = ("_target_", "name", "metric", "scales", "scale")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -27,6 +27,7 @@ def read(argument):
     return override.value()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [*PATHS, "+dataset.photos"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_arrives_as_it_was_typed(key, name):

@@ -103,6 +103,7 @@ def test_importances_that_lack_gradients_or_activations_are_refused(kind: Any):
         score_groups(kind(), subject.target, subject.graph(), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(OF_WEIGHTS, key=lambda kind: kind.__name__))
 @pytest.mark.parametrize("network", ["residual", "concat", "stepwise", "gfl_tiny"])
 def test_importances_of_weights_work_by_their_name(kind: Any, network: str):

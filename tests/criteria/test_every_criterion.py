@@ -139,6 +139,7 @@ def permute(group: CoupledGroup, order: np.ndarray) -> None:
             tensor.data.copy_(tensor.data.index_select(dim, source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network", ["residual", "concat", "shared", "groupnorm", "pyramid", "stepwise", "gated"]
 )

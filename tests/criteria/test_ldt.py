@@ -53,6 +53,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(torch.cat([batch.images for batch in batches]), objects)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("location", [True, False])
 @pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("source", PER_IMAGE)
@@ -65,6 +66,7 @@ def test_fast_equals_slow(source: Any, reduce: Any, location: bool) -> None:
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", PER_IMAGE)
 @pytest.mark.parametrize("name", ["residual", "concat", "depthwise", "groupnorm", "pyramid"])
 def test_fast_equals_slow_on_every_kind_of_network(name: str, source: Any) -> None:

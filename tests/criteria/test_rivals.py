@@ -296,6 +296,7 @@ def authors_networks(subject: Case) -> tuple[nn.Module, nn.Module, nn.Module]:
     return activation.eval(), z1, z2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["mean", "sum"])
 @pytest.mark.parametrize(
     "name", ["chain", "residual", "concat", "shared", "depthwise", "groupnorm", "layernorm"]

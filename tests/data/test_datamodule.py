@@ -124,6 +124,7 @@ def drawn(sampler):
     return [draw.index for batch in sampler for draw in batch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 3])
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 2), (6, 2), (12, 1)])
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2), (3, 1), (2, 3)])
@@ -174,6 +175,7 @@ def originals(data, split):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_ratio", [True, False])
 @pytest.mark.parametrize("pad", ["none", "square"])
 def test_boxes_are_in_network_coordinates_but_for_validation(root, keep_ratio, pad):
@@ -253,6 +255,7 @@ def test_ignore_regions_are_never_objects(root, augment):
     assert sum(len(sample.gt_instances) for sample in found) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", AUGMENT)
 def test_images_without_any_object_are_kept(empty_root, augment):
     data = module(empty_root, augment=augment)
@@ -454,6 +457,7 @@ def test_bad_options_are_refused(root, options, said):
         module(root, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cpus", "processes", "expected"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (8, 4, 1), (128, 1, 16)]
 )

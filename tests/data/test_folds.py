@@ -98,6 +98,7 @@ def test_a_list_that_does_not_fit_the_data_is_refused(tmp_path):
         listed_ids("coco_tset", "dataset.val_images", [7])
 
 
+@pytest.mark.slow
 @needs(COCO)
 def test_listed_images_of_coco_are_those_that_are_loaded_and_fingerprinted():
     plain: Any = {"root": str(COCO), "train_img": "val2017"}

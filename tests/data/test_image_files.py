@@ -92,6 +92,7 @@ def test_a_file_that_is_cut_off_is_damaged_and_a_longer_one_is_not(tmp_path, suf
             image_sizes([str(cut)], MAX_PIXELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("length", "reason"), [(60, "damaged"), (None, "No such file")])
 def test_an_image_lost_since_the_check_is_named_in_a_line(tmp_path, workers, length, reason):
@@ -105,6 +106,7 @@ def test_an_image_lost_since_the_check_is_named_in_a_line(tmp_path, workers, len
     assert _is_explained(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
 def test_a_tiff_of_any_compression_that_is_cut_off_is_damaged(tmp_path, compression):
     file = tmp_path / "image.tif"
@@ -154,6 +156,7 @@ def test_images_of_two_splits_are_compared_by_file_and_by_content(tmp_path):
     assert shared_images(train, [*val, train[0]], most=0) == [(train[0], train[0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["flip", "mosaic", "config"])
 def test_every_loader_reads_with_the_configured_limit(tmp_path, monkeypatch, augment):
     limits = []

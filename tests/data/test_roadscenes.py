@@ -150,6 +150,7 @@ def test_a_scene_costs_a_bounded_number_of_calls():
 # ---- balance -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_neck_level_gets_objects(objects):
     sizes = np.array([geometric_size(label) for label in objects])
     shares = np.histogram(sizes, [0, 16, 32, 64, np.inf])[0] / len(sizes)

@@ -36,6 +36,7 @@ def test_a_split_is_counted(tmp_path):
     assert len(found.told.lines()) == 1
 
 
+@pytest.mark.slow
 def test_classes_without_objects_and_shared_images_are_told(tmp_path):
     data = module(write(tmp_path, val=[]))
     assert warnings_of(data) == ["none of the validation images has an object: metrics will be nan"]
@@ -60,6 +61,7 @@ def test_training_without_objects_is_refused_with_what_was_left_out(tmp_path):
         check_data(module(write(tmp_path, train=outside)))
 
 
+@pytest.mark.slow
 def test_an_image_that_resizing_leaves_nothing_of_is_refused(tmp_path):
     thin = content()
     thin["images"][1] |= {"width": 2000, "height": 1}
@@ -72,6 +74,7 @@ def test_an_image_that_resizing_leaves_nothing_of_is_refused(tmp_path):
     check_data(module(tmp_path, keep_ratio=False))
 
 
+@pytest.mark.slow
 def test_the_command_shows_counts_and_what_is_left_out(tmp_path, capsys, caplog):
     write(tmp_path, train=[box(11, 5), {**box(11, 7), "bbox": [90, 90, 5, 5]}])
     given = ["dataset=coco", f"dataset.root={tmp_path}", "dataset.classes=[cat,dog,bird]"]

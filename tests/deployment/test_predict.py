@@ -51,6 +51,7 @@ def command(*arguments):
     main(["predict", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_an_image_is_seen_as_in_validation(data, checkpoint):
     detector, predictor = ldt.load_pruned(checkpoint), Predictor(checkpoint)
     for item in data.val_dataloader().dataset:
@@ -250,6 +251,7 @@ def clip(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_frames_of_a_video_are_images(checkpoint, clip, folder, tmp_path):
     arguments = {"every": 2, "frames": "pictures"}
     lines, rows = told(checkpoint, [folder / "wide.png", clip], tmp_path / "out", **arguments)
@@ -300,6 +302,7 @@ def run(checkpoint, tmp_path):
     return study / "one"
 
 
+@pytest.mark.slow
 def test_a_run_is_its_last_round(run, folder, tmp_path):
     command(run, folder, "--out", tmp_path / "of-run")
     command(run / "round-1.ckpt", folder, "--out", tmp_path / "of-file")

@@ -119,6 +119,7 @@ def roi_pool_by_definition(feats, roi, size, scale):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "scale"), [((2, 3), 0.5), ((1, 1), 1.0), ((4, 5), 0.3)])
 def test_roi_pool(size, scale):
     feats = doubles(2, 3, 6, 7)
@@ -218,6 +219,7 @@ def test_points_on_cells_and_at_the_border_have_the_gradients_of_mmcv(geometry):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_deform_conv_v2(geometry, with_bias):

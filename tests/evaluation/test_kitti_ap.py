@@ -64,6 +64,7 @@ def test_a_perfect_detector_gets_what_the_number_of_objects_allows(count):
     assert got["kitti_easy"] == pytest.approx(min(count - 1, 40) / 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "counts_at"),
     [

@@ -24,6 +24,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_layers_add_up_to_the_network(run):
     rounds = json.loads((run / "structure.json").read_text())["rounds"]
     assert list(rounds) == ["0", "1"]

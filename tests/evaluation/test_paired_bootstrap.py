@@ -46,6 +46,7 @@ def test_identical_detections_differ_by_exactly_nothing():
     assert verdict(found) == "equal"
 
 
+@pytest.mark.slow
 def test_an_interval_covers_a_known_difference():
     covered, widths = 0, []
     for seed in range(20):

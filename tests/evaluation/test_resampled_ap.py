@@ -22,6 +22,7 @@ def tables():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [2, 100])
 def test_the_fast_ap_is_that_of_the_metrics(tables, most):
     for _, table in tables:
@@ -57,6 +58,7 @@ def test_detections_that_no_validation_has_are_damaged(tables, tmp_path, column,
         kept_detections._check_values(table, len(CLASSES))
 
 
+@pytest.mark.slow
 def test_kept_detections_have_the_metrics_of_the_validation(tables, tmp_path):
     whole = np.concatenate([table for _, table in tables])
     whole[:, 1] += 1000 * np.repeat(np.arange(len(tables)), [len(table) for _, table in tables])

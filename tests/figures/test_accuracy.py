@@ -121,6 +121,7 @@ def test_without_any_object_no_accuracy_is_drawn(tmp_path):
     assert accuracy_figures({"base": tmp_path / "a.npz"}) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 6, 7, 80])
 def test_any_number_of_classes_fits(count):
     generator = np.random.default_rng(0)

@@ -366,6 +366,7 @@ def shrunk(rounds):
     return [{name: n - i for name, n in network(25).items()} for i in range(rounds)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2, 3, 6, 15])
 def test_a_strip_shows_the_widths_of_at_most_six_rounds_with_both_ends(rounds):
     networks, names = shrunk(rounds), [f"round {i}" for i in range(rounds)]

@@ -71,6 +71,7 @@ def test_the_base_of_a_run_with_ldt_shows_its_discriminants(run, data, tmp_path,
     assert written(tmp_path) == ["detections.png", "discriminants.png", "metric_vs_params.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "images"), [(None, 5), (1.0, 5), (0.6, 3), (2, 2), (0, 1), (1000, 256)]
 )

@@ -42,6 +42,7 @@ def shown_steps(rounds=2):
 # Terminals --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("rounds", [0, 2, 30])
 def test_no_line_is_wider_than_the_terminal_at_any_step(in_terminal, width, rounds):

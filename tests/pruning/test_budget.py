@@ -203,6 +203,7 @@ def test_what_stays_of_a_layer_is_a_multiple(name: str, multiple: int, ranking: 
     subject.outputs(subject.batches[0].images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_coupled_parts_keep_multiples_too(name: str) -> None:
     subject = case(name)

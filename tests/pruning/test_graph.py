@@ -83,6 +83,7 @@ def masked_outputs(
             layer.values.data.copy_(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", SMALL)
 def test_cutting_equals_masking(name: str, seed: int) -> None:
@@ -108,6 +109,7 @@ def check_masking(subject: Case, seed: int) -> None:
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_only_the_scope_loses_filters(name: str) -> None:
     subject = case(name)
@@ -133,6 +135,7 @@ def test_depthwise_layers_of_the_head_follow() -> None:
     assert (head.in_channels, head.out_channels, head.groups) == (8, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("scope", [("backbone",), ("neck",), SCOPE])
 def test_every_layer_of_the_scope_is_cut_or_left_whole_with_a_reason(

@@ -53,6 +53,7 @@ def some_channels(graph: PruningGraph, share: float) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_predicted_and_counted_time_are_the_sum_over_layers(name: str) -> None:
     subject = case(name)
@@ -99,6 +100,7 @@ def test_measured_widths_are_blocks_and_those_of_the_layer() -> None:
     assert all(width % 16 == 0 for width in time.grid[0][1:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gfl_tiny", "yolox_nano"])
 def test_units_are_the_layers_with_what_follows_them(name: str) -> None:
     subject = case(name)

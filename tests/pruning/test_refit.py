@@ -24,6 +24,7 @@ def mean_squares(subject, reference):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_masked_detector_equals_the_cut_one(name):
     subject = case(name)

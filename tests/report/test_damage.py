@@ -222,6 +222,7 @@ def lines_about(caplog, file):
     return [line for line in caplog.messages if f"{file} is damaged" in line]
 
 
+@pytest.mark.slow
 def test_a_page_is_made_whatever_is_damaged(study, caplog, capsys):
     lost, less, whole = (damaged(study, kinds) for kinds in (LOST, LESS, WHOLE))
     main(["report", str(study)])
@@ -238,6 +239,7 @@ def test_a_page_is_made_whatever_is_damaged(study, caplog, capsys):
     assert all(f"<td>{name}</td>" in others for name in lost)
 
 
+@pytest.mark.slow
 def test_damaged_runs_are_told_wherever_a_study_is_read(study, caplog, capsys):
     lost = damaged(study, LOST)
     assert [run.name for run in readable(open_runs(study))] == ["good"]

@@ -149,6 +149,7 @@ def test_the_page_holds_everything_and_links_to_nothing(study):
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(http|//)""", text)
 
 
+@pytest.mark.slow
 def test_a_noisy_latency_is_marked_wherever_it_is_shown(study):
     one, other = (read_json(study / f"ldt-s{seed}/summary.json") for seed in (0, 1))
     for found in (one, other):

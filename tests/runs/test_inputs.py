@@ -165,6 +165,7 @@ def test_whatever_else_is_called_images_the_list_of_images_is_found(tmp_path):
         coco(root).fingerprint()
 
 
+@pytest.mark.slow
 def test_the_general_fingerprint_sees_the_same_changes(kitti):
     general = super(KittiDataModule, KittiDataModule).fingerprint
     before = general(KittiDataModule(root=str(kitti)))
@@ -252,6 +253,7 @@ def own_model(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [

@@ -51,6 +51,7 @@ def graph_of(subject) -> PruningGraph:
         return subject.target.trace(("backbone", "neck"))
 
 
+@pytest.mark.slow
 def test_all_seeds_go_by_one_table_measured_once(clock) -> None:
     tables = []
     for seed in (1, 2):
@@ -73,6 +74,7 @@ def test_a_slimmer_network_is_a_measurement_of_its_own(clock) -> None:
     assert len(clock) == 2
 
 
+@pytest.mark.slow
 def test_the_latency_asked_for_is_met_and_widths_are_multiples(clock) -> None:
     subject = case("gfl_tiny")
     detector = subject.target
