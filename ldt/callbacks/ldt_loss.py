@@ -108,7 +108,7 @@ class LDTLoss(L.Callback):
     def _settings(self) -> dict[str, Any]:
         """What an estimated weight depends on, as plain data."""
         given = {"given": self.weights.given, "shares": self.weights.shares}
-        if self.weights.renewed:
+        if self.weights.renewed:  # checkpoints of earlier versions lack it
             given["renewed"] = True
         return {**self.options, **given, "memory": self._memory.maxlen}
 
@@ -187,8 +187,8 @@ class LDTLoss(L.Callback):
         """
         assert self._module is not None
         module, trainer = self._module, self._module.trainer
-        was_known, before = bool(self.weights.known), self.weights.known
-        if (was_known and not self.weights.steps_left) or not self._representative():
+        before = self.weights.known
+        if (before and not self.weights.steps_left) or not self._representative():
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         one = torch.ones((), device=features[0].device)  # scaled: the scale, without waiting for it
@@ -198,7 +198,7 @@ class LDTLoss(L.Callback):
         steps = min(STEPS, max(1, module.phase_steps // 10))
         self.weights.add(squared.sqrt().tolist(), steps)
         if self.weights.known is not before:
-            self._keep(self._begun if was_known else module.global_step + 1)
+            self._keep(self._begun if before else module.global_step + 1)
 
     def _representative(self) -> bool:
         """Return whether the learning rate has warmed up and the memory is full."""

@@ -17,7 +17,7 @@ from ldt.deployment.to_runtime import adapter_of
 from ldt.detectors.checkpoints import read
 from ldt.evaluation.round_metrics import count_params_and_macs
 from ldt.report.terminal import console
-from ldt.runs.formatting import TILDE, is_noisy
+from ldt.runs.formatting import TILDE, tilde
 from ldt.runs.provenance import cpu_name
 from ldt.runs.refusal import refusing
 from ldt.runs.run import checkpoint_of
@@ -150,14 +150,13 @@ def _of_file(path: Path, threads: Sequence[int]) -> list[Entry]:
 
 
 def _table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> Table:
+    caption = (
+        "speed-up: over the first row with as many threads and the same outputs; by CPU time with "
+        "one thread, by wall time with several"
+    )
     table = Table(
         title=Text(f"{about['cpu']}, one image, medians of {about['runs']} calls in turns"),
-        caption=Text(
-            "speed-up: over the first row with as many threads and the same outputs; by CPU time "
-            "with one thread, by wall time with several"
-            + f"\n{TILDE}"
-            * any(is_noisy(row, "cpu") for row in rows)
-        ),
+        caption=Text(f"{caption}\n{TILDE}" if tilde(*rows, key="cpu_ms") else caption),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -174,7 +173,7 @@ def _table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> Table:
             f"{row['runtime']}{precision}",
             row["outputs"],
             f"{row['threads']}",
-            f"{'~' * is_noisy(row, 'cpu')}{row['cpu_ms']:.2f}",
+            f"{tilde(row, key='cpu_ms')}{row['cpu_ms']:.2f}",
             f"{row['wall_ms']:.2f}",
             f"{row['speed_up']:.2f}",
             f"{row['params'] * 1e-6:.3f}",

@@ -7,8 +7,9 @@ from typing import Any
 from ldt.config import CocoConfig, KittiConfig
 from ldt.config.keys import dataset_schema
 
+IMAGES, LABELS = Path("training/image_2"), Path("training/label_2")  # in KITTI's layout
 LAYOUTS = {
-    "kitti": "KITTI's folders training/image_2 (.png or .jpg) and training/label_2 (.txt)",
+    "kitti": f"KITTI's folders {IMAGES} (.png or .jpg) and {LABELS} (.txt)",
     "coco": "COCO's folders annotations, train2017 and val2017",
 }
 CONFIGS = "give a file, or a packaged config such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"

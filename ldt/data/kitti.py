@@ -16,15 +16,13 @@ from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 
 from ldt.config.kinds import Grouping
-from ldt.config.places import LAYOUTS, need_root
+from ldt.config.places import IMAGES, LABELS, LAYOUTS, need_root
 from ldt.config.values import Count, NaturalNumber, check_value
 from ldt.data.datamodule import DetectionDataModule, Split
 from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
 from ldt.data.image_lists import listed_ids
 from ldt.data.kitti_labels import (
     CLASSES,
-    IMAGES,
-    LABELS,
     SETS,
     TYPES,
     KittiObject,

@@ -9,7 +9,7 @@ TYPES = (  # all object types in KITTI's label files
     *("Misc", "DontCare"),
 )
 CLASSES = ("Car", "Pedestrian", "Cyclist")  # those of the benchmark
-IMAGES, LABELS, SETS = Path("training/image_2"), Path("training/label_2"), Path("ImageSets")
+SETS = Path("ImageSets")
 COLUMNS = 15  # type, truncation, occlusion, angle, box (4), size (3), position (3), rotation
 
 

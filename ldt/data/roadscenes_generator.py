@@ -20,8 +20,9 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed
 
 from ldt.config.kinds import Difficulty, SceneCount, SceneHeight, SceneWidth, Seed
+from ldt.config.places import IMAGES, LABELS
 from ldt.config.values import check_fields
-from ldt.data.kitti_labels import CLASSES, IMAGES, LABELS, SETS
+from ldt.data.kitti_labels import CLASSES, SETS
 from ldt.data.roadscenes_cast import Body, cast, draw_actor
 from ldt.data.roadscenes_draw import NEAR, Camera, Canvas, Pose
 from ldt.data.roadscenes_scenery import (

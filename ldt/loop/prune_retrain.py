@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -24,7 +24,6 @@ from ldt.callbacks.lightning_internals import (
     set_max_epochs,
     validate,
 )
-from ldt.config.kinds import Metric
 from ldt.criteria.base import check_importance
 from ldt.data.datamodule import DetectionDataModule
 from ldt.detectors.adapter import Calibration, Detector, RawBatch
@@ -61,7 +60,6 @@ from ldt.runtimes.latency_table import LatencyTable
 from ldt.runtimes.timing import Runtime, RuntimeName, measure_runtimes
 
 log = logging.getLogger(__name__)
-METRICS = get_args(get_args(Metric)[1])
 C = TypeVar("C", bound=L.Callback)
 
 
@@ -272,15 +270,11 @@ class PruneRetrain(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last validation for the round's record."""
-        found = {
+        self._metrics = {
             key.removeprefix("val/"): float(value)
             for key, value in trainer.callback_metrics.items()
             if key.startswith("val/")
         }
-        if self.after_cut:
-            self._cut_metrics = {f"cut/{key}": found[key] for key in METRICS if key in found}
-        else:
-            self._metrics = found
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the round and begin the next one, at the end of a phase."""
@@ -456,8 +450,10 @@ class PruneRetrain(L.Callback):
         self.after_cut = True
         validate(trainer)
         self.after_cut = False
+        in_total = {key: value for key, value in self._metrics.items() if "/" not in key}
+        self._cut_metrics = {f"cut/{key}": value for key, value in in_total.items()}
         if trainer.is_global_zero:
-            found = (self._cut_metrics.get(f"cut/{key}", math.nan) for key in ("AP", "mAP"))
+            found = (in_total.get(key, math.nan) for key in ("AP", "mAP"))
             log.info("before retraining: AP %.3f, mAP %.3f", *found)
 
     def _rebuild(self, trainer: L.Trainer, module: DetectorModule) -> None:

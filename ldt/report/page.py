@@ -13,11 +13,11 @@ from plotly.offline import get_plotlyjs
 
 from ldt.report import study_figures
 from ldt.report.images import album
-from ldt.report.tables import LATENCY, SIZES, TARGETS, Column, Value, compare, has_noise, percent
+from ldt.report.tables import SIZES, TARGETS, Column, Value, compare, has_noise, noise, percent
 from ldt.report.terminal import BUDGETS, shown_metrics
 from ldt.runs import STATES
 from ldt.runs.aggregate import Cell, cells, varying
-from ldt.runs.formatting import TILDE, is_noisy, number
+from ldt.runs.formatting import TILDE, number
 from ldt.runs.identity import LABELS, flatten
 from ldt.runs.run import Run
 
@@ -143,17 +143,16 @@ def _row(cell: Cell, run: Run, after: Sequence[Column]) -> dict[str, Value]:
         "headline": Value(cell.metric, cell.metric),
         "before": _number(before, Column("", "", 3)),
     }
-    measured = {column.title: _number(row.get(column.key), column) for column in after}
-    if is_noisy(row):
-        median = measured[LATENCY]
-        measured[LATENCY] = median._replace(text=f"~{median.text}")
+    measured = {
+        column.title: _number(row.get(column.key), column, noise(column, row)) for column in after
+    }
     removed = _number(row.get("rate"), Column("", "", 1, 100))
     return values | measured | {"removed (%)": removed}
 
 
-def _number(value: float | None, column: Column) -> Value:
+def _number(value: float | None, column: Column, mark: str = "") -> Value:
     text = number(value, column.digits, column.scale)
-    return Value(text, "" if text == "-" or value is None else value)
+    return Value(mark + text, "" if text == "-" or value is None else value)
 
 
 # Figures ------------------------------------------------------------------------------------

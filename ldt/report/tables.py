@@ -2,14 +2,14 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from ldt.report.terminal import BUDGETS, LATENCY_TARGETS, RUNTIME_TIMES, shown_metrics
 from ldt.runs.aggregate import Cell, notes, summarise
-from ldt.runs.formatting import TILDE, is_noisy, number
+from ldt.runs.formatting import TILDE, number, tilde
 
 
 class Column(NamedTuple):
@@ -30,11 +30,10 @@ class Value(NamedTuple):
     best: bool = False
 
 
-LATENCY = "latency (ms)"
 SIZES = (
     Column("params", "parameters (M)", 3, 1e-6, -1),
     Column("multiply_adds", "multiply-adds (G)", 3, 1e-9, -1),
-    Column("latency_ms", LATENCY, 1, 1.0, -1),
+    Column("latency_ms", "latency (ms)", 1, 1.0, -1),
     *(Column(key, title, 2, 1.0, -1) for key, title in RUNTIME_TIMES.items()),
 )
 TARGETS = tuple(Column(key, title, 2) for key, title in LATENCY_TARGETS.items())
@@ -69,7 +68,7 @@ def compare(found: Sequence[Cell]) -> Table:
         _texts(cell, row["seeds"])
         | {
             column.title: Value(
-                _tilde(cell, column) + _plus_minus(row, column),
+                noise(column, *(run.row for run in cell.runs)) + _plus_minus(row, column),
                 row[column.key],
                 (index, column.key) in best,
             )
@@ -79,14 +78,14 @@ def compare(found: Sequence[Cell]) -> Table:
     ]
 
 
-def _tilde(cell: Cell, column: Column) -> str:
-    """Return "~" for a latency that was noisy in a run."""
-    return "~" * (column.key == "latency_ms" and any(map(is_noisy, (r.row for r in cell.runs))))
+def noise(column: Column, *rows: Mapping[str, Any]) -> str:
+    """Return "~" in the column of the latency if it was noisy in one of the rows."""
+    return tilde(*rows) if column.key == "latency_ms" else ""
 
 
 def has_noise(found: Sequence[Cell]) -> bool:
     """Return whether a latency of the table was noisy."""
-    return any(is_noisy(run.row) for cell in found for run in cell.runs)
+    return bool(tilde(*(run.row for cell in found for run in cell.runs)))
 
 
 def _texts(cell: Cell, seeds: int) -> dict[str, Value]:

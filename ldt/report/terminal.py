@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ldt.progress.console import console
 from ldt.runs import DAMAGED, STATES
-from ldt.runs.formatting import TILDE, is_noisy, number
+from ldt.runs.formatting import TILDE, number, tilde
 from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
@@ -103,9 +103,7 @@ def _table_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     columns["MACs (G)"] = [number(row.get("multiply_adds"), 3, 1e-9) for row in rows]
     columns["removed (%)"] = [number(row.get("rate"), 1, 100) for row in rows]
     if any("latency_ms" in row for row in rows):
-        columns["latency (ms)"] = [
-            "~" * is_noisy(row) + number(row.get("latency_ms"), 1) for row in rows
-        ]
+        columns["latency (ms)"] = [tilde(row) + number(row.get("latency_ms"), 1) for row in rows]
         columns["speed-up"] = [_speed_up(row, base) for row in rows]
     for key, title in {**RUNTIME_TIMES, **LATENCY_TARGETS}.items():
         if any(key in row for row in rows):
@@ -128,7 +126,7 @@ def _speed_up(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         return "-"
     if [row.get(key) for key in place] != [base.get(key) for key in place]:
         return "-"
-    return f"{'~' * (is_noisy(row) or is_noisy(base))}{base['latency_ms'] / row['latency_ms']:.2f}x"
+    return f"{tilde(row, base)}{base['latency_ms'] / row['latency_ms']:.2f}x"
 
 
 def _legend(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -140,7 +138,7 @@ def _legend(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"removed: of the base's {budget}; input {height}x{width} (height x width)"
     if places := _measured_on(summary["rounds"]):
         yield f"latency: of one image, {places}"
-    if any(map(is_noisy, summary["rounds"])):
+    if tilde(*summary["rounds"]):
         yield TILDE
 
 

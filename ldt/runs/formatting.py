@@ -6,7 +6,7 @@ from typing import Any
 
 NOISY = 1.25  # of a latency: its 90th percentile over its median
 TILDE = (
-    "~: noisy, the 90th percentile of the calls is over 1.25 times their median; measure again "
+    f"~: noisy, the 90th percentile of the calls is over {NOISY} times their median; measure again "
     "with nothing else running"
 )
 
@@ -29,10 +29,15 @@ def check_printable(text: str) -> str:
     return text
 
 
-def is_noisy(row: Mapping[str, Any], key: str = "latency") -> bool:
-    """Return whether a row's 90th percentile is far above its median: others used the machine."""
-    median, slow = row.get(f"{key}_ms"), row.get(f"{key}_p90_ms")
-    return bool(median and slow and slow > NOISY * median)
+def tilde(*rows: Mapping[str, Any], key: str = "latency_ms") -> str:
+    """Return "~" if a row's 90th percentile is far above its median: others used the machine.
+
+    Args:
+        rows: of rounds or of other measurements.
+        key: of the median; that of the percentile has ``_p90_ms``.
+    """
+    pairs = ((row.get(key), row.get(key.replace("_ms", "_p90_ms"))) for row in rows)
+    return "~" * any(median and slow and slow > NOISY * median for median, slow in pairs)
 
 
 def number(value: float | None, digits: int, scale: float = 1.0) -> str:

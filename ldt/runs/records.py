@@ -68,7 +68,7 @@ def _measured(row: dict[str, Any]) -> dict[str, Any]:
     """Check a round; its other keys may hold anything, but no huge number."""
     if missing := {"round", "params"} - row.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    starts, ends = METRICS, TIMES_END
+    starts, ends = (*METRICS, "cut/"), TIMES_END
     shown = (k for k in row if k in MEASURED or k.startswith(starts) or k.endswith(ends))
     if wrong := [key for key in shown if type(row[key]) not in NUMBERS]:
         raise ValueError(f"{', '.join(wrong)}: no number")

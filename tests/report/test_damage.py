@@ -120,6 +120,8 @@ LOST = {  # what tells the run's results is damaged: the run is left out
     "rounds without the metric": told(metric="PQ"),
     "rounds with texts": last(AP="high"),
     "rounds with a text for another metric": last(kitti_easy="high"),
+    "rounds with a text for what a cut left": last(**{"cut/AP": "high"}),
+    "rounds with a text for the slowest calls": last(latency_p90_ms="slow"),
     "rounds with a device without threads": last(device="cpu", threads=None),
     "rounds with null": last(params=None),
     "rounds with infinity": last(latency_ms=float("inf")),
