@@ -1,6 +1,7 @@
 # make demo    install into .venv and run the default experiment
 # make test    install and run the tests
-# make quick   only the tests that are not marked slow, about a minute
+# make test-all the long tests too, which repeat a law for another detector, method or moment
+# make quick   only the tests that are not marked slow, in under two minutes
 # make lint    ruff and pyright
 # make docs    the key reference, docs/keys.md, and the pages in site/
 # All may be repeated: what is done is skipped. PYTHON chooses the interpreter (3.10 or later).
@@ -8,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test quick lint docs clean
+.PHONY: install demo test test-all quick lint docs clean
 
 install: $(STAMP)
 
@@ -27,10 +28,13 @@ demo: $(STAMP)
 	$(BIN)/python run.py
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not long'
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n logical
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from sampled import sampled
 from short_runs import rows, tiny
 from small import composed
 from test_module import many, module_of
@@ -42,7 +43,7 @@ def loss_of(module: DetectorModule) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return total.detach(), [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name", ["gfl_tiny", "yolox_nano"])
+@pytest.mark.parametrize("name", sampled(["gfl_tiny", "yolox_nano"]))
 def test_a_compiled_step_is_a_plain_one(name, calls):
     module = module_of(name).train()
     names, modules = list(module.state_dict()), [type(m) for m in module.modules()]

@@ -15,6 +15,7 @@ import torch
 from detections import random_samples
 from hydra.utils import instantiate
 from lightning.pytorch.accelerators import MPSAccelerator
+from sampled import sampled
 from short_runs import rows, tiny
 from small import Batch, case, composed
 from stand_in import DEVICE, OnDevice, StandIn, moved, on_stand_in
@@ -127,7 +128,8 @@ def test_the_stand_in_notes_what_waits(work, waits):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "memory"), [("gfl_tiny", 1), ("atss_tiny", 0), ("yolox_nano", 0), ("yolof_tiny", 0)]
+    ("name", "memory"),
+    sampled([("gfl_tiny", 1), ("yolox_nano", 0), ("atss_tiny", 0), ("yolof_tiny", 0)], 2),
 )
 def test_a_step_waits_for_the_solver_and_for_the_finite_losses(name, memory):
     steps = waits_of_steps(name, memory=memory, warmup_epochs=1.0)

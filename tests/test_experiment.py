@@ -9,6 +9,7 @@ import torch
 import wandb_here
 from hydra.core.utils import JobReturn, JobStatus
 from real_data import COCO, KITTI, needs
+from sampled import sampled
 from short_runs import DRAWN, ROOT, SCENES, TINY, command, python, rows, summary, tiny
 from small import composed
 
@@ -151,19 +152,25 @@ def test_loading_processes_change_nothing(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "options",
-    [
-        ["detector=yolox_nano", "method=l1"],
-        ["detector=atss_tiny", "trainer.precision=bf16-mixed", "method.criterion.source=detection"],
+    sampled(
         [
-            "detector=mmdet",
-            "detector.config=mmdet::retinanet/retinanet_r18_fpn_1x_coco.py",
-            "+detector.options.backbone.frozen_stages=1",
-            "recipe=short",
-            "method=random",
-            "prune.rate=0.3",
-        ],
-    ],
-    ids=["yolox", "atss in bf16", "retinanet"],
+            [
+                "detector=mmdet",
+                "detector.config=mmdet::retinanet/retinanet_r18_fpn_1x_coco.py",
+                "+detector.options.backbone.frozen_stages=1",
+                "recipe=short",
+                "method=random",
+                "prune.rate=0.3",
+            ],
+            ["detector=yolox_nano", "method=l1"],
+            [
+                "detector=atss_tiny",
+                "trainer.precision=bf16-mixed",
+                "method.criterion.source=detection",
+            ],
+        ]
+    ),
+    ids=["retinanet", "yolox", "atss in bf16"],
 )
 def test_other_detectors_run_as_they_are(options, tmp_path):
     short = ["recipe.epochs=1", "recipe.retrain_epochs=1", "prune=oneshot"]
@@ -178,7 +185,10 @@ def test_other_detectors_run_as_they_are(options, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("dataset", "root"),
-    [pytest.param(p.name, p, marks=needs(p)) for p in (KITTI, COCO)],
+    [
+        pytest.param(KITTI.name, KITTI, marks=needs(KITTI)),
+        pytest.param(COCO.name, COCO, marks=[needs(COCO), pytest.mark.long]),
+    ],
 )
 def test_real_images_run_as_they_are(dataset, root, tmp_path):
     scale = {"kitti": "[320,96]", "coco": "[160,160]"}[dataset]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from omegaconf import OmegaConf
+from sampled import sampled
 from short_runs import tiny
 from small import SCOPE, composed, randomise_norms
 from test_module import fit
@@ -28,10 +29,10 @@ from ldt.module import DetectorModule
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIZE = (64, 128)
-DETECTORS = ("gfl", "atss", "yolox_s", "yolof")
+DETECTORS = ("yolox_s", "gfl", "atss", "yolof")
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", sampled(DETECTORS))
 def test_after_a_cut_every_parameter_of_the_scope_has_a_gradient(detector, tmp_path, monkeypatch):
     held, whole = [], []
 
@@ -130,7 +131,7 @@ def same(found, expected):
 
 
 PARTS = [batch((5, 2), 1), batch((3, 0), 2)]
-TOGETHER = ("gfl", "atss", "yolox_s")
+TOGETHER = ("yolox_s", "gfl", "atss")
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def child(rank, port, name, file):
         torch.save(gradients(name, PARTS, True, strategy=strategy, devices=2), f"{file}-{rank}")
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", sampled(TOGETHER))
 def test_two_processes_take_the_step_of_one(name, tmp_path):
     forked.start_server()
     with socket.socket() as free:
@@ -171,6 +172,7 @@ def test_two_processes_take_the_step_of_one(name, tmp_path):
         same(without, expected)
 
 
+@pytest.mark.long
 def test_parts_of_a_step_accumulate_to_it():
     """ATSS divides by the positives of a part, which follow from its boxes; here they are alike."""
     parts = [batch((5, 2), seed) for seed in (1, 2)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from sampled import sampled
 from short_runs import DRAWN, ROOT, TINY, command, python, rows, summary, tiny
 
 import ldt
@@ -152,15 +153,18 @@ def started(*arguments, cwd):
 
 @pytest.mark.parametrize(
     ("launched", "elsewhere"),
-    [
-        (
-            command,
-            ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30", "trainer=cpu"],
-        ),
-        (started, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "trainer=cpu"]),
-        (command, ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]),
-    ],
-    ids=["submitit", "joblib", "ddp"],
+    sampled(
+        [
+            (command, ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]),
+            (
+                command,
+                ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30", "trainer=cpu"],
+            ),
+            (started, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "trainer=cpu"]),
+        ],
+        2,
+    ),
+    ids=["ddp", "submitit", "joblib"],
 )
 def test_the_same_sweep_runs_elsewhere(tmp_path, launched, elsewhere):
     done = launched(
@@ -240,8 +244,8 @@ def signalled(monkeypatch, owner, name, number, call=1):
 
 MOMENTS = {
     "training": (DetectorModule, "backward", 3),
-    "validation": (DetectorModule, "validation_step", 1),
     "cutting": (pruning_round, "check_rate", 1),
+    "validation": (DetectorModule, "validation_step", 1),
     "waiting": (files.FileLock, "acquire", 2),  # the run's lock first, then that of its base
     "drawing": (experiment.layers, "write_inventory", 2),
 }
@@ -258,8 +262,8 @@ def based(folder, *more):
     return tiny(folder, "method=l1", "prune=oneshot", "base=shared", "recipe.epochs=2", *more)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+@pytest.mark.parametrize("moment", sampled(MOMENTS, 3))
+@pytest.mark.parametrize("number", sampled([signal.SIGUSR1, signal.SIGTERM]), ids=["USR1", "TERM"])
 def test_a_signalled_job_goes_on_as_if_it_had_not_been(
     moment, number, slurm, undisturbed, tmp_path, monkeypatch
 ):

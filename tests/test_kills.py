@@ -4,12 +4,15 @@ from pathlib import Path
 
 import forked
 import pytest
+from sampled import sampled
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kills"), [("ldt", 3), ("random", 1), ("group_fisher", 1)])
+@pytest.mark.parametrize(
+    ("method", "kills"), sampled([("ldt", 3), ("random", 1), ("group_fisher", 1)])
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, method, kills):
     options = ["--kills", str(kills), "--method", method, "--seed", str(kills)]
     done = forked.run(str(HERE / "kills.py"), *options, cwd=tmp_path)

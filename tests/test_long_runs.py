@@ -20,6 +20,7 @@ def resident():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's /proc")
 @pytest.mark.filterwarnings("ignore")
 def test_memory_does_not_grow_over_six_rounds(tmp_path, monkeypatch):

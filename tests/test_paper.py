@@ -12,6 +12,7 @@ import measure_latency
 import pytest
 from cells import METRICS, ROOT, compose_jobs, load_cells
 from omegaconf import OmegaConf
+from sampled import sampled
 from summaries import finished, row
 
 from ldt.runs.files import read_rows, write_json
@@ -52,7 +53,7 @@ def test_every_table_and_figure_of_the_paper_is_here_in_two_sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", sampled(PAPER, 3))
 def test_every_row_has_a_job_and_every_job_a_row(name):
     rows = read_rows(ROOT / f"experiments/{name}/expected.csv")
     found, study = load_cells(name, "full")
@@ -66,7 +67,7 @@ def test_every_row_has_a_job_and_every_job_a_row(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", sampled(PAPER, 3))
 def test_every_small_job_stands_for_a_row(name):
     found, study = load_cells(name, "small")
     assert study == "paper_small"

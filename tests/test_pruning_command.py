@@ -124,6 +124,7 @@ def test_what_is_wrong_is_refused(own, change, message):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @needs(YOLOX_NANO)
 def test_published_weights_keep_some_of_their_precision():
     config = "mmdet::yolox/yolox_nano_8xb8-300e_coco.py"

@@ -465,6 +465,7 @@ optim_wrapper = dict(optimizer=dict(lr=0.001))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_edited_recipe_is_another_run(tmp_path):
     keys = ("detector=mmdet", "method=none", "report.pictures=0")
     base = "retinanet/retinanet_r50_fpn_1x_coco"

@@ -321,6 +321,7 @@ def packaged_targets() -> frozenset[str]:
     return frozenset(re.findall(r"_target_: *([\w.]+)", "\n".join(texts)))
 
 
+@cache
 def register() -> None:
     """Register the schema with Hydra and the run-name resolver with OmegaConf."""
     from hydra.core.config_store import ConfigStore

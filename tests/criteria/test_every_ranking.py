@@ -3,6 +3,8 @@
 from functools import cache
 from pathlib import Path
 
+from sampled import sampled
+
 import ldt  # first: before mmdet
 
 # isort: split
@@ -38,7 +40,7 @@ def detector() -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", sampled(AT_ONCE, 4))
 def test_a_method_meets_the_rate(name: str, ranking: str, data) -> None:
     criterion = find_method(name).criterion  # an instance: scored once, whatever the method says
     images = 4 if name == "ldt" else 2

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from sampled import sampled
 from short_runs import rows
 from small import composed
 from test_coco import box, content, write_coco
@@ -99,7 +100,7 @@ def test_new_predictors_that_nothing_trains_are_refused(tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("source", ["neck", "power", "discriminant"])
+@pytest.mark.parametrize("source", sampled(["power", "neck", "discriminant"]))
 def test_a_run_with_one_class_trains_prunes_and_draws(tmp_path, caplog, source):
     options = [f"method.criterion.source={source}", "ldt.alpha=auto", "ldt.beta=auto"]
     folder = tmp_path / "run"

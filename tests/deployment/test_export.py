@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from pruned_files import data_of, pruned_checkpoint
+from sampled import sampled
 from short_runs import python
 from small import composed
 
@@ -81,10 +82,12 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("detector", "options"),
-    [
-        ("gfl_tiny", {"scale": (100, 70), "keep_ratio": False}),
-        ("yolox_nano", {"scale": (128, 128), "pad": "square"}),
-    ],
+    sampled(
+        [
+            ("gfl_tiny", {"scale": (100, 70), "keep_ratio": False}),
+            ("yolox_nano", {"scale": (128, 128), "pad": "square"}),
+        ]
+    ),
 )
 def test_mmdet_finds_what_the_checkpoint_finds(detector, options, scenes, tmp_path):
     data = data_of(scenes, **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import init_detector
+from sampled import sampled
 from short_runs import rows, summary, tiny
 from small import SCOPE
 from torch import nn
@@ -230,7 +231,7 @@ def resume(config, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])  # which fetch ahead
+@pytest.mark.parametrize("workers", sampled([1, 0]))  # which fetch ahead
 def test_a_run_killed_in_a_pruned_phase_ends_as_if_it_had_not_been(tmp_path, monkeypatch, workers):
     phases = ["prune=oneshot", "recipe.retrain_epochs=3", "recipe.retrain_lr=0.5"]
     config = tiny(tmp_path, *phases, f"dataset.workers={workers}")
@@ -421,7 +422,7 @@ GRADUAL = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum", ["null", "0.1"])
+@pytest.mark.parametrize("momentum", sampled(["0.1", "null"]))
 def test_masking_while_training_meets_the_rate_and_survives_a_kill(tmp_path, monkeypatch, momentum):
     config = tiny(tmp_path, *GRADUAL, f"recipe.ema={momentum}")
     run_and_kill(config, tmp_path, monkeypatch)
