@@ -1,9 +1,19 @@
-"""Documents with a damaged part, for tests of parsers under hypothesis."""
+"""Damaged documents, for tests of parsers under hypothesis."""
 
 import json
+import os
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+TIMES = int(os.environ.get("LDT_FUZZ", "1"))  # as many examples as the gate tries
+
+
+def fuzzed(examples: int) -> settings:
+    """Settings under which a parser meets some examples, or `LDT_FUZZ` times as many."""
+    shared = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=TIMES * examples, deadline=20_000, suppress_health_check=shared)
 
 
 @st.composite

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaging import damaged
-from hypothesis import HealthCheck, given, settings
+from damaging import damaged, fuzzed
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -18,9 +18,7 @@ from ldt.data.kitti import read_image_sets
 from ldt.data.kitti_labels import COLUMNS, TYPES, KittiObject, parse_label
 
 WIDTH, HEIGHT = 100, 50
-FUZZ = settings(
-    max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = fuzzed(300)
 
 
 GIBIBYTE = 2**30

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaging import damaged
-from hypothesis import HealthCheck, given, settings
+from damaging import damaged, fuzzed
+from hypothesis import given
 from hypothesis import strategies as st
 from summaries import row, summary
 
@@ -18,9 +18,7 @@ from ldt.runs.aggregate import cells
 from ldt.runs.run import load_config, open_run, open_runs
 
 pytestmark = pytest.mark.slow
-FUZZ = settings(
-    max_examples=40, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = fuzzed(40)
 numbers = st.one_of(st.integers(), st.floats(), st.just(10**400), st.just(-1), st.just(0))
 words = st.one_of(
     st.text(max_size=8), st.sampled_from(["=1+1", "a|b", "\\", "\n", "ldt", "x" * 300])
@@ -141,7 +139,7 @@ def test_arrays_of_any_bytes(tmp_path: Path, content: bytes):
 KEYS = ("seed", "prune.rate", "dataset.scale", "detector", "method", "trainer.devices", "nix", "+x")
 
 
-@settings(FUZZ, max_examples=20)
+@fuzzed(20)
 @given(
     st.lists(st.one_of(words, st.tuples(st.sampled_from(KEYS), words).map("=".join)), max_size=2)
 )
