@@ -112,10 +112,18 @@ class WandbRun(WandbLogger):
         pictures = files.pictures(self.folder)
         self.experiment.log(
             {"rounds": wandb.Table(columns=columns, data=data)}
+            | self._layers()
             | {f"pictures/{file.stem}": wandb.Image(str(file)) for file in pictures}
         )
         if self.checkpoint:
             self._log_checkpoint(self.folder / summary["checkpoint"], summary)
+
+    def _layers(self) -> dict[str, wandb.Table]:
+        """Return the table of layers before pruning and after, where the run has one."""
+        if not (rows := files.read_rows(self.folder / files.LAYERS)):
+            return {}
+        data: list[Any] = [list(row.values()) for row in rows]
+        return {"layers": wandb.Table(columns=list(rows[0]), data=data)}
 
     def _log_checkpoint(self, file: Path, summary: dict[str, Any]) -> None:
         about = {key: summary[key] for key in ("study", "detector", "dataset", "method", "seed")}

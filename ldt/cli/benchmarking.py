@@ -164,7 +164,7 @@ def _table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> Table:
     for name in ("file", "runtime", "outputs"):
         table.add_column(name, overflow="fold")
     titles = ("threads", "CPU time (ms)", "wall time (ms)", "speed-up", "parameters (M)")
-    for name in (*titles, "multiply-adds (G)", "file (MB)"):
+    for name in (*titles, "MACs (G)", "file (MB)"):
         table.add_column(name, justify="right")
     for row in rows:
         precision = "" if row["precision"] == "f32" else f" {row['precision']}"

@@ -137,7 +137,10 @@ def report(study: Path, form: str, out: Path | None, pictures: float) -> None:
     with refusing(OSError):
         runs = _finished_study(study)
     readable(runs)  # names the damaged ones, which the page shows too
-    text = page(study.resolve(), runs, pictures) if form == "html" else write(cells(runs), form)
+    if form == "html":
+        text = page(study.resolve(), runs, pictures, place=out and out.parent)
+    else:
+        text = write(cells(runs), form)
     if out is None:
         click.echo(text, nl=False)
         return
@@ -645,7 +648,7 @@ def dashboard(study: str, project: str, entity: str | None) -> None:
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @TRUST
 def layers(runs: tuple[Path, ...], trust: bool) -> None:
-    """Write structure.json (the layers of every round) for runs without it.
+    """Write layers.csv and structure.json (the layers of every round) for runs without them.
 
     \b
     Example:
@@ -653,11 +656,11 @@ def layers(runs: tuple[Path, ...], trust: bool) -> None:
     """
     from ldt.detectors.models import quiet
     from ldt.evaluation.layers import write_inventory
-    from ldt.runs.files import STRUCTURE, check_target
+    from ldt.runs.files import LAYERS, STRUCTURE, check_target
 
     quiet()
     for folder in runs:
         with refusing():
             check_target(folder / STRUCTURE)
             write_inventory(folder, trust)
-        click.echo(folder / STRUCTURE)
+        click.echo(folder / LAYERS)

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 
 from ldt.config import kinds
@@ -102,7 +103,8 @@ class LDTConfig:
 class MethodConfig:
     """A pruning method: a criterion, its ranking, and whether LDT is on while training."""
 
-    name: str = MISSING  # in the names of runs and in tables
+    name: str = MISSING  # in the names of runs
+    title: str | None = None  # in tables and figures; default: its name
     ldt: bool = False  # whether LDT's losses are on while training (ldt.enabled)
     ranking: Annotated[str, kinds.Ranking] = "global"  # how scores of layers are compared
     inner_rounds: Count = 1  # score-and-prune steps per round, without training in between
@@ -319,6 +321,17 @@ def packaged_targets() -> frozenset[str]:
     """Return the classes that the files of the config folder name."""
     texts = (file.read_text(encoding="utf-8") for file in conf_dir().rglob("*.yaml"))
     return frozenset(re.findall(r"_target_: *([\w.]+)", "\n".join(texts)))
+
+
+@cache
+def method_titles() -> dict[str, str]:
+    """Return the title of each method of the config folder that has one, by its name."""
+    found: dict[str, str] = {}
+    for file in (conf_dir() / "method").glob("*.yaml"):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if "title" in content:
+            found[content["name"]] = content["title"]
+    return found
 
 
 @cache

@@ -12,20 +12,22 @@ from torch import nn
 
 from ldt.detectors.checkpoints import detector_of, read
 from ldt.detectors.forward import eval_with_gradients, forward_for_tracing, raw_forward
-from ldt.evaluation.profiling import macs_by_module
+from ldt.evaluation.profiling import latency_by_module, macs_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.runs import files
-from ldt.runs.run import check_run
+from ldt.runs.run import check_run, layer_changes
 
 GAP = 0.9  # rows between two stages in figures
 
 
 def write_inventory(folder: Path, trust: bool = False) -> None:
-    """Write ``structure.json`` to a run's folder, from its checkpoints.
+    """Write ``structure.json`` and ``layers.csv`` to a run's folder, from its checkpoints.
 
     ``rounds`` has for each round a dict per layer with parameters: ``in`` and ``out`` channels (0
-    for norms and scales), ``params``, and ``multiply_adds`` of one image of the run's input size;
-    ``groups`` has the layers of each coupled group by its root layer's name.
+    for norms and scales), ``params``, ``multiply_adds`` of one image of the run's input size and
+    its ``latency_ms`` in eager mode on the CPU; ``groups`` has the layers of each coupled group by
+    its root layer's name. ``layers.csv`` has a line for each layer of the unpruned network, with
+    its numbers before pruning and after the last round.
 
     Args:
         folder: a run's folder, with ``config.yaml`` and ``round-<t>.ckpt``.
@@ -41,11 +43,19 @@ def write_inventory(folder: Path, trust: bool = False) -> None:
     for round_, file in checkpoints.items():
         content = read(file, trust)
         detector, record = detector_of(content), content["ldt"]
-        rounds[str(round_)] = layers(detector, tuple(record["input_size"]))
+        rounds[str(round_)] = _timed(detector, tuple(record["input_size"]))
         if round_ == 0:
             scope = files.read_config(folder)["prune"]["scope"]
             groups = _groups(record, detector, scope)
     files.write_json(folder / files.STRUCTURE, {"rounds": rounds, "groups": groups})
+    files.write_rows(folder / files.LAYERS, [_line(change) for change in layer_changes(rounds)])
+
+
+def _line(change: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of ``layers.csv``."""
+    pairs = change["sizes"].items()
+    after = {f"{key}_after": value for key, (_, value) in pairs}
+    return {"layer": change["layer"], **{key: value for key, (value, _) in pairs}, **after}
 
 
 class Stage(NamedTuple):
@@ -86,6 +96,15 @@ def layers(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, in
             channels = {"in": _width(layer, "in"), "out": _width(layer, "out")}
             sizes[name] = channels | {"params": params, "multiply_adds": costs.get(name, 0)}
     return sizes
+
+
+def _timed(detector: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Return the sizes of every layer with parameters, with the ``latency_ms`` of each."""
+    times = latency_by_module(detector, partial(raw_forward, detector), (1, 3, *size))
+    return {
+        name: {**sizes, "latency_ms": round(times.get(name, 0.0), 4)}
+        for name, sizes in layers(detector, size).items()
+    }
 
 
 def _width(layer: nn.Module, side: str) -> int:

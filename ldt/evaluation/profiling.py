@@ -11,6 +11,7 @@ group normalisation, they would be 219.8 and 223.2 G.
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -20,10 +21,12 @@ import torch
 import torchvision  # noqa: F401 - registers the deformable convolution
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from ldt.runs.provenance import cpu_name
 
 MINIMUM_RUNS = 30
+MOST_PASSES, TIMED_SECONDS = 10, 2.0  # of the times of layers
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,61 @@ def latency(
     )
 
 
+def latency_by_module(
+    model: nn.Module, forward: Callable[[Tensor], object], shape: tuple[int, int, int, int]
+) -> dict[str, float]:
+    """Return the time in ms inside each module with parameters of its own, by name.
+
+    Each is the median over some passes in eval mode of the sum over a module's calls. What a module
+    waits for, such as memory of the one before, is not told apart: the times are a rough guide.
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    image = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    passes: list[dict[str, float]] = []
+    training = [(module, module.training) for module in model.modules()]
+    hooks = []
+    model.eval()
+    try:
+        for name, module in model.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                hooks += _timing_hooks(module, name, passes, image.device)
+        end = time.perf_counter() + TIMED_SECONDS
+        with torch.inference_mode():
+            while len(passes) <= MOST_PASSES and (len(passes) < 2 or time.perf_counter() < end):
+                passes.append(defaultdict(float))
+                forward(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training:
+            module.training = mode
+    timed = passes[1:]  # the first one warms up
+    return {name: statistics.median(one[name] for one in timed) for name in timed[0]}
+
+
+def _timing_hooks(
+    module: nn.Module, name: str, passes: list[dict[str, float]], device: torch.device
+) -> list[RemovableHandle]:
+    """Add the time of each call of a module to the last pass."""
+    started: list[float] = []
+
+    def begin(*_: object) -> None:
+        started.append(_now(device))
+
+    def end(*_: object) -> None:
+        passes[-1][name] += 1000 * (_now(device) - started.pop())
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, with synchronisation of CUDA, which is asynchronous."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _additional_formulas() -> dict:
     """Return formulas for operators that `FlopCounterMode` does not count by itself."""
     aten = torch.ops.aten
@@ -176,11 +234,7 @@ def _layer_norm_flops(
 
 
 def _milliseconds(forward: Callable[[], object], device: torch.device) -> float:
-    """Return the time of one call, with synchronisation of CUDA, which is asynchronous."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    """Return the time of one call."""
+    start = _now(device)
     forward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (_now(device) - start)

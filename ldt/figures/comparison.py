@@ -21,7 +21,7 @@ from ldt.figures.style import (
     tidy,
 )
 
-OURS = "ldt"
+OURS = "LDT"
 ON_WHITE = ("#56B4E9", "#D55E00", "#00B07A", "#E69F00", "#CC79A7", "#6E6E6E")  # without yellow
 DASHES = ("--", ":", "-.")
 COLUMNS = 3  # panels in a row

@@ -1,10 +1,13 @@
 """Report of a study as a self-contained HTML page."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from math import isnan
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,14 +16,18 @@ from plotly.offline import get_plotlyjs
 
 from ldt.report import study_figures
 from ldt.report.images import album
-from ldt.report.tables import SIZES, TARGETS, Column, Value, compare, has_noise, noise, percent
-from ldt.report.terminal import BUDGETS, shown_metrics
+from ldt.report.tables import Column, Value, columns, compare, has_noise, noise, percent
+from ldt.report.terminal import BUDGETS
 from ldt.runs import STATES
-from ldt.runs.aggregate import Cell, cells, varying
-from ldt.runs.formatting import TILDE, number
+from ldt.runs.aggregate import Cell, cells, numbers, title, varying
+from ldt.runs.files import CONFIG as SETTINGS
+from ldt.runs.files import STRUCTURE, tolerated
+from ldt.runs.formatting import TILDE
 from ldt.runs.identity import LABELS, flatten
 from ldt.runs.run import Run
 
+MOST_LAYER_TABLES = 12
+LAYER_TITLES = {"multiply_adds": "MACs", "latency_ms": "ms"}
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -28,13 +35,14 @@ CONFIG = {
 }
 
 
-def page(study: Path, runs: Sequence[Run], megabytes: float) -> str:
+def page(study: Path, runs: Sequence[Run], megabytes: float, place: Path | None = None) -> str:
     """Render the report of a study.
 
     Args:
         study: directory of the study; its name is the title.
         runs: runs of the study, at least one of them finished.
         megabytes: limit on the size of embedded pictures; the page states how many are omitted.
+        place: folder of the page, which links to the runs' files; default: the study.
 
     Returns:
         Self-contained HTML with plotly's JavaScript, figures, tables and pictures.
@@ -55,7 +63,8 @@ def page(study: Path, runs: Sequence[Run], megabytes: float) -> str:
         facts=_facts(runs, found),
         cells=compare(found),
         noise=TILDE if has_noise(found) else "",
-        rows=_rows(found),
+        rows=_rows(found, place or study),
+        layers=_layers(found),
         panels=_panels(found),
         losses=_losses(found),
         places=_places(found),
@@ -85,7 +94,7 @@ def _facts(runs: Sequence[Run], found: Sequence[Cell]) -> dict[str, str]:
         "runs": ", ".join(counts),
         "data sets": _listed(cell.dataset for cell in found),
         "detectors": _listed(cell.detector for cell in found),
-        "methods": _listed(run.row["method"] for run in done if run.row["rounds"]) or "none",
+        "methods": _listed(title(run) for run in done if run.row["rounds"]) or "none",
         "removed": _listed(f"{percent(rate)} of {BUDGETS[budget]}" for budget, rate in rates)
         or "-",
         "seeds": _listed(str(seed) for seed in sorted({run.row["seed"] for run in done})),
@@ -121,38 +130,68 @@ def _threads(count: int) -> str:
 # Tables -------------------------------------------------------------------------------------
 
 
-def _rows(found: Sequence[Cell]) -> list[dict[str, Value]]:
+def _rows(found: Sequence[Cell], place: Path) -> list[dict[str, Value]]:
     """Return the table of runs; all rows have the same columns."""
-    rows = [(cell, run) for cell in found for run in cell.runs]
-    names = shown_metrics((run.row for _, run in rows), (cell.metric for cell in found))
-    known = {key for _, run in rows for key in run.row}
-    sizes = [column for column in (*SIZES, *TARGETS) if column.key in known]
-    after = [*(Column(name, name, 3) for name in names), *sizes]
-    return [_row(cell, run, after) for cell, run in rows]
+    rows = [(cell, run, numbers(run)) for cell in found for run in cell.runs]
+    known = {key for _, _, values in rows for key in values}
+    shown = [column for column in columns(found) if column.key in known]
+    return [_row(cell, run, values, shown, place) for cell, run, values in rows]
 
 
-def _row(cell: Cell, run: Run, after: Sequence[Column]) -> dict[str, Value]:
+def _row(
+    cell: Cell, run: Run, values: Mapping[str, float], shown: Sequence[Column], place: Path
+) -> dict[str, Value]:
     """Return one row of the table of runs, with the columns measured after the last cut."""
-    row = run.row
-    before = row.get(f"base_{cell.metric}")
-    values = {
-        "run": Value(run.name, run.name),
+    about = {
+        "run": Value(run.name, run.name, link=_link(run.folder, place)),
+        "settings": Value("yaml", "", link=_link(run.folder / SETTINGS, place)),
         "method": Value(cell.label, cell.label),
         "detector": Value(cell.detector, cell.detector),
-        "seed": Value(str(row["seed"]), row["seed"]),
-        "headline": Value(cell.metric, cell.metric),
-        "before": _number(before, Column("", "", 3)),
+        "seed": Value(str(run.row["seed"]), run.row["seed"]),
     }
     measured = {
-        column.title: _number(row.get(column.key), column, noise(column, row)) for column in after
+        column.title: _number(values.get(column.key), column, noise(column, run.row))
+        for column in shown
     }
-    removed = _number(row.get("rate"), Column("", "", 1, 100))
-    return values | measured | {"removed (%)": removed}
+    removed = _number(run.row.get("rate"), Column("", "", 1, 100))
+    return about | measured | {"removed (%)": removed}
 
 
 def _number(value: float | None, column: Column, mark: str = "") -> Value:
-    text = number(value, column.digits, column.scale)
-    return Value(mark + text, "" if text == "-" or value is None else value)
+    if value is None or isnan(value):
+        return Value("-", "")
+    return Value(mark + column.text(value), value)
+
+
+def _link(file: Path, place: Path) -> str:
+    """Return the address of a file or folder, relative to the page's folder."""
+    return quote(os.path.relpath(file.resolve(), place.resolve()).replace(os.sep, "/"))
+
+
+def _layers(found: Sequence[Cell]) -> list[tuple[str, list[dict[str, Value]]]]:
+    """Return a table of layers for a run of each of the first pruned cells."""
+    pruned = [cell.runs[0] for cell in found if cell.pruned][:MOST_LAYER_TABLES]
+    tables = ((run.name, _layer_rows(run)) for run in pruned)
+    return [(name, rows) for name, rows in tables if rows]
+
+
+def _layer_rows(run: Run) -> list[dict[str, Value]]:
+    """Return sizes and times of the layers before pruning and after; none without a file."""
+    if not (run.folder / STRUCTURE).exists():
+        return []
+    rows = []
+    for change in tolerated(lambda: run.layer_changes, []):
+        values: dict[str, Value] = {"layer": Value(change["layer"], change["layer"])}
+        for key, (before, after) in change["sizes"].items():
+            head = str(LAYER_TITLES.get(key, key))
+            values[head] = Value(_size(before), before)
+            values[f"{head} after"] = Value(_size(after), after)
+        rows.append(values)
+    return rows
+
+
+def _size(value: float) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
 # Figures ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 PALETTE = ("#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#B8860B", "#7A5195", "#8C564B", "#5B8C5A")
 SYMBOLS = ("square", "diamond", "triangle-up", "cross", "star", "circle", "pentagon", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-OURS = "ldt"
+OURS = "LDT"
 LEGEND_WIDTH, ROW, GAP = (
     1150,
     25,

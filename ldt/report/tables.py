@@ -9,7 +9,7 @@ import pandas as pd
 
 from ldt.report.terminal import BUDGETS, LATENCY_TARGETS, RUNTIME_TIMES, shown_metrics
 from ldt.runs.aggregate import Cell, notes, summarise
-from ldt.runs.formatting import TILDE, number, tilde
+from ldt.runs.formatting import TILDE, number, printable, tilde
 
 
 class Column(NamedTuple):
@@ -20,23 +20,36 @@ class Column(NamedTuple):
     digits: int
     scale: float = 1.0
     better: int = 0  # 1: more, -1: less, 0: not compared
+    sign: bool = False  # of positive numbers too
+
+    def text(self, value: float | None) -> str:
+        """Format a value in the column's unit."""
+        return number(value, self.digits, self.scale, self.sign)
+
+    def as_percentage(self) -> "Column":
+        """Return the column of a share, such as AP, in per cent."""
+        return self._replace(digits=self.digits - 2, scale=100 * self.scale)
 
 
 class Value(NamedTuple):
-    """A table cell: text, sort key, and whether it is the best of its block."""
+    """A table cell: text, sort key, whether it is the best of its block, and where it leads."""
 
     text: str
     sort: float | str
     best: bool = False
+    link: str = ""
 
 
 SIZES = (
     Column("params", "parameters (M)", 3, 1e-6, -1),
-    Column("multiply_adds", "multiply-adds (G)", 3, 1e-9, -1),
+    Column("multiply_adds", "MACs (G)", 3, 1e-9, -1),
     Column("latency_ms", "latency (ms)", 1, 1.0, -1),
+    Column("speed_up", "speed-up", 2, 1.0, 1),
     *(Column(key, title, 2, 1.0, -1) for key, title in RUNTIME_TIMES.items()),
 )
 TARGETS = tuple(Column(key, title, 2) for key, title in LATENCY_TARGETS.items())
+TIMED = ("latency_ms", "speed_up")
+FIXED = ("params", "multiply_adds")  # by the channels that are left: known without seeds
 TEXTS = ("dataset", "detector", "method", "removed", "seeds")
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # how texts begin that spreadsheets compute
 Table = list[dict[str, Value]]  # one row per cell, by column title
@@ -47,22 +60,28 @@ def percent(share: float) -> str:
     return f"{share * 100:g} %"
 
 
-def columns(found: Sequence[Cell]) -> list[Column]:
+def columns(found: Sequence[Cell], percentages: bool = False) -> list[Column]:
     """Return the shown columns: headline metric before, metrics after pruning, and costs."""
     rows = (run.row for cell in found for run in cell.runs)
     names = shown_metrics(rows, (cell.metric for cell in found))
     after = [Column(name, name, 3, 1.0, 1) for name in names]
-    return [Column("base", "before", 3), *after, *SIZES, *TARGETS]
+    shares = [Column("base", "before", 3), *after, Column("change", "change", 3, 1.0, 1, True)]
+    return [*(c.as_percentage() if percentages else c for c in shares), *SIZES, *TARGETS]
 
 
-def compare(found: Sequence[Cell]) -> Table:
+def compare(found: Sequence[Cell], percentages: bool = False) -> Table:
     """Build a table with one row per cell: mean ± standard deviation over its seeds.
 
     In each column, the best of the pruned cells with the same data set, detector, budget and rate
-    is marked, at the displayed precision; the budget itself is not compared.
+    is marked where its interval of one standard deviation over seeds parts from all others'; a cell
+    with a single seed has none. The budget itself is not compared.
+
+    Args:
+        found: cells of one or several studies.
+        percentages: metrics in per cent with one digit, as papers have them.
     """
     means = summarise(found)
-    shown = [column for column in columns(found) if column.key in means]
+    shown = [column for column in columns(found, percentages) if column.key in means]
     best = _best(found, means, shown)
     return [
         _texts(cell, row["seeds"])
@@ -79,8 +98,8 @@ def compare(found: Sequence[Cell]) -> Table:
 
 
 def noise(column: Column, *rows: Mapping[str, Any]) -> str:
-    """Return "~" in the column of the latency if it was noisy in one of the rows."""
-    return tilde(*rows) if column.key == "latency_ms" else ""
+    """Return "~" in the columns of the latency if it was noisy in one of the rows."""
+    return tilde(*rows) if column.key in TIMED else ""
 
 
 def has_noise(found: Sequence[Cell]) -> bool:
@@ -97,9 +116,8 @@ def _texts(cell: Cell, seeds: int) -> dict[str, Value]:
 
 
 def _plus_minus(means: dict[str, Any], column: Column) -> str:
-    mean, deviation = (
-        number(means[key], column.digits, column.scale) for key in (column.key, f"{column.key}_std")
-    )
+    mean = column.text(means[column.key])
+    deviation = number(means[f"{column.key}_std"], column.digits, column.scale)
     sizes = (*SIZES, *TARGETS)  # often equal for all seeds
     constant = column in sizes and not deviation.strip("0.")
     return mean if deviation == "-" or constant else f"{mean} ± {deviation}"
@@ -108,7 +126,7 @@ def _plus_minus(means: dict[str, Any], column: Column) -> str:
 def _best(
     found: Sequence[Cell], means: pd.DataFrame, shown: Sequence[Column]
 ) -> set[tuple[int, str]]:
-    """(row, column key) of the best pruned cells in each block with several."""
+    """(row, column key) of the cells that are better than all others of their block."""
     blocks: dict[Any, list[int]] = defaultdict(list)
     for index, cell in enumerate(found):
         if cell.pruned:
@@ -117,10 +135,13 @@ def _best(
     for (_, _, budget, _), indices in blocks.items():
         bound = {"params": "params", "macs": "multiply_adds"}.get(budget)
         for column in shown:
-            rounded = (means[column.key].iloc[indices] * column.scale).round(column.digits)
-            top = rounded.max() if column.better > 0 else rounded.min()
             if column.better and column.key != bound and len(indices) > 1:
-                best |= {(index, column.key) for index in rounded.index[rounded == top]}
+                value = column.better * means[column.key].iloc[indices]
+                spread = means[f"{column.key}_std"].iloc[indices]
+                spread = spread.fillna(0) if column.key in FIXED else spread
+                low, high = value - spread, value + spread
+                parts = low > high.drop(value.idxmax()).max(skipna=False)
+                best |= {(index, column.key) for index in value.index[parts]}
     return best
 
 
@@ -159,15 +180,29 @@ def _as_text(text: str) -> str:
 
 
 def _latex(found: Sequence[Cell]) -> str:
-    table = compare(found)
+    """One table for each detector and data set, metrics in per cent."""
+    pairs: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in found:
+        pairs[cell.detector, cell.dataset].append(cell)
+    told = "".join(f"% {note}\n" for note in _notes(found))
+    tables = (
+        f"\n% {' on '.join(map(printable, pair))}\n{_tabular(own)}" for pair, own in pairs.items()
+    )
+    return f"% \\usepackage{{booktabs}}\n{told}{''.join(tables)}"
+
+
+def _tabular(found: Sequence[Cell]) -> str:
+    one = ("dataset", "detector")
+    table = [
+        {title: value for title, value in row.items() if title not in one}
+        for row in compare(found, percentages=True)
+    ]
     texts = pd.DataFrame([{title: value.text for title, value in row.items()} for row in table])
     bold = pd.DataFrame([[_style(value) for value in row.values()] for row in table])
     style: Any = texts.style.apply(lambda _: bold.set_axis(texts.columns, axis=1), axis=None)
     style = style.format(escape="latex").format_index(escape="latex", axis=1).hide(axis="index")
     alignment = "".join("l" if title in TEXTS else "r" for title in texts)
-    written = style.to_latex(hrules=True, column_format=alignment).replace("±", "$\\pm$")
-    told = "".join(f"% {note}\n" for note in _notes(found))
-    return f"% \\usepackage{{booktabs}}\n{told}{written}"
+    return style.to_latex(hrules=True, column_format=alignment).replace("±", "$\\pm$")
 
 
 def _style(value: Value) -> str:
@@ -181,4 +216,6 @@ def _csv(found: Sequence[Cell]) -> str:
 
 def _inert(value: object) -> Any:
     """Mark a text that a spreadsheet would compute; numbers stay as they are."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+    if not isinstance(value, str):
+        return value
+    return printable(f"'{value}" if value.startswith(FORMULAS) else value)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ldt.progress.console import console
 from ldt.runs import DAMAGED, STATES
-from ldt.runs.formatting import TILDE, number, tilde
+from ldt.runs.formatting import TILDE, number, speed_up, tilde
 from ldt.runs.study import load_study
 
 METRICS = ("AP", "AP50", "mAP")
@@ -119,14 +119,10 @@ def _change(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
 
 def _speed_up(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """Return how much faster a round is than the base, where both were timed on one machine."""
-    place = ("threads", "device")
     if row is base:
         return ""
-    if not row.get("latency_ms") or not base.get("latency_ms"):
-        return "-"
-    if [row.get(key) for key in place] != [base.get(key) for key in place]:
-        return "-"
-    return f"{tilde(row, base)}{base['latency_ms'] / row['latency_ms']:.2f}x"
+    factor = speed_up(row, base)
+    return "-" if isnan(factor) else f"{tilde(row, base)}{factor:.2f}x"
 
 
 def _legend(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -4,12 +4,14 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import pandas as pd
 
+from ldt.config import method_titles
 from ldt.runs import identity, inputs
-from ldt.runs.formatting import printable
+from ldt.runs.formatting import printable, speed_up
 from ldt.runs.run import Run
 
 MOST_NAMED = 2  # list all varying keys in labels if there are at most so many
@@ -23,7 +25,7 @@ class Cell:
 
     Attributes:
         dataset, detector, budget: names.
-        method: name; ``unpruned`` or ``unpruned, LDT losses`` for runs that prune nothing.
+        method: its title; ``unpruned`` or ``unpruned, LDT losses`` for runs that prune nothing.
         rate: the requested rate (share of the budget to remove); 0 if nothing is pruned.
         metric: the data set's headline metric.
         config: the flat settings shared by its runs (:func:`ldt.runs.identity.cell`), with a hash
@@ -97,7 +99,7 @@ def _cell(runs: Sequence[Run], config: Config) -> Cell:
     row = runs[0].row
     pruned = row["rounds"] > 0
     losses = runs[0].summary.get("ldt", False)
-    method = row["method"] if pruned else "unpruned, LDT losses" if losses else "unpruned"
+    method = title(runs[0]) if pruned else "unpruned, LDT losses" if losses else "unpruned"
     return Cell(
         dataset=row["dataset"],
         detector=row["detector"],
@@ -110,6 +112,14 @@ def _cell(runs: Sequence[Run], config: Config) -> Cell:
         changed={},
         label=method,
     )
+
+
+def title(run: Run) -> str:
+    """Return what tables and figures call a run's method: its name in the literature."""
+    told = run.config.get("method")
+    given = told.get("title") if isinstance(told, dict) else None
+    name: str = run.row["method"]
+    return given if isinstance(given, str) else method_titles().get(name, name)
 
 
 def varying(configs: Sequence[tuple[Config, int]]) -> dict[str, Counter[str]]:
@@ -151,12 +161,17 @@ def _label(block: Sequence[Cell]) -> list[Cell]:
             for key, value in values.items()
             if value != usual[key] or len(keys) <= MOST_NAMED
         }
-        text = ", ".join(f"{key.split('.')[-1]}={value}" for key, value in changed.items())
+        text = _changes({key.split(".")[-1]: value for key, value in changed.items()})
         label = f"{cell.method} ({text})" if text else cell.method
         if len(label) > LONGEST_LABEL:
             label = f"{cell.method} #{number}"
         named.append(replace(cell, changed=changed, label=label))
     return named
+
+
+def _changes(changed: Mapping[str, str]) -> str:
+    """Return keys, which may be anybody's, and values on one line."""
+    return ", ".join(f"{printable(key)}={value}" for key, value in changed.items())
 
 
 def _variant(cell: Cell) -> Config:
@@ -172,17 +187,18 @@ def summarise(found: Sequence[Cell]) -> pd.DataFrame:
     Columns: ``dataset``, ``detector``, ``method`` (the label), ``budget``, ``rate``
     (requested), ``seeds``, ``metric`` (name of the headline metric), then for each measurement of a
     round (``AP``, ``params`` ...) the last round's mean under its name and the deviation under
-    ``<name>_std``, NaN for a single seed; ``base`` is the headline metric before pruning. Runs with
-    equal configuration and seed count as one.
+    ``<name>_std``, NaN for a single seed; ``base`` is the headline metric before pruning,
+    ``change`` its change, and ``speed_up`` the latency before over that after. Runs with equal
+    configuration and seed count as one.
     """
-    rows = [{**_numbers(run), "cell": i} for i, cell in enumerate(found) for run in cell.runs]
+    rows = [{**numbers(run), "cell": i} for i, cell in enumerate(found) for run in cell.runs]
     seeds: Any = pd.DataFrame(rows).groupby(["cell", "seed"]).mean()
     means = seeds.groupby("cell").mean()
-    numbers = pd.concat([means, seeds.groupby("cell").std().add_suffix("_std")], axis="columns")
+    measured = pd.concat([means, seeds.groupby("cell").std().add_suffix("_std")], axis="columns")
     order = [name for key in means for name in (key, f"{key}_std")]
     counts = seeds.groupby("cell").size()
     about = [_about(cell, int(counts[index])) for index, cell in enumerate(found)]
-    return pd.concat([pd.DataFrame(about), numbers[order]], axis="columns")
+    return pd.concat([pd.DataFrame(about), measured[order]], axis="columns")
 
 
 ABOUT = ("dataset", "detector", "method", "budget", "rate", "seeds", "metric")
@@ -193,21 +209,25 @@ def _about(cell: Cell, seeds: int) -> dict[str, Any]:
     return dict(zip(ABOUT, (*place, cell.budget, cell.rate, seeds, cell.metric), strict=True))
 
 
-def _numbers(run: Run) -> dict[str, float]:
+def numbers(run: Run) -> dict[str, float]:
+    """Return a run's row of the table that :func:`summarise` averages."""
     first, last = run.summary["rounds"][0], run.summary["rounds"][-1]
-    numbers = {
+    after = {
         key: value
         for key, value in last.items()
         if isinstance(value, (int, float)) and key not in ("round", "threads", *ABOUT)
     }
-    base = first.get(run.row["metric"], float("nan"))
-    return {**numbers, "seed": run.row["seed"], "base": base}
+    metric = run.row["metric"]
+    base = first.get(metric, nan)
+    gains = {"change": last.get(metric, nan) - base, "speed_up": speed_up(last, first)}
+    pruned = run.row["rounds"] > 0
+    return {**after, "seed": run.row["seed"], "base": base, **(gains if pruned else {})}
 
 
 def notes(found: Sequence[Cell]) -> list[str]:
     """Explain the numbered labels, one line each."""
     told = {
-        cell.label: ", ".join(f"{key}={value}" for key, value in cell.changed.items())
+        cell.label: _changes(cell.changed)
         for cell in found
         if cell.label == f"{cell.method} #{cell.label.rpartition('#')[2]}"
     }

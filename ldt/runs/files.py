@@ -34,6 +34,7 @@ SPLIT = "split.json"  # the image ids of each split
 ENVIRONMENT = "environment.json"  # versions, hardware, commit
 INPUTS = "inputs.json"  # fingerprints of the run's inputs
 STRUCTURE = "structure.json"  # layers per round, coupled groups
+LAYERS = "layers.csv"  # layers before pruning and after
 LATENCY = "latency.json"  # latencies measured after the run
 LATENCY_TABLE = "latency_table.json"  # times of layers that a latency budget goes by
 LAST = "last.ckpt"  # from which an unfinished run resumes

@@ -1,7 +1,7 @@
 """Formatting of numbers and texts for tables, figures and the terminal."""
 
 from collections.abc import Mapping
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 NOISY = 1.25  # of a latency: its 90th percentile over its median
@@ -40,6 +40,25 @@ def tilde(*rows: Mapping[str, Any], key: str = "latency_ms") -> str:
     return "~" * any(median and slow and slow > NOISY * median for median, slow in pairs)
 
 
-def number(value: float | None, digits: int, scale: float = 1.0) -> str:
-    """Format a number for a table; "-" if it is missing or NaN."""
-    return "-" if value is None or isnan(value) else f"{value * scale:.{digits}f}"
+def speed_up(row: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """Return the base's latency over a round's; NaN unless both were timed on one machine."""
+    place = ("threads", "device")
+    if not row.get("latency_ms") or not base.get("latency_ms"):
+        return nan
+    if [row.get(key) for key in place] != [base.get(key) for key in place]:
+        return nan
+    return base["latency_ms"] / row["latency_ms"]
+
+
+def number(value: float | None, digits: int, scale: float = 1.0, sign: bool = False) -> str:
+    """Format a number for a table; "-" if it is missing or NaN.
+
+    Args:
+        value: in base units.
+        digits: after the point.
+        scale: factor to the shown unit.
+        sign: whether positive numbers have a sign too.
+    """
+    if value is None or isnan(value):
+        return "-"
+    return f"{value * scale:{'+' * sign}.{digits}f}"

@@ -38,7 +38,14 @@ FREE = (  # keys, and groups of keys, that are not part of the identity: results
     *("trainer.strategy", "trainer.threads", "trainer.benchmark", "trainer.inference_mode"),
     "trainer.compile",
     # additional measurements, figures, logging, objectives of a sweeper
-    *("report", "logger", "objectives", "trainer.logger", "trainer.log_every_n_steps"),
+    *(
+        "method.title",
+        "report",
+        "logger",
+        "objectives",
+        "trainer.logger",
+        "trainer.log_every_n_steps",
+    ),
     *("trainer.validate_every", "trainer.check_val_every_n_epoch", "trainer.val_check_interval"),
     *("trainer.num_sanity_val_steps", "trainer.enable_progress_bar", "trainer.profiler"),
     *("trainer.enable_model_summary", "trainer.enable_checkpointing", "trainer.detect_anomaly"),

@@ -82,8 +82,8 @@ def _measured(row: dict[str, Any]) -> dict[str, Any]:
     device = row.get("device", "")
     if not isinstance(device, str) or ("device" in row) > ("threads" in row):
         raise ValueError("device: no text, or without threads")
-    if len(device) > LONGEST_NAME:
-        raise ValueError(f"device: more than {LONGEST_NAME} characters")
+    if len(device) > LONGEST_NAME or not device.isprintable():
+        raise ValueError(f"device: more than {LONGEST_NAME} characters, or not printable")
     return row
 
 
@@ -107,9 +107,9 @@ Pixels = Annotated[int, Ge(1), Le(10**6)]
 Round = Annotated[dict[str, Any], AfterValidator(_measured)]
 Rounds = Annotated[list[Round], AfterValidator(_in_order)]
 Name = Annotated[str, Len(0, LONGEST_NAME), AfterValidator(check_printable)]
-Size = Annotated[int, Ge(0), Le(int(LARGEST))]
 RoundNumber = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-LayerSizes = dict[Literal["in", "out", "params", "multiply_adds"], Size]
+LayerNumber = Literal["in", "out", "params", "multiply_adds", "latency_ms"]
+LayerSizes = dict[LayerNumber, Annotated[Number, Ge(0)]]
 
 
 class _Record(BaseModel):

@@ -188,6 +188,15 @@ class Run:
         ]
         return pd.DataFrame(rows).set_index(["round", "layer"])
 
+    @property
+    def layer_changes(self) -> list[dict[str, Any]]:
+        """Sizes of each layer before pruning and after the last round; see `layer_changes`.
+
+        Raises:
+            FileNotFoundError: there is no ``structure.json``.
+        """
+        return layer_changes(self._structure["rounds"])
+
     @cached_property
     def groups(self) -> dict[str, list[str]]:
         """The layers of each coupled group, by the name of its root layer.
@@ -207,6 +216,30 @@ class Run:
             )
         records.check(file, records.STRUCTURE, found, f"`ldt layers {self.folder}` writes it again")
         return found
+
+
+def layer_changes(rounds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return for each layer of the unpruned network its ``layer`` (name) and ``sizes``.
+
+    Args:
+        rounds: of ``structure.json``: measurements of the layers by round.
+
+    Returns:
+        ``sizes`` has for each measurement its value before pruning and after the last round.
+    """
+    if not rounds:
+        return []
+    first, last = rounds[min(rounds, key=int)], rounds[max(rounds, key=int)]
+    return [
+        {
+            "layer": name,
+            "sizes": {
+                key: (value, last[name][key]) for key, value in sizes.items() if key in last[name]
+            },
+        }
+        for name, sizes in first.items()
+        if name in last
+    ]
 
 
 def training_log(folder: Path) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from ldt.detectors.checkpoints import load_pruned
 from ldt.detectors.forward import raw_forward
 from ldt.evaluation import layers
 from ldt.evaluation.profiling import count_macs, count_parameters
-from ldt.runs.files import write_text
+from ldt.runs.files import read_rows, write_text
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,17 @@ def test_the_layers_add_up_to_the_network(run):
         assert sum(layer["multiply_adds"] for layer in inside.values()) == whole
     before, after = (rounds[index]["backbone.layer1.0.conv1"] for index in "01")
     assert (before["out"], after["out"]) == (8, 4)
+
+
+def test_the_table_of_layers_has_them_before_and_after(run):
+    rounds = json.loads((run / "structure.json").read_text())["rounds"]
+    rows = read_rows(run / "layers.csv")
+    assert [row["layer"] for row in rows] == list(rounds["0"])
+    for row in rows:
+        before, after = (rounds[index][row["layer"]] for index in "01")
+        assert {key: row[key] for key in before} == before
+        assert {key: row[f"{key}_after"] for key in after} == after
+    assert all(row["latency_ms"] > 0 for row in rows if row["layer"].startswith("backbone"))
 
 
 def test_groups_tell_which_layers_are_cut_together(run):

@@ -1,7 +1,6 @@
 """Figures show the data that they are given: counted and compared, never by pixels."""
 
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from PIL import Image
-from small import CONF
 
+from ldt.config import method_titles
 from ldt.evaluation.neck_statistics import NeckSpace
 from ldt.evaluation.score_stability import StageScores
 from ldt.figures.attention import Attention, View, draw_attention
@@ -298,21 +297,21 @@ def test_two_different_networks_are_refused():
 
 def test_every_method_has_its_line_and_band_and_the_unpruned_are_dashed():
     methods = {
-        "ldt": [Point(0.5, [0.4, 0.5]), Point(0.2, [0.3, 0.3])],
+        "LDT": [Point(0.5, [0.4, 0.5]), Point(0.2, [0.3, 0.3])],
         "l1": [Point(0.5, [0.35])],
     }
     figure = draw_comparisons([Panel("", methods, {"unpruned": Point(1.0, [0.4, 0.44])}, "mAP")])
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
-    assert set(lines) == {"ldt", "l1", "unpruned"}
-    assert np.allclose(lines["ldt"].get_xydata(), [(0.2, 0.3), (0.5, 0.45)])  # from small to large
+    assert set(lines) == {"LDT", "l1", "unpruned"}
+    assert np.allclose(lines["LDT"].get_xydata(), [(0.2, 0.3), (0.5, 0.45)])  # from small to large
     assert np.allclose(lines["l1"].get_xydata(), [(0.5, 0.35)])
     assert lines["unpruned"].get_linestyle() == "--"
     assert np.allclose(lines["unpruned"].get_ydata(), 0.42)
     assert len(axes.collections) == 2
     band = max(float(np.ptp(c.get_paths()[0].vertices[:, 1])) for c in axes.collections)
     assert band == pytest.approx(0.45 + np.std([0.4, 0.5], ddof=1) - 0.3)
-    assert lines["ldt"].get_linewidth() > lines["l1"].get_linewidth()
+    assert lines["LDT"].get_linewidth() > lines["l1"].get_linewidth()
     assert len({line.get_color() for line in lines.values()}) == 3
 
 
@@ -558,7 +557,7 @@ def test_the_titles_of_neighbouring_panels_do_not_touch():
 
 def test_classes_and_methods_have_colours_of_their_own():
     assert len({to_rgb(colour) for colour in PALETTE}) == len(PALETTE)
-    methods = [file.stem for file in Path(CONF, "method").glob("*.yaml")]
+    methods = [*method_titles().values(), "random", "none"]
     figure = draw_comparisons([Panel("all", {m: [Point(1, [0.4])] for m in methods}, {}, "AP")])
     lines = [line for line in figure.axes[0].lines if line.get_marker() not in (None, "None")]
     assert len(lines) == len(methods)

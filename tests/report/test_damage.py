@@ -236,7 +236,7 @@ def test_a_page_is_made_whatever_is_damaged(study, caplog, capsys):
     page = (study / "report.html").read_text()
     shown = page.split('id="all-runs"')[1].split("</table>")[0]
     names = {"good", *lost, *less, *whole}
-    assert {name for name in names if f">{name}</td>" in shown} == {"good", *less, *whole}
+    assert {name for name in names if f">{name}</a>" in shown} == {"good", *less, *whole}
     others = page.split('id="others"')[1]
     assert all(f"<td>{name}</td>" in others for name in lost)
 
@@ -254,7 +254,7 @@ def test_damaged_runs_are_told_wherever_a_study_is_read(study, caplog, capsys):
     assert len(caplog.messages) == len(lost)
     caplog.clear()
     (panel,) = panels([study])
-    assert len(panel.methods["ldt"]) == 1
+    assert len(panel.methods["LDT"]) == 1
     assert len(caplog.messages) == len(lost)
     rows = {line["run"]: line["status"] for line in load_study(study)}
     unreadable = [name for name, file in lost.items() if file.name in ("summary.json", name)]

@@ -1,7 +1,10 @@
 """The page of a study: complete, safe, and alive in a browser."""
 
 import json
+import os
 import re
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -81,7 +84,7 @@ def named(figure, name):
 @pytest.mark.slow
 def test_lines_join_the_means_over_seeds_and_bands_have_their_width(study):
     figure = trade_off(cells(open_runs(study)))
-    _, band, line = named(figure, "ldt")[:3]  # dots, band, line of the first panel
+    _, band, line = named(figure, "LDT")[:3]  # dots, band, line of the first panel
     assert np.allclose(line.x, [0.21, 0.63])
     assert np.allclose(line.y, [0.35, 0.4])
     spread = np.std([0.36, 0.34], ddof=1)
@@ -98,7 +101,7 @@ def test_the_unpruned_detector_is_dashed_in_every_panel(study):
 def test_rounds_and_training_have_a_panel_for_each_quantity(study):
     found = cells(open_runs(study))
     assert [note.text for note in by_round(found).layout.annotations][1:] == [
-        "parameters (M)", "multiply-adds (G)", "latency (ms)",
+        "parameters (M)", "MACs (G)", "latency (ms)",
     ]  # fmt: skip
     figure = training(found)
     assert [note.text for note in figure.layout.annotations] == ["loss", "loss_ld"]
@@ -159,11 +162,36 @@ def test_a_noisy_latency_is_marked_wherever_it_is_shown(study):
     one["rounds"][-1]["latency_p90_ms"] = 1.3 * one["rounds"][-1]["latency_ms"]
     write_json(study / "ldt-s0/summary.json", one)
     table = write(cells(open_runs(study)), "markdown")
-    assert re.findall(r"~[\d.]+", table) == ["~5.5"]  # the mean of both seeds
+    latency, speed_up = re.findall(r"~[\d.]+", table)  # means of both seeds
+    assert latency == "~5.5"
     assert "~: noisy" in table
     text = page(study, open_runs(study), 0)
-    assert re.findall(r">(~[\d.]+)", text) == ["~5.5", "~5.0"]
+    assert re.findall(r">(~[\d.]+)", text)[::2] == ["~5.5", "~5.0"]  # and their speed-ups
+    assert f">{speed_up}" in text
     assert "~: noisy" in text
+
+
+@pytest.mark.slow
+def test_runs_lead_to_their_files_from_wherever_the_page_is(study, tmp_path):
+    for place in (None, study, tmp_path / "else where"):
+        text = page(study, open_runs(study), 0, place)
+        links = [unquote(link) for link in re.findall(r'<td[^>]*><a href="([^"]+)"', text)]
+        assert links
+        for link in links:
+            assert ((place or study) / link).resolve().is_relative_to(study.resolve())
+            assert Path(os.path.normpath((place or study) / link)).exists()
+
+
+@pytest.mark.slow
+def test_layers_are_shown_before_and_after(study):
+    sizes = {"in": 3, "out": 16, "params": 1234, "multiply_adds": 5678, "latency_ms": 0.5}
+    rounds = {"0": {"backbone.conv": sizes}, "1": {"backbone.conv": sizes | {"out": 9}}}
+    write_json(study / "ldt-s0/structure.json", {"rounds": rounds, "groups": {}})
+    text = page(study, open_runs(study), 0)
+    (table,) = re.findall(r'<table class="sortable" id="layers-\d+">.*?</table>', text, re.DOTALL)
+    values = re.findall(r"<td[^>]*>([^<]*)</td>", table)
+    assert values[:5] == ["backbone.conv", "3", "3", "16", "9"]
+    assert values[5:] == ["1,234", "1,234", "5,678", "5,678", "0.500", "0.500"]
 
 
 @pytest.mark.slow
