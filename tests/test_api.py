@@ -195,7 +195,10 @@ def test_it_removes_what_a_run_removes(detector, config, data, tmp_path):
     images = data.calibration_dataloader(8, 16)
     result = ldt.prune(detector, images, rate=0.3, criterion="l1", input_size=SIZE)
     layers = read_json(folder / "structure.json")["rounds"]["1"]
-    assert result.after == layers
+    assert result.after == {
+        name: {key: value for key, value in sizes.items() if key != "latency_ms"}
+        for name, sizes in layers.items()
+    }
 
 
 def test_batch_norms_get_the_average_over_the_batches(detector, data):
@@ -243,7 +246,10 @@ def test_random_scores_depend_on_the_seed_only(detector, data):
         ({}, r"either rate= .* or keep="),
         ({"rate": 0.3, "keep": 0.7}, r"either rate= .* or keep="),
         ({"rate": 1.3}, r"rate=1.3"),
-        ({"rate": 0.3, "criterion": "hrnk"}, r"criterion='hrnk' is not known; choose one of chip,"),
+        (
+            {"rate": 0.3, "criterion": "hrnk"},
+            r"criterion='hrnk' is unknown; did you mean hrank\? choose",
+        ),
         ({"rate": 0.3, "criterion": "group_fisher_gradual"}, r"works without training"),
         ({"rate": 0.3, "criterion": "none"}, r"works without training"),
         ({"rate": 0.3, "budget": "time"}, r"budget='time'; choose params, macs, latency or flops"),

@@ -33,6 +33,7 @@ from ldt.progress import console
 from ldt.runs.files import write_json
 from ldt.runs.refusal import Failed, Refused, is_refusal, one_line, refused, refusing
 
+TESTS = ROOT / "tests"
 HEAVY = (
     "torch",
     "numpy",
@@ -100,8 +101,8 @@ def taken(tmp_path):
 
 WRITING = {  # a command that writes a file, up to its name
     "report": ["report", "study", "--format", "csv", "--out"],
-    "prune": ["prune", "config", "weights", "data", "--rate", "0.3", "--out"],
-    "export": ["export", "round-0.ckpt", "--format", "onnx"],
+    "prune": ["prune", __file__, __file__, __file__, "--rate", "0.3", "--out"],
+    "export": ["export", __file__, "--format", "onnx"],
 }
 
 
@@ -189,7 +190,8 @@ def test_an_older_address_is_the_same_command(name, tmp_path, capsys):
         (["figures", "channels", "{here}"], "give the directory of a run, runs/<study>/<run>"),
         (["figures", "curves", "{here}/no"], "no study at {here}/no"),
         (["export", "{here}/no.ckpt", "{here}/out"], "no checkpoint at '{here}/no.ckpt'"),
-        (["predict", "{here}/no.ckpt", "{here}/a.png"], "no image or folder at '{here}/a.png'"),
+        (["predict", "{here}/no.ckpt", "{here}/a.png"], "no checkpoint at '{here}/no.ckpt'"),
+        (["predict", __file__, "{here}/a.png"], "no image or folder at '{here}/a.png'"),
         (["repeat", "{here}/no", "{here}/new"], "give the directory of a run, runs/<study>/<run>"),
         (["layers", "{here}/no"], "no run at {here}/no; expected there"),
         (["report"], "Missing argument 'STUDY' (see ldt report --help)"),
@@ -272,6 +274,31 @@ def test_what_hydra_wraps_is_told_alone(override, told, capsys):
             "detector.config='nix.py': no such file; give",
         ),
         (["detector.checkpoint=nix.ckpt"], "detector.checkpoint='nix.ckpt': no such file"),
+        (["detector.checkpoint="], "detector.checkpoint='': no such file; give one, or detector.c"),
+        ([f"detector.checkpoint={__file__}"], "no checkpoint of PyTorch"),
+        ([f"detector.config={TESTS / 'reference.txt'}"], "no such file"),
+        (
+            ["detector=mmdet", "detector.config=mmdet::gfl/gfl_r50_fpn_1x_koko.py"],
+            "mmdet has no such config; did you mean mmdet::gfl/gfl_r50_fpn_1x_coco.py? give",
+        ),
+        (["detector.config=mmdet::"], "mmdet has no such config; give a file"),
+        (["detector.config=os.path::x.py"], "os.path has no such config"),
+        (["detector.config=/etc/hostname"], "no config of mmdet; give a file"),
+        (["detector=GFL"], "detector=GFL: did you mean gfl? choose from"),
+        (["dataset=kitti", "dataset.root="], "dataset.root is not set; type dataset.root="),
+        (["dataset=kitti", f"dataset.root={TESTS}"], "training/image_2; expected in"),
+        (
+            ["dataset=coco", f"dataset.root={TESTS}"],
+            "annotations/instances_train2017.json; expected",
+        ),
+        (
+            ["dataset=coco", f"dataset.root={TESTS}", "dataset.train_ann=conftest.py"],
+            "train2017; type dataset.train_img=<folder of the images>",
+        ),
+        (
+            ["-m", "dataset=coco", "dataset.root=nix", "seed=0,1"],
+            "no folder nix; expected there: COCO's folders",
+        ),
         (["dataset=kitti"], "dataset.root is not set; type dataset.root=/path/to/kitti (KITTI's"),
         (["dataset=coco", "dataset.root=nix"], "no folder nix; expected there: COCO's folders"),
         (["--config-dir", "nowhere"], "nowhere' not found"),
@@ -466,9 +493,9 @@ def interrupted():
     ("function", "code", "told"),
     [
         (raised_by_ours, 1, "error: no image or folder at '/nowhere/at/all'"),
-        (wrong_value, 1, "error: criterion='nothing' is not known"),
+        (wrong_value, 1, "error: criterion='nothing' is unknown"),
         (disk_full, 1, "error: [Errno 28] No space left on device"),
-        (refused_wrong_value, 2, "error: criterion='nothing' is not known"),
+        (refused_wrong_value, 2, "error: criterion='nothing' is unknown"),
         (refused_lines, 2, "error: one two"),
         (interrupted, 130, "error: interrupted"),
         (raised_by_a_library, 1, None),

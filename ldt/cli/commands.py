@@ -10,12 +10,14 @@ import click
 from ldt.figures import NAMES
 from ldt.runs import STATES
 from ldt.runs.formatting import printable
-from ldt.runs.refusal import refusing, renaming
+from ldt.runs.refusal import refused, refusing, renaming
 
 if TYPE_CHECKING:
     from ldt.runs.run import Run
 
 PATH = click.Path(path_type=Path)
+KINDS = {"checkpoint": "checkpoint", "images": "image or folder"}  # of files, by argument
+PATTERN = set("*?[")  # a name with one of these may stand for several files
 FORMATS = ("html", "markdown", "latex", "csv")
 MEASURES = ("loss", "AP")
 FRAMES = ("video", "pictures")
@@ -49,6 +51,30 @@ class ShareType(click.ParamType):
 
 
 SHARE = ShareType()
+
+
+def existing(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
+    """Check files and folders before anything is imported; patterns and packaged configs pass."""
+    for path in given if isinstance(given, tuple) else (given,):
+        text = "" if path is None else str(path)
+        if "::" not in text and not PATTERN & set(text) and path is not None:
+            with refusing(FileNotFoundError):
+                if not Path(text).exists():
+                    kind = KINDS.get(str(parameter.name), "file or folder")
+                    raise FileNotFoundError(f"no {kind} at {text!r}")
+    return given
+
+
+def known_criterion(_: click.Context, __: click.Parameter, given: Any) -> Any:
+    """Check the names of criteria before anything is imported."""
+    from ldt.config import untrained_methods
+    from ldt.config.names import choices
+
+    known = sorted(untrained_methods())
+    for name in given if isinstance(given, tuple) else (given,):
+        if name not in known:
+            raise refused(ValueError(f"--criterion {name}: {choices(name, known)}"))
+    return given
 
 
 @click.group(
@@ -270,7 +296,11 @@ def figures(
 
 
 GIVEN = click.argument(
-    "given", nargs=-1, required=True, metavar="(CHECKPOINT | CONFIG WEIGHTS) DATA"
+    "given",
+    nargs=-1,
+    required=True,
+    callback=existing,
+    metavar="(CHECKPOINT | CONFIG WEIGHTS) DATA",
 )
 
 
@@ -291,7 +321,13 @@ def own_files(command: Callable) -> Callable:
 @ldt.command()
 @GIVEN
 @click.option("--rate", type=SHARE, help="Share of the budget to remove: 0.3.")
-@click.option("--criterion", default="ldt", show_default=True, help="A method of conf/method.")
+@click.option(
+    "--criterion",
+    default="ldt",
+    show_default=True,
+    callback=known_criterion,
+    help="A method of conf/method.",
+)
 @click.option(
     "--budget",
     default="params",
@@ -378,6 +414,7 @@ def prune(
     "--criterion",
     "criteria",
     multiple=True,
+    callback=known_criterion,
     default=("ldt",),
     show_default=True,
     help="A method of conf/method; repeat it to compare.",
@@ -425,12 +462,22 @@ def sensitivity(given: tuple[str, ...], out: Path, trust: bool, **options: Any) 
 
 
 @ldt.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=PATH, callback=existing)
 @click.argument("out", type=PATH)
 @click.option("--format", "form", type=click.Choice(EXPORTS), default=EXPORTS[0], show_default=True)
 @click.option("--int8", is_flag=True, help="Weights and feature maps of 8 bits.")
-@click.option("--images", type=PATH, help="Folder of images to check the file, and calibrate int8.")
-@click.option("--data", type=PATH, help="Data in COCO's or KITTI's layout [default: the run's].")
+@click.option(
+    "--images",
+    type=PATH,
+    callback=existing,
+    help="Folder of images to check the file, and calibrate int8.",
+)
+@click.option(
+    "--data",
+    type=PATH,
+    callback=existing,
+    help="Data in COCO's or KITTI's layout [default: the run's].",
+)
 @click.option("--raw", is_flag=True, help="Output the head's maps, not boxes.")
 @click.option("--size", metavar="HxW", help="Of the input [default: that of the training].")
 @click.option(
@@ -464,8 +511,8 @@ def export(checkpoint: Path, out: Path, form: str, **options: Any) -> None:
 
 
 @ldt.command()
-@click.argument("checkpoint", type=PATH, metavar="CHECKPOINT")
-@click.argument("images", type=PATH, nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("checkpoint", type=PATH, callback=existing, metavar="CHECKPOINT")
+@click.argument("images", type=PATH, callback=existing, nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--out", type=PATH, default=Path("predictions"), show_default=True, help="Folder.")
 @click.option(
     "--threshold",
@@ -541,7 +588,7 @@ def predict(
 
 
 @ldt.command()
-@click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", type=PATH, callback=existing, nargs=-1, required=True, metavar="FILE...")
 @click.option(
     "--runtime",
     "runtimes",

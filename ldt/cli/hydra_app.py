@@ -209,6 +209,7 @@ def _validate(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
 def _check_job(config: DictConfig) -> None:
     """Check what needs neither data nor model, nor the machine that another launcher would use."""
     _check_values(config)
+    _check_files(config)
     from ldt.build import check_processes
     from ldt.experiment import check, without_hydra
 

@@ -26,6 +26,8 @@ OPTIONS = {  # what messages about keys of the configuration name here
     "prune.repair": "--repair",
     "detector.config": "CONFIG",
     "detector.checkpoint": "WEIGHTS",
+    "Type dataset.root=": "DATA is such a folder: ",
+    "type dataset.root=": "give DATA: ",
     "dataset.root": "DATA",
     "dataset.train_ann": "--train-ann",
     "dataset.train_img": "--train-img",

@@ -324,14 +324,26 @@ def packaged_targets() -> frozenset[str]:
 
 
 @cache
+def methods() -> dict[str, dict[str, Any]]:
+    """Return the content of each yaml in ``conf/method``, by its name without the suffix."""
+    files = (conf_dir() / "method").glob("*.yaml")
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+
+
+def untrained_methods() -> dict[str, dict[str, Any]]:
+    """Return the methods whose criterion works without training."""
+    return {
+        name: content
+        for name, content in methods().items()
+        if content.get("criterion") and not content.get("gradual")
+    }
+
+
 def method_titles() -> dict[str, str]:
-    """Return the title of each method of the config folder that has one, by its name."""
-    found: dict[str, str] = {}
-    for file in (conf_dir() / "method").glob("*.yaml"):
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if "title" in content:
-            found[content["name"]] = content["title"]
-    return found
+    """Return the title of each method that has one, by its name."""
+    return {
+        content["name"]: content["title"] for content in methods().values() if "title" in content
+    }
 
 
 @cache

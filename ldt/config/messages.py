@@ -1,8 +1,6 @@
 """One-line messages for errors of Hydra and OmegaConf about overrides and configurations."""
 
-import difflib
 import re
-from collections.abc import Sequence
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import (
@@ -14,6 +12,7 @@ from omegaconf.errors import (
 )
 
 from ldt.config.keys import explain_key
+from ldt.config.names import choices
 from ldt.config.values import allowed
 
 LEXER = "LexerNoViableAltException"
@@ -27,7 +26,7 @@ def explained(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option}: {_allowed(option, error.options)}"
+        return f"{group}={option}: {choices(option, error.options)}"
     if told := explain_key(error):
         return told
     if isinstance(error, InterpolationKeyError) and (size := SIZE.search(str(error))):
@@ -71,12 +70,6 @@ def explained(error: Exception) -> str:
         key = told.split("'")[1]
         return f"+{key}: the key is there already; type {key}=... without +"
     return f"{told}: {_first(str(cause))}" if isinstance(cause, OmegaConfBaseException) else told
-
-
-def _allowed(given: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(given, known, 1)
-    meant = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"{meant}choose from {', '.join(known)}"
 
 
 def _first(message: str) -> str:

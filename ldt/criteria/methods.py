@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import yaml
 from torch_pruning.pruner.importance import Importance
 
-from ldt.config import conf_dir
+from ldt.config import methods, untrained_methods
+from ldt.config.names import choices
 from ldt.criteria.base import check_importance
 from ldt.pruning.budget import RANKINGS
 
@@ -60,18 +60,13 @@ def find_method(criterion: str | Importance, ranking: str | None = None) -> Meth
 
 
 def _read(name: str) -> dict[str, Any]:
-    known = {file.stem: file for file in (conf_dir() / "method").glob("*.yaml")}
-    usable = {}
-    for stem, file in known.items():
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if content.get("criterion") and not content.get("gradual"):
-            usable[stem] = content
+    usable = untrained_methods()
     if name in usable:
         return usable[name]
-    reason = "has no criterion that works without training" if name in known else "is not known"
+    reason = "has no criterion that works without training" if name in methods() else "is unknown"
     raise ValueError(
-        f"criterion={name!r} {reason}; choose one of {', '.join(sorted(usable))}, or give an "
-        "instance, e.g. ldt.criteria.ldt.LDTCriterion()"
+        f"criterion={name!r} {reason}; {choices(name, sorted(usable))}, or give an instance, e.g. "
+        "ldt.criteria.ldt.LDTCriterion()"
     )
 
 

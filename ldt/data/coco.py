@@ -13,7 +13,7 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from ldt.config.places import LAYOUTS, need_root
+from ldt.config.places import need_annotations, need_root
 from ldt.config.values import assigned
 from ldt.data.datamodule import DetectionDataModule, Split
 from ldt.data.image_files import MAX_PIXELS, Size, image_sizes
@@ -32,12 +32,7 @@ def read_annotations(path: Path) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: it is not in COCO format.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no annotation file {path}; expected: {LAYOUTS['coco']}. Type "
-            "dataset.root=/path/to/coco, or dataset.train_ann=... and dataset.val_ann=... for "
-            "other names"
-        )
+    need_annotations(path)
     try:
         content = json.loads(_text(path), object_hook=_without_mask)
     except (ValueError, RecursionError) as error:

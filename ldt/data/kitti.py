@@ -16,7 +16,7 @@ from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 
 from ldt.config.kinds import Grouping
-from ldt.config.places import IMAGES, LABELS, LAYOUTS, need_root
+from ldt.config.places import IMAGES, KITTI, LABELS, need_kitti
 from ldt.config.values import Count, NaturalNumber, check_value
 from ldt.data.datamodule import DetectionDataModule, Split
 from ldt.data.image_files import MAX_PIXELS, SUFFIXES, Size, image_sizes
@@ -81,9 +81,7 @@ def image_ids(root: Path) -> list[str]:
     """
     ids = sorted(_image_files(root))
     if not ids:
-        raise FileNotFoundError(
-            f"no images in {root / IMAGES}; expected in {root}: {LAYOUTS['kitti']}"
-        )
+        raise FileNotFoundError(f"no images in {root / IMAGES}; expected in {root}: {KITTI}")
     return ids
 
 
@@ -229,7 +227,7 @@ class KittiDataset(BaseDetDataset):
     ) -> None:
         self.official, self.max_pixels = official, max_pixels
         self.told, self.largest = Tally(), 0.0  # the largest coordinate of a box
-        self.root = need_root(root, "kitti")
+        self.root = need_kitti(root)
         self.ids = list(ids)
         self.grouping = grouping
         check_classes(classes, grouping)
@@ -322,7 +320,7 @@ class KittiDataModule(DetectionDataModule):
 
     def folder(self) -> Path:
         """Return the root; raise ValueError or FileNotFoundError if it is not set or missing."""
-        return need_root(self.root, "kitti")
+        return need_kitti(self.root)
 
     def split_ids(self) -> dict[str, list]:
         """Return the image names of both splits, like "000042"."""

@@ -282,7 +282,7 @@ def test_a_missing_root_is_named_with_the_layout_and_the_option(tmp_path):
         KittiDataModule(root=str(tmp_path / "nowhere")).setup()
     with pytest.raises(ValueError, match=r"dataset\.root=/path/to/kitti"):
         KittiDataModule().setup()
-    with pytest.raises(FileNotFoundError, match=r"no images in .*image_2"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*image_2; expected in"):
         KittiDataModule(root=str(tmp_path)).setup()
 
 
