@@ -60,7 +60,8 @@ class LibraryDetector(BaseDetector):
 
         Weights of another shape (of the predictors, for another number of classes) stay random.
         """
-        name = (self.init_cfg or {}).get("checkpoint")
+        given: Any = self.init_cfg or {}
+        name = given.get("checkpoint")
         if name is not None:
             own = self.state_dict()
             found = self.pretrained_state(name)
@@ -72,7 +73,7 @@ class LibraryDetector(BaseDetector):
     ) -> InstanceData:
         """Return detections, in pixels of the original image if they are rescaled."""
         if rescale:
-            boxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
+            boxes = boxes / boxes.new_tensor(sample.metainfo["scale_factor"]).repeat(2)
         return InstanceData(bboxes=boxes, scores=scores, labels=labels)
 
 
@@ -80,9 +81,10 @@ def truths(samples: Sequence[DetDataSample]) -> list[Truth]:
     """Return the objects of each image that have an extent."""
     found = []
     for sample in samples:
-        boxes = get_box_tensor(sample.gt_instances.bboxes)
+        own: Any = sample.gt_instances
+        boxes = get_box_tensor(own.bboxes)
         whole = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        found.append((boxes[whole], sample.gt_instances.labels[whole]))
+        found.append((boxes[whole], own.labels[whole]))
     return found
 
 
@@ -106,7 +108,8 @@ def thaw_norms(module: nn.Module) -> None:
             state = child.state_dict()
             norm = nn.BatchNorm2d(len(state["weight"]), eps=getattr(child, "eps", 1e-5))
             norm.load_state_dict(state, strict=False)
-            setattr(module, name, norm.to(state["weight"].device))
+            norm.to(state["weight"].device).train(child.training)
+            setattr(module, name, norm)
         else:
             thaw_norms(child)
 

@@ -11,7 +11,14 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ldt.detectors.checkpoints import RECORD, class_count, load_pruned
-from ldt.detectors.models import PlainConfig, build, completed, drop_pretrained, model_config
+from ldt.detectors.models import (
+    PlainConfig,
+    build,
+    completed,
+    drop_pretrained,
+    model_config,
+    use_mmdet,
+)
 from ldt.detectors.weights import load_weights
 
 ALLOWED = "give an mmdet detector, a config file, an mmengine Config, or a .ckpt file of ldt"
@@ -87,6 +94,7 @@ def open_detector(
 def _wrapped(model: nn.Module) -> nn.Module:
     """Return a model of transformers or torchvision as an mmdet detector; others as they are."""
     library = type(model).__module__.partition(".")[0]
+    use_mmdet()
     if library == "transformers":
         from ldt.detectors.transformers_detector import TransformersDetector
 

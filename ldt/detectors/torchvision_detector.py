@@ -38,7 +38,7 @@ OPTIONS = re.compile(  # of builders: thresholds, numbers of boxes and of sample
 
 
 class _Maps(nn.Module):
-    """A part that returns a dict of maps, as one that returns them in a tuple."""
+    """A neck that takes and returns a dict of maps, as one that returns them in a tuple."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class TorchvisionDetector(LibraryDetector):
     Args:
         name: of the builder, one of ``BUILDERS``.
         num_classes: number of classes, without a background.
-        options: numbers for the builder, those that match ``OPTIONS``.
+        builder: numbers for the builder, those that match ``OPTIONS``.
         data_preprocessor: config of mmdet's preprocessor; by default the library's normalisation.
         init_cfg: see :class:`LibraryDetector`.
         model: a model that is built already, whose modules are taken.
@@ -85,23 +85,23 @@ class TorchvisionDetector(LibraryDetector):
         self,
         name: str,
         num_classes: int,
-        options: Mapping[str, float] | None = None,
+        builder: Mapping[str, float] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        whole: Any = _built(name, num_classes, options or {}) if model is None else model
+        whole: Any = _built(name, num_classes, builder or {}) if model is None else model
         super().__init__(data_preprocessor or _preprocessor(whole.transform), init_cfg)
         self.name, self.bbox_head = name, whole
         self.first_class = int(isinstance(whole, WITH_BACKGROUND))
         backbone = whole.backbone
         del whole.backbone  # given as maps instead
-        if isinstance(backbone, BackboneWithFPN):
-            self.backbone, self.neck = backbone.body, _Maps(backbone.fpn)
-        else:
-            self.backbone = _Maps(backbone)
+        pyramid = isinstance(backbone, BackboneWithFPN)
+        self.backbone = backbone.body if pyramid else backbone
+        self.neck = _Maps(backbone.fpn if pyramid else nn.Identity())
         whole.transform, whole.num_classes = _Prepared(), num_classes
-        if isinstance(whole, FasterRCNN):
+        self.two_stages = isinstance(whole, FasterRCNN)
+        if self.two_stages:
             self.test_cfg.rpn = {"max_per_img": whole.rpn.post_nms_top_n()}
 
     @classmethod
@@ -123,10 +123,12 @@ class TorchvisionDetector(LibraryDetector):
         """
         if not isinstance(model, KINDS):
             known = ", ".join(kind.__name__ for kind in KINDS)
-            raise ValueError(f"detector is a {type(model).__name__}; allowed of torchvision: {known}")
+            raise ValueError(
+                f"detector is a {type(model).__name__}; allowed of torchvision: {known}"
+            )
         thaw_norms(model)
         classes = _class_count(model) - int(isinstance(model, WITH_BACKGROUND))
-        return cls("", classes, model=model)
+        return cls("", classes, model=model).train(model.training)
 
     def pretrained_state(self, name: str) -> dict[str, Tensor]:
         """Fetch the library's weights, under our names."""
@@ -138,8 +140,7 @@ class TorchvisionDetector(LibraryDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the maps of the feature pyramid, or of a backbone without one."""
-        maps = self.backbone(batch_inputs)
-        return self.neck(maps) if self.with_neck else maps
+        return self.neck(self.backbone(batch_inputs))
 
     @contextmanager
     def _given(self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[Any]:
@@ -187,13 +188,15 @@ class TorchvisionDetector(LibraryDetector):
         """Return the outputs of the head; of Faster R-CNN's second stage for given regions."""
         maps = list(self.extract_feat(batch_inputs))
         head: Any = self.bbox_head
-        if not isinstance(head, FasterRCNN):
+        if not self.two_stages:
             return tuple(head.head(maps).values())
+        given: Any = batch_data_samples or ()
         size = cast(tuple[int, int], tuple(batch_inputs.shape[2:]))
         whole = batch_inputs.new_tensor([[0, 0, size[1], size[0]]])
-        regions = [s.proposals.bboxes for s in batch_data_samples or ()] or [whole] * len(batch_inputs)
-        pooled = head.roi_heads.box_roi_pool(_by_name(maps), regions, [size] * len(regions))
-        return *head.rpn.head(maps), *head.roi_heads.box_predictor(head.roi_heads.box_head(pooled))
+        regions = [sample.proposals.bboxes for sample in given] or [whole] * len(batch_inputs)
+        stage = head.roi_heads
+        pooled = stage.box_roi_pool(_by_name(maps), regions, [size] * len(regions))
+        return *head.rpn.head(maps), *stage.box_predictor(stage.box_head(pooled))
 
 
 def _built(name: str, num_classes: int, options: Mapping[str, float]) -> nn.Module:
@@ -201,7 +204,7 @@ def _built(name: str, num_classes: int, options: Mapping[str, float]) -> nn.Modu
     for key, value in options.items():
         if not OPTIONS.fullmatch(key) or not isinstance(value, (int, float)):
             raise ValueError(
-                f"detector.options.options.{key[:100]}={str(value)[:100]}; allowed: thresholds and "
+                f"detector.options.builder.{key[:100]}={str(value)[:100]}; allowed: thresholds and "
                 "numbers of boxes, e.g. detections_per_img=300"
             )
     classes = num_classes + int(name.startswith(("fasterrcnn", "ssd")))
@@ -236,4 +239,4 @@ def _by_name(maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
 
 
 def _sizes(samples: Sequence[DetDataSample]) -> list[tuple[int, int]]:
-    return [tuple(sample.img_shape[:2]) for sample in samples]
+    return [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]

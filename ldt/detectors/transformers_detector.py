@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
@@ -42,6 +41,9 @@ PREPROCESSOR = {
     "bgr_to_rgb": True,
     "pad_size_divisor": 32,
 }
+LEFT_OUT = (  # anchors for one size of images, which are otherwise made as needed; and kernels
+    *("anchor_image_size", "disable_custom_kernels"),
+)
 OUTPUTS = ("out_features", "out_indices")  # of a backbone; not among the fields of its config
 EXAMPLE = "detector.options.name=PekingU/rtdetr_r50vd, or detector.options.config={model_type: ...}"
 
@@ -111,13 +113,13 @@ class TransformersDetector(LibraryDetector):
 
     @classmethod
     def complete(cls, config: Plain) -> Plain:
-        """See :meth:`LibraryDetector.complete`; a ``name`` is one of Hugging Face's hub or a folder.
+        """See :meth:`LibraryDetector.complete`; a ``name`` is one of the hub, or a folder.
 
         Raises:
             ValueError: it is not found, or not one of these detectors.
         """
         config = dict(config)
-        name, own = config.pop("name", None), dict(config["config"])
+        name, own = config.pop("name", None), dict(config["config"] or {})
         if name is not None:
             # keys that change with the version of the library that wrote the file are no option
             own = _known(_fetched(name)) | own
@@ -139,8 +141,8 @@ class TransformersDetector(LibraryDetector):
                 f"detector is a {type(model).__name__}; allowed of transformers: {known}"
             )
         thaw_norms(own.model.backbone)
-        config, count = _plain(own.config), own.config.num_labels
-        detector = cls(config, count, model=model)
+        config, count, mode = _plain(own.config), own.config.num_labels, model.training
+        detector = cls(config, count, model=model).train(mode)
         detector.own_config = {"type": cls.__name__, "config": config, "num_classes": count}
         detector.own_config["custom_imports"] = {"imports": [__name__]}
         names = own.config.id2label
@@ -165,7 +167,9 @@ class TransformersDetector(LibraryDetector):
         return self
 
     def _fixed_norms(self) -> list[nn.Module]:
-        norms = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms: list[nn.Module] = [
+            m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)
+        ]
         return norms if self._frozen_norms else []
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
@@ -256,15 +260,17 @@ def _config(plain: Mapping[str, Any], num_classes: int) -> Any:
 def _made(kind: str, fields: Plain, **more: Any) -> Any:
     try:
         return getattr(_library(), kind)(**fields, **more)
-    except (ValueError, TypeError) as error:  # its checks of types raise both
+    except Exception as error:  # its checks of types have exceptions of their own
         raise ValueError(f"detector.options.config: {one_line(str(error), 300)}") from error
 
 
 def _checked(given: object, kinds: Mapping[str, str], where: str) -> Plain:
     """Return a config's fields, all of which its class declares itself."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"detector.options.{where} is {str(given)[:100]}; allowed: keys and values")
-    kind = given.get("model_type")
+        raise ValueError(
+            f"detector.options.{where} is {str(given)[:100]}; allowed: keys and values"
+        )
+    kind: Any = given.get("model_type")
     if kind not in kinds:
         told = "is not given" if kind is None else f"is {str(kind)[:100]!r}"
         raise ValueError(
@@ -285,7 +291,8 @@ def _fields(kind: str) -> set[str]:
     library = _library()
     every = {field.name for field in dataclasses.fields(library.PreTrainedConfig)}
     own = {field.name for field in dataclasses.fields(getattr(library, kind))}
-    fields = {name for name in own - every if not name.startswith("_")} | {"model_type"}
+    left = own - every - set(LEFT_OUT)
+    fields = {name for name in left if not name.startswith("_")} | {"model_type"}
     return fields | set(OUTPUTS) if kind in BACKBONES.values() else fields
 
 

@@ -2,7 +2,7 @@
 
 model = {
     "type": "TorchvisionDetector",
-    "options": {},  # of the builder: numbers
+    "builder": {},  # numbers for the builder
     "num_classes": 80,
     "init_cfg": {"type": "Pretrained", "checkpoint": "DEFAULT"},  # with detector.pretrained=true
 }
