@@ -75,7 +75,7 @@ def whole(name: str) -> nn.Module:
 
 def wrapped(name: str, model: nn.Module | None = None) -> Any:
     """The same as an mmdet detector; the model stays whole."""
-    return open_detector(deepcopy(whole(name) if model is None else model)).model
+    return open_detector(whole(name) if model is None else model).model
 
 
 def batch(images: int = 2, seed: int = 0) -> Any:

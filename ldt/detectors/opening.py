@@ -1,5 +1,6 @@
 """Open a detector from a model, an mmdet config with weights, or a checkpoint."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,17 +93,20 @@ def open_detector(
 
 
 def _wrapped(model: nn.Module) -> nn.Module:
-    """Return a model of transformers or torchvision as an mmdet detector; others as they are."""
+    """Return a copy of a model of transformers or torchvision as an mmdet detector.
+
+    The copy is taken apart. Other models are returned as they are.
+    """
     library = type(model).__module__.partition(".")[0]
     use_mmdet()
     if library == "transformers":
         from ldt.detectors.transformers_detector import TransformersDetector
 
-        return TransformersDetector.around(model)
+        return TransformersDetector.around(copy.deepcopy(model))
     if library == "torchvision":
         from ldt.detectors.torchvision_detector import TorchvisionDetector
 
-        return TorchvisionDetector.around(model)
+        return TorchvisionDetector.around(copy.deepcopy(model))
     return model
 
 

@@ -77,9 +77,14 @@ class TorchvisionDetector(LibraryDetector):
         init_cfg: see :class:`LibraryDetector`.
         model: a model that is built already, whose modules are taken.
 
+    Attributes:
+        undecoded: why a file for a runtime cannot contain the decoding of boxes.
+
     Raises:
         ValueError: there is no such builder, or an option is not allowed.
     """
+
+    undecoded = "torchvision's decoding of boxes has no fixed shapes; its raw maps can be (--raw)"
 
     def __init__(
         self,

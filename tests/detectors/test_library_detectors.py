@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import ldt
 from ldt.cli import repetition
 from ldt.criteria.base import score_groups
+from ldt.deployment.to_runtime import export_model
 from ldt.detectors.adapter import Detector
 from ldt.detectors.checkpoints import detector_of
-from ldt.detectors.forward import eval_with_gradients, find_neck, raw_forward
+from ldt.detectors.forward import eval_with_gradients, find_neck, one_image, raw_forward
 from ldt.detectors.library_detector import thaw_norms
 from ldt.detectors.models import build, model_config
 from ldt.detectors.untrusted import checked
@@ -32,6 +33,10 @@ from ldt.evaluation.profiling import count_macs, count_parameters
 from ldt.experiment import run
 from ldt.pruning.budget import TOLERANCE
 from ldt.pruning.layer_types import CONVOLUTIONS, NORMS
+from ldt.runtimes.about import About
+from ldt.runtimes.detection_graph import MOST
+from ldt.runtimes.parity import BOX, SCORE, compare
+from ldt.runtimes.sessions import open_session
 
 EVERY = pytest.mark.parametrize("name", libraries.ALL)
 ONE_OF_EACH = pytest.mark.parametrize("name", ["d_fine", "faster_rcnn"])
@@ -268,6 +273,7 @@ import sys, torch, ldt
 from ldt.deployment.prediction import Predictor
 sys.path.insert(0, sys.argv[1])
 import small_libraries as libraries
+from ldt.deployment.to_runtime import export_model
 from ldt.detectors.adapter import Detector
 detector = ldt.load_pruned(sys.argv[2])
 found = Detector(detector, tuple(map(int, sys.argv[4:]))).predict(libraries.raw_batch())
@@ -304,9 +310,9 @@ def test_a_model_that_is_built_can_be_cut_and_saved(name, tmp_path):
     steps = [
         {"type": "Resize", "scale": (libraries.SIZE[1], libraries.SIZE[0]), "keep_ratio": False}
     ]
-    result = ldt.prune(
-        libraries.whole(name), [libraries.raw_batch()], rate=0.1, resize=steps, **options
-    )
+    model = libraries.whole(name)
+    result = ldt.prune(model, [libraries.raw_batch()], rate=0.1, resize=steps, **options)
+    assert len(model(libraries.batch().images).logits) == 2  # it is still whole
     loaded = ldt.load_pruned(result.save(tmp_path / "pruned.ckpt"))
     images = libraries.batch().images
     pairs = (raw_forward(loaded, images), raw_forward(result.detector.eval(), images))
@@ -398,6 +404,38 @@ def test_mmdet_does_not_import_transformers_and_others_can():
     )
     done = python("-c", code, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def exported(detector: Detector, outputs: str, file: Path) -> Any:
+    about: Any = {"outputs": outputs, "classes": [], "size": list(libraries.SIZE), "resize": []}
+    numbers = {"max_detections": MOST, "parameters": 0, "macs": 0}
+    export_model(detector, About(**about, **numbers, pad_value=detector.pad_pixel()), file)
+    return open_session(file, threads=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(libraries.CONFIGS))
+def test_detrs_are_exported_with_their_boxes(name, tmp_path):
+    detector = adapter_of(libraries.wrapped(name))
+    session = exported(detector, "detections", tmp_path / "a.onnx")
+    images = [image[None].float() for image in libraries.raw_batch(seed=5)["inputs"]]
+    differences = compare(detector, session, images)
+    assert differences.boxes == 2 * 20
+    assert differences.missing == 0
+    assert differences.score <= SCORE
+    assert differences.box <= BOX
+
+
+@pytest.mark.slow
+def test_torchvisions_detectors_are_exported_as_raw_maps_only(tmp_path):
+    detector = adapter_of(libraries.wrapped("fcos"))
+    with pytest.raises(ValueError, match=r"TorchvisionDetector cannot be exported: .*\(--raw\)"):
+        exported(detector, "detections", tmp_path / "a.onnx")
+    session = exported(detector, "raw", tmp_path / "b.onnx")
+    image = libraries.raw_batch()["inputs"][0].float()
+    expected = detector.raw_maps(detector.network_input(one_image(image, libraries.SIZE)))
+    for one, other in zip(expected, session(image[None].numpy()), strict=True):
+        torch.testing.assert_close(one, torch.as_tensor(other), rtol=1e-3, atol=1e-4)
 
 
 # Files of others ------------------------------------------------------------------------------
