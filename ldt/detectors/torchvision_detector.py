@@ -37,7 +37,7 @@ OPTIONS = re.compile(  # of builders: thresholds, numbers of boxes and of sample
 )
 
 
-class _Maps(nn.Module):
+class FeatureMaps(nn.Module):
     """A neck that takes and returns a dict of maps, as one that returns them in a tuple."""
 
     def __init__(self, part: nn.Module) -> None:
@@ -103,7 +103,7 @@ class TorchvisionDetector(LibraryDetector):
         del whole.backbone  # given as maps instead
         pyramid = isinstance(backbone, BackboneWithFPN)
         self.backbone = backbone.body if pyramid else backbone
-        self.neck = _Maps(backbone.fpn if pyramid else nn.Identity())
+        self.neck = FeatureMaps(backbone.fpn if pyramid else nn.Identity())
         whole.transform, whole.num_classes = _Prepared(), num_classes
         self.two_stages = isinstance(whole, FasterRCNN)
         if self.two_stages:

@@ -16,6 +16,7 @@ from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from omegaconf import OmegaConf
 from short_runs import python, summary, tiny
 from small import METHODS, composed, random_channels
+from stand_in import DEVICE, StandIn
 from summaries import configured
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,6 +242,23 @@ def test_operations_are_those_of_torchs_counter(name):
     expected = counter.get_total_flops() / 2 + sum(norms)
     found = count_macs(detector, lambda x: raw_forward(detector, x), (1, 3, *libraries.SIZE))
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@EVERY
+def test_a_step_on_a_device_is_that_of_the_cpu(name):
+    batch = libraries.batch()
+    torch.manual_seed(0)
+    expected = libraries.wrapped(name).train().loss(batch.images, batch.samples)
+    detector = libraries.wrapped(name).train()
+    with StandIn():
+        detector.to(DEVICE)
+        samples = [sample.to(DEVICE) for sample in batch.samples]
+        torch.manual_seed(0)
+        found = detector.loss(batch.images.to(DEVICE), samples)
+        sum(found.values()).backward()
+        found = {key: value.detach().to("cpu") for key, value in found.items()}
+    assert all(value.isfinite().all() for value in found.values())
+    assert found.keys() == expected.keys()
 
 
 def test_frozen_norms_stay_frozen_and_compute_the_same():
