@@ -5,9 +5,10 @@
     python benchmarks/zoo.py --jobs 8 --write docs/detectors.md
     python benchmarks/zoo.py --only exports --write docs/detectors.md   # that column alone
 
-A family is a folder of configs. Each model of ``FAMILIES`` is built at full width and depth from
-random weights, sees small synthetic images, and goes through ``STEPS`` in a process of its own: a
-crash or a hang is one row. What is left out is in ``EXCLUDED``, with the reason.
+A family is a folder of configs, or another library. Each model of ``FAMILIES`` is built at full
+width and depth from random weights, sees small synthetic images, and goes through ``STEPS`` in a
+process of its own: a crash or a hang is one row. What is left out is in ``EXCLUDED``, with the
+reason.
 """
 
 import ldt  # first: mmdet.structures.mask needs its operators
@@ -87,13 +88,23 @@ CORNERS: dict[
 }
 POSITIVE_EPS = {"backbone": {"norm_cfg": {"eps": 1e-5}}}  # torch refuses the config's 0
 
+LIBRARIES = {"torchvision": "ldt::torchvision.py", "transformers": "ldt::transformers.py"}
+LOW: dict[str, float] = {"score_thresh": 0.0}
+BUILDERS: dict[str, dict[str, float]] = {
+    "fcos_resnet50_fpn": LOW,
+    "retinanet_resnet50_fpn_v2": LOW,
+    "fasterrcnn_resnet50_fpn": {"box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 20},
+    "ssd300_vgg16": LOW,
+    "ssdlite320_mobilenet_v3_large": LOW,
+}
+
 
 @dataclass(frozen=True)
 class Model:
-    """A packaged config, and what it takes to run it on small images.
+    """A packaged config or a model of another library, and what it takes to run on small images.
 
     Attributes:
-        file: name of the config within its family's folder, without ``.py``.
+        file: name of the config within its family's folder, without ``.py``; or of the model.
         scope: what is pruned, where it is not the default.
         size: height and width of the images, in pixels.
         options: merged into ``model``; nothing that changes the network's structure.
@@ -274,6 +285,14 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         Model("tood_r50_fpn_1x_coco"),
         Model("tood_r50_fpn_anchor-based_1x_coco"),
     ),
+    "torchvision": tuple(
+        Model(name, size=320 if "ssd" in name else 128, options={"name": name, "builder": few})
+        for name, few in BUILDERS.items()
+    ),
+    "transformers": tuple(
+        Model(kind, options={"config": {"model_type": kind}})
+        for kind in ("rt_detr", "rt_detr_v2", "d_fine")
+    ),
     "tridentnet": (Model("tridentnet_r50-caffe_1x_coco"),),
     "vfnet": (Model("vfnet_r50_fpn_1x_coco"), Model("vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco")),
     "yolact": (Model("yolact_r50_1xb8-55e_coco"),),
@@ -334,9 +353,10 @@ def batch(model: Model, seed: int) -> dict[str, Any]:
 
 def build(family: str, model: Model) -> DetectorModule:
     """Build the module of a family's model with random weights."""
-    name = f"mmdet::{family}/{model.file}.py"
+    name = LIBRARIES.get(family, f"mmdet::{family}/{model.file}.py")
     torch.manual_seed(0)
-    plain = model_config(name, {}, model.classes, pretrained=False)
+    first = model.options if family in LIBRARIES else {}
+    plain = model_config(name, first, model.classes, pretrained=False)
     few = {
         config: {part: {"max_per_img": 20}}
         for config, part in FEW_REGIONS
@@ -640,7 +660,8 @@ def updated(earlier: str, row: str) -> str:
 TEXT = """# Detectors
 
 What `python benchmarks/zoo.py --write docs/detectors.md` finds. A family is a folder of configs
-that mmdet packages, for detecting or segmenting objects in single images. Its model, at full width
+that mmdet packages, for detecting or segmenting objects in single images, or another library
+([own_detector.md](own_detector.md#detectors-of-other-libraries)). Its model, at full width
 and depth and from random weights, takes one training step with LDT on small synthetic images; it is
 scored with `ldt`, `group_fisher` and `l1`, loses 30 % of the parameters in scope, runs forward in
 eval mode and forward and backward in training mode, is saved, and is loaded in a new process, where

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ldt.detectors.mmcv_ops import install
+from ldt.detectors import mmcv_ops, unneeded_imports
 
 if TYPE_CHECKING:
     from ldt.api import PruningResult, evaluate, prune, sensitivity
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ldt.runs.run import open_run
     from ldt.runs.study import load_study
 
-install()
+mmcv_ops.install()
+unneeded_imports.install()
 
 __all__ = [
     "Criterion",

@@ -193,8 +193,8 @@ def prune(
 
     Args:
         detector: an mmdet detector that is built already, an mmdet config (a file, a packaged one
-            such as ``mmdet::gfl/gfl_r50_fpn_1x_coco.py``, an mmengine ``Config``), or a checkpoint
-            of ldt.
+            such as ``mmdet::gfl/gfl_r50_fpn_1x_coco.py``, an mmengine ``Config``), a checkpoint
+            of ldt, or a model of transformers or torchvision, of which a copy is taken.
         images: labelled images for calibration: a data loader of mmdet's batches, a data set of
             mmdet's (boxes in the coordinates of the network input), or a data module of ours.
         rate: share of the budget to remove, in (0, 1).

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from mmdet.models.backbones.res2net import Bottle2neck
 from mmdet.models.backbones.resnest import SplitAttentionConv2d
@@ -37,6 +38,11 @@ from ldt.pruning.layer_types import CONVOLUTIONS, NORMS
 
 register()
 CONF = str(Path(__file__).parents[1] / "conf")
+METHODS = sorted(  # that have a criterion
+    file.stem
+    for file in Path(CONF, "method").glob("*.yaml")
+    if yaml.safe_load(file.read_text()).get("criterion", "inherited")
+)
 REAL = ("gfl_tiny", "atss_tiny", "yolof_tiny", "yolox_nano")
 SCOPE = ("backbone", "neck")
 # one's own mmdet config, made small

@@ -40,6 +40,8 @@ ALLOWED = {
         "ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment",
         "ldt.runtimes",
     ),
+    "transformers": ("ldt.detectors.transformers_detector",),
+    "torchvision.models": ("ldt.detectors.torchvision_detector",),
     **dict.fromkeys(("onnx", "onnxruntime", "openvino", "nncf"), ("ldt.runtimes",)),
     "click": ("ldt.cli",),
     "hydra": ("ldt.cli", "ldt.experiment", "ldt.build", "ldt.config"),

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldt.config import as_dict
-from ldt.detectors.models import is_packaged, use_mmdet
+from ldt.detectors.models import TRANSFORMERS, is_packaged, use_mmdet
 from ldt.detectors.untrusted import check_parts, import_parts
 from ldt.experiment import run
 from ldt.runs.refusal import refusing
@@ -64,6 +64,8 @@ def _check_detector(detector: DictConfig) -> None:
     use_mmdet()
     try:
         options = as_dict(detector.options)
+        if detector.config == TRANSFORMERS and options.get("name") is not None:
+            raise ValueError(f"it fetches detector.options.name={str(options['name'])[:100]!r}")
         import_parts(options, trust=False)
         check_parts({k: v for k, v in options.items() if k != "custom_imports"}, "detector.options")
     except ValueError as error:

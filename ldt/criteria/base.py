@@ -151,6 +151,8 @@ def score_groups(
     """
     check_importance(criterion)
     if isinstance(criterion, Criterion):
+        for name in graph.token_groups():
+            graph.exclude(name, "its output is tokens, not maps, which criteria score")
         criterion.layers = graph.scored
         criterion.collect(target, graph, batches)
     scores, reasons = {}, {}

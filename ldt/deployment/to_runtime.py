@@ -237,6 +237,9 @@ def export_model(detector: Detector, about: About, file: Path) -> None:
         ValueError: in one line, why the detector cannot be exported.
     """
     plain = file.with_name("plain.onnx")
+    reason = getattr(detector.model, "undecoded", None)
+    if reason and about.outputs != "raw":
+        raise ValueError(f"{type(detector.model).__name__} {CANNOT}: {reason}")
     try:
         to_onnx(detector, plain, about.shape, about.outputs == "raw", about.max_detections)
         _save(read_model(plain, file.suffix), about, file)

@@ -100,11 +100,13 @@ def _two_stage_outputs(
 
 
 def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> list[Tensor]:
-    """Return the neck's feature maps of images [N, 3, H, W].
+    """Return the neck's feature maps of images [N, 3, H, W], or what a transformer reads of them.
 
     Tracing needs no more if a transformer follows (:func:`has_transformer_head`), since this is not
     pruned.
     """
+    if own := getattr(detector, "forward_for_tracing", None):
+        return own(images)
     with neck_maps(detector, name) as maps:
         cast(BaseDetector, detector).extract_feat(images)
     return maps
@@ -112,6 +114,8 @@ def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> lis
 
 def has_transformer_head(detector: nn.Module) -> bool:
     """Return whether a transformer processes the neck's feature maps."""
+    if hasattr(detector, "forward_for_tracing"):
+        return True
     attention = (nn.MultiheadAttention, MultiScaleDeformableAttention)
     layers = (n for n, m in detector.named_modules() if isinstance(m, attention))
     return any(not name.startswith(("backbone.", "neck.")) for name in layers)
@@ -218,6 +222,8 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
     try:
         with eval_with_gradients(detector), neck_maps(detector, neck) as maps:
             outputs = raw_forward(detector, images)
+            if hasattr(detector, "forward_for_tracing"):
+                maps[:] = neck_forward(detector, images, neck)
     finally:
         for hook in hooks:
             hook.remove()

@@ -25,6 +25,7 @@ from ldt.detectors.mmengine_internals import (
 )
 
 PlainConfig = dict[str, Any]
+TRANSFORMERS = "ldt::transformers.py"  # the config of any detector of transformers
 UNREADABLE = (  # raised by mmengine for files that are not configs
     *(OSError, KeyError, ImportError, SyntaxError, AssertionError, ConfigParsingError),
 )
@@ -64,12 +65,22 @@ def model_config(
     if n_classes is not None:
         for head in _holders(model, "num_classes"):
             head["num_classes"] = n_classes
+    model = completed(model)
     if not pretrained:
         drop_pretrained(model)
     _read_teacher(model)
     if "custom_imports" in content:
         model["custom_imports"] = ConfigDict(content.custom_imports).to_dict()
     return cast(PlainConfig, _plain(model))
+
+
+def completed(model: PlainConfig) -> PlainConfig:
+    """Return a user's model config with what another library's detector looks up by its name.
+
+    Never called for configs of checkpoints, which are complete.
+    """
+    complete = getattr(MODELS.module_dict.get(str(model.get("type"))), "complete", None)
+    return model if complete is None else complete(model)
 
 
 def _read_teacher(model: PlainConfig) -> None:
@@ -131,16 +142,18 @@ def read_config(config: str) -> Config:
 
 
 def _config_file(config: str) -> str:
-    """Return the path of a file, or of ``package::family/file``."""
+    """Return the path of a file, of ``package::family/file``, or of ``ldt::file``."""
     package, separator, file = config.partition("::")
     if not separator:
         return config
+    if package == "ldt":
+        return str(Path(__file__).parent / "configs" / file)
     return str(Path(package_folder(package)) / ".mim" / "configs" / file)
 
 
 def is_packaged(config: str) -> bool:
-    """Return whether a config is one of mmdet's own, which are code that is installed."""
-    return re.fullmatch(r"mmdet::\w[\w.+-]*(/\w[\w.+-]*)*\.py", config) is not None
+    """Return whether a config is one of mmdet's or ldt's, which are code that is installed."""
+    return re.fullmatch(r"(mmdet|ldt)::\w[\w.+-]*(/\w[\w.+-]*)*\.py", config) is not None
 
 
 def raise_max_per_img(model: PlainConfig, least: int) -> None:

@@ -1,5 +1,6 @@
 """Open a detector from a model, an mmdet config with weights, or a checkpoint."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,14 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ldt.detectors.checkpoints import RECORD, class_count, load_pruned
-from ldt.detectors.models import PlainConfig, build, drop_pretrained, model_config
+from ldt.detectors.models import (
+    PlainConfig,
+    build,
+    completed,
+    drop_pretrained,
+    model_config,
+    use_mmdet,
+)
 from ldt.detectors.weights import load_weights
 
 ALLOWED = "give an mmdet detector, a config file, an mmengine Config, or a .ckpt file of ldt"
@@ -64,6 +72,7 @@ def open_detector(
     if isinstance(detector, nn.Module):
         if weights is not None:
             raise ValueError("weights are for a config; this detector is built already")
+        detector = _wrapped(detector)
         if not isinstance(detector, BaseDetector):
             raise ValueError(f"detector is a {type(detector).__name__}; {ALLOWED}")
         _check_precision(detector)
@@ -83,6 +92,24 @@ def open_detector(
     return OpenedDetector(model, plain, names, untrained=weights is None)
 
 
+def _wrapped(model: nn.Module) -> nn.Module:
+    """Return a copy of a model of transformers or torchvision as an mmdet detector.
+
+    The copy is taken apart. Other models are returned as they are.
+    """
+    library = type(model).__module__.partition(".")[0]
+    use_mmdet()
+    if library == "transformers":
+        from ldt.detectors.transformers_detector import TransformersDetector
+
+        return TransformersDetector.around(copy.deepcopy(model))
+    if library == "torchvision":
+        from ldt.detectors.torchvision_detector import TorchvisionDetector
+
+        return TorchvisionDetector.around(copy.deepcopy(model))
+    return model
+
+
 def _is_checkpoint(path: Path) -> bool:
     """Whether a detector is given by a checkpoint of ldt or by the directory of a run."""
     return path.suffix == SUFFIX or path.is_dir()
@@ -100,7 +127,7 @@ def _check_precision(detector: nn.Module) -> None:
 def _opened(
     model: BaseDetector, record: Mapping[str, Any], classes: Sequence[str] | None
 ) -> OpenedDetector:
-    config = record.get("model")
+    config = record.get("model") or getattr(model, "own_config", None)
     own = getattr(model, "cfg", None)  # set by mmdet's init_detector
     if config is None and own is not None:
         config = _plain_model(own)
@@ -120,7 +147,7 @@ def _plain_model(config: Config | Mapping[str, Any]) -> PlainConfig:
     model = config.get("model", config)
     if "type" not in model:
         raise ValueError("the config defines no `model`; is it an mmdet config?")
-    plain = cast(PlainConfig, ConfigDict(model).to_dict())
+    plain = completed(cast(PlainConfig, ConfigDict(model).to_dict()))
     drop_pretrained(plain)
     return plain
 

@@ -25,10 +25,10 @@ from ldt.config.kinds import LARGEST_SIDE
 from ldt.detectors.models import drop_pretrained, import_custom, use_mmdet
 from ldt.pruning.structure import SIZES
 from ldt.runs.formatting import check_printable
+from ldt.runs.inputs import OWN_CODE
 
 log = logging.getLogger(__name__)
 
-OWN_CODE = "ldt"  # modules below it are no foreign code
 SCOPES = ("mmdet", "mmcv", "mmengine")  # may precede a type: mmdet.ResNet
 # `type` of what is no part of a registry: nms_cfg, roi_layer, and the connections of FPG
 OTHER_TYPES = (

@@ -245,6 +245,23 @@ class PruningGraph:
         self.run(hooks)
         return frozenset(found)
 
+    def token_groups(self) -> list[str]:
+        """Return the groups with a linear layer whose output is tokens [N, positions, C]."""
+        tokens = set()
+
+        def look(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.ndim == 3:
+                tokens.add(module)
+
+        linear = [layer for layer in self.scored.values() if isinstance(layer, nn.Linear)]
+        if linear:
+            self.run([layer.register_forward_hook(look) for layer in linear])
+        return [
+            name
+            for name, group in self.groups.items()
+            if any(member.layer in tokens for member in group.producers)
+        ]
+
     def run(self, hooks: Sequence[RemovableHandle] = ()) -> Any:
         """Run the example through the model in eval mode, then remove the hooks.
 

@@ -89,9 +89,14 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 def _half(group: CoupledGroup) -> np.ndarray:
-    """Return half of a group's channels, the same number from each of its parts."""
+    """Return about half of a group's channels, the same number from each of its parts.
+
+    An odd number of channels is left, if that is possible: the heads of an attention layer, which
+    are views of channels, would not notice that half of them are gone.
+    """
     size, rng = group.size // group.parts, np.random.default_rng(0)
-    chosen = [first + rng.permutation(size)[: size // 2] for first in range(0, group.size, size)]
+    count = max(size // 2 - (size - size // 2 + 1) % 2, min(1, size // 2))
+    chosen = [first + rng.permutation(size)[:count] for first in range(0, group.size, size)]
     return np.concatenate(chosen)
 
 

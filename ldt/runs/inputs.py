@@ -23,6 +23,7 @@ from ldt.runs.identity import OtherRunError
 
 log = logging.getLogger(__name__)
 
+OWN_CODE = "ldt"  # modules below it are no code of one's own
 PARTS = ("data", "model", "weights", "code")
 LATENCY = "latency"  # a further part, of runs with a latency budget: their table of times
 SPLITS = {"train": "training", "val": "validation"}
@@ -137,7 +138,7 @@ def record(
         "data": dict(data),
         "model": dict(model),
         "weights": {key: file_digest(Path(file)) for key, file in weights.items()},
-        "code": {name: _code(name) for name in modules},
+        "code": {name: _code(name) for name in modules if not _own(name)},
     }
     return json.loads(json.dumps(found))  # as read back from JSON: tuples become lists
 
@@ -158,6 +159,16 @@ def _children(node: object) -> Iterable[tuple[str, Any]]:
     if isinstance(node, Mapping):
         return node.items()
     return enumerate(node) if isinstance(node, (list, tuple)) else ()  # type: ignore[return-value]
+
+
+def _own(module: str) -> bool:
+    """Return whether a module is one of ldt's, of which the version is recorded elsewhere."""
+    return module.partition(".")[0] == OWN_CODE
+
+
+def _of_others(code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hashes of code that is none of ldt's, which earlier versions recorded too."""
+    return {name: value for name, value in code.items() if not _own(name)}
 
 
 def _code(module: str) -> str | None:
@@ -196,7 +207,7 @@ def fingerprint(inputs: Mapping[str, Any]) -> str | None:
     """Return one hash of a run's recorded inputs; None if they were not recorded."""
     if not inputs:
         return None
-    parts = [inputs[part] for part in PARTS]
+    parts = [{**inputs, "code": _of_others(inputs["code"])}[part] for part in PARTS]
     if LATENCY in inputs:
         parts.append(inputs[LATENCY])
     return digest([json.dumps(parts, sort_keys=True)])
@@ -311,7 +322,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         *_data_changes(then["data"], now["data"]),
         *_listed("detector.config", then["model"], now["model"]),
         *_hashes("other weights in", then["weights"], now["weights"]),
-        *_hashes("other code in", then["code"], now["code"]),
+        *_hashes("other code in", _of_others(then["code"]), _of_others(now["code"])),
         *_listed("times of the latency budget", then.get(LATENCY, {}), now.get(LATENCY, {})),
     ]
 

@@ -5,15 +5,13 @@ from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hydra.utils import instantiate
-from small import CONF, Case, case, composed
+from small import METHODS, Case, case, composed
 from stand_in import DEVICE, StandIn, moved
 from torch import Tensor, nn
 
@@ -25,11 +23,6 @@ from ldt.pruning.coupled_groups import CoupledGroup
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.structure import rebuild, record
 
-METHODS = sorted(
-    file.stem
-    for file in Path(CONF, "method").glob("*.yaml")
-    if yaml.safe_load(file.read_text()).get("criterion", "inherited")
-)
 NETWORKS = ["residual", "shared", "gfl_tiny"]
 HOOKS = (
     "_forward_hooks",
