@@ -1,6 +1,6 @@
 """Files and folders that a configuration names: missing ones are told before heavy imports."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,13 +114,10 @@ def need_config(config: str) -> None:
     package, separator, name = config.rpartition("::")
     file = Path(name).expanduser()
     if separator:
-        found = find_spec(package) if package.isidentifier() else None
-        folders = (found and found.submodule_search_locations) or ()
-        configs = [Path(folder, ".mim", "configs") for folder in folders]
-        if not any((folder / name).is_file() for folder in configs):
+        if (folder := config_folder(package)) is None or not (folder / name).is_file():
             raise FileNotFoundError(
                 f"detector.config={config!r}: {package} has no such config; "
-                f"{_nearest(file, configs)}{CONFIGS}"
+                f"{_nearest(file, folder)}{CONFIGS}"
             )
     elif not file.is_file():
         raise FileNotFoundError(f"detector.config={config!r}: no such file; {CONFIGS}")
@@ -128,8 +125,17 @@ def need_config(config: str) -> None:
         raise ValueError(f"detector.config={config!r}: no config of mmdet; {CONFIGS}")
 
 
-def _nearest(file: Path, folders: Iterable[Path]) -> str:
-    known = {config.stem: config for folder in folders for config in folder.glob("*/*.py")}
+def config_folder(package: str) -> Path | None:
+    """Return the folder of the configs that an installed package has; None if it has none."""
+    if package == "ldt":
+        return Path(__file__).parents[1] / "detectors/configs"
+    found = find_spec(package) if package.isidentifier() else None
+    places = list((found and found.submodule_search_locations) or ())
+    return Path(places[0], ".mim", "configs") if places else None
+
+
+def _nearest(file: Path, folder: Path | None) -> str:
+    known = {config.stem: config for config in folder.glob("*/*.py")} if folder else {}
     near = get_close_matches(file.stem, known, 1)
     if not near:
         return ""

@@ -17,9 +17,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.utils import import_modules_from_strings
 
-from ldt.config.places import CONFIGS
+from ldt.config.places import CONFIGS, config_folder
 from ldt.detectors.mmengine_internals import (
-    package_folder,
     packages_by_importlib,
     registered_types_only,
 )
@@ -146,9 +145,10 @@ def _config_file(config: str) -> str:
     package, separator, file = config.partition("::")
     if not separator:
         return config
-    if package == "ldt":
-        return str(Path(__file__).parent / "configs" / file)
-    return str(Path(package_folder(package)) / ".mim" / "configs" / file)
+    folder = config_folder(package)
+    if folder is None:
+        raise ModuleNotFoundError(f"no package {package!r} with configs is installed")
+    return str(folder / file)
 
 
 def is_packaged(config: str) -> bool:
