@@ -23,6 +23,7 @@ from ldt.detectors.mmengine_internals import (
     packages_by_importlib,
     registered_types_only,
 )
+from ldt.pruning.attention import make_prunable
 
 PlainConfig = dict[str, Any]
 UNREADABLE = (  # raised by mmengine for files that are not configs
@@ -238,6 +239,7 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
                 "+detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
                 "detector.pretrained=false"
             ) from error
+    make_prunable(detector)  # afterwards: mmdet initialises the tensors that it knows
     return detector
 
 
