@@ -34,7 +34,7 @@ LEVELS = (  # a package or module imports from its own level and from those belo
 ALLOWED = {
     "mmdet": (
         "ldt.detectors", "ldt.data", "ldt.evaluation", "ldt.pruned", "ldt.deployment",
-        "ldt.runtimes", "ldt.pruning.dependency",
+        "ldt.runtimes", "ldt.pruning.dependency", "ldt.pruning.attention",
     ),
     "mmengine": (
         "ldt.api", "ldt.cli", "ldt.detectors", "ldt.module", "ldt.data", "ldt.deployment",

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from ldt.runs.run import Run
 
 PATH = click.Path(path_type=Path)
-KINDS = {"checkpoint": "checkpoint", "images": "image or folder"}  # of files, by argument
+KINDS = {  # of files, by argument
+    "checkpoint": "checkpoint",
+    "images": "image or folder",
+    "data": "folder in COCO's or KITTI's layout",
+}
 PATTERN = set("*?[")  # a name with one of these may stand for several files
 FORMATS = ("html", "markdown", "latex", "csv")
 MEASURES = ("loss", "AP")

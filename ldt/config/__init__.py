@@ -130,7 +130,8 @@ class PruneConfig:
     # of pruning and retraining; 0: the base alone, whatever the method, as with method=none
     rounds: NaturalNumber = MISSING
     budget: Annotated[str, kinds.BudgetName] = "params"  # what the rate counts; flops means macs
-    scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])  # modules to prune
+    # modules to prune; `encoder` and `decoder` of a transformer behind the neck may be among them
+    scope: list[str] = field(default_factory=lambda: ["backbone", "neck"])
     max_layer_rate: kinds.LayerShare = 0.95  # maximum share of a layer that is removed
     min_channels: Count = 4  # minimum number of channels kept per layer
     # a pruned layer keeps a multiple: 8, 16; 0: any; auto: 16 with budget=latency

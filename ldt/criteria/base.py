@@ -12,6 +12,7 @@ from torch_pruning.pruner.importance import Importance
 from ldt.objects import Objects
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import ACTIVATIONS
+from ldt.pruning.tokens import Places
 from ldt.pruning.torch_pruning_internals import Group, group_items, prunes_outputs
 
 
@@ -84,7 +85,11 @@ class Criterion(Importance):
         raise NotImplementedError
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
-        """Return one score per output channel of a convolution, low for the least useful, 1-D."""
+        """Return one score per output channel of a convolution, low for the least useful, 1-D.
+
+        Raises:
+            NoScoresError: it has none; the other layers of its group decide, if they have scores.
+        """
         raise NotImplementedError
 
     def __call__(self, group: Group) -> Tensor:
@@ -94,12 +99,21 @@ class Criterion(Importance):
     def sum_over_layers(self, group: Group, values: Callable[[nn.Module], Tensor]) -> Tensor:
         """Sum the values of the output channels of a group's scored layers: [root channels]."""
         scored, items = set(self.layers.values()), group_items(group)
+        reasons: list[NoScoresError] = []
+        summed = 0
         total = torch.zeros(len(set(items[0].root_idxs)), dtype=torch.float64)
         for item in items:
             layer = item.dep.target.module
             if layer in scored and prunes_outputs(group, item.dep):
-                own = values(layer).detach().double().cpu()
+                try:
+                    own = values(layer).detach().double().cpu()
+                except NoScoresError as error:
+                    reasons.append(error)
+                    continue
+                summed += 1
                 total.index_add_(0, torch.as_tensor(item.root_idxs), own[list(item.idxs)])
+        if reasons and not summed:
+            raise reasons[0]
         return total
 
 
@@ -118,6 +132,8 @@ class GroupCriterion(Criterion):
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
         """Return the scores of the group that has this layer as its root."""
+        if layer not in self.scores:
+            raise NoScoresError(f"{type(self).__name__} does not reach its channels")
         return self.scores[layer]
 
 
@@ -151,7 +167,7 @@ def score_groups(
     """
     check_importance(criterion)
     if isinstance(criterion, Criterion):
-        for name in graph.token_groups():
+        for name in graph.unplaced_tokens():
             graph.exclude(name, "its output is tokens, not maps, which criteria score")
         criterion.layers = graph.scored
         criterion.collect(target, graph, batches)
@@ -174,32 +190,47 @@ def score_groups(
 
 
 ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
-GradientCallback = Callable[[nn.Module, Tensor, Tensor], None]
-MapCallback = Callable[[nn.Module, Tensor], None]
+GradientCallback = Callable[[nn.Module, Tensor, Tensor, bool], None]
+MapCallback = Callable[[nn.Module, Tensor, bool], None]
 
 
 @contextmanager
 def feature_gradients(
-    feature_modules: dict[nn.Module, nn.Module], callback: GradientCallback
+    model: nn.Module, feature_modules: dict[nn.Module, nn.Module], callback: GradientCallback
 ) -> Iterator[None]:
-    """Call ``callback(layer, F, dz/dF)`` in every backward pass, once per call of the layer.
+    """Call ``callback(layer, F, dz/dF, located)`` in backward passes, once per map of a call.
 
     Args:
+        model: that the layers belong to.
         feature_modules: :attr:`ldt.pruning.graph.PruningGraph.feature_modules`, or some of them.
-        callback: gets the convolution, its feature map and the gradient, both [N, C, h, w].
+        callback: gets the layer, its feature map and the gradient, both [N, C, h, w], and whether
+            the map has positions (:meth:`ldt.pruning.tokens.Places.maps`).
     """
+    places = Places()
 
     def hook_of(layer: nn.Module) -> ForwardHook:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             value = output.detach()
-            output.register_hook(lambda gradient: callback(layer, value, gradient))
+            maps = places.maps(value)
+
+            def called(gradient: Tensor) -> None:
+                sizes = [m.shape[2] * m.shape[3] for m, _ in maps]
+                parts = [gradient]
+                if value.ndim == 3:
+                    tokens = gradient.reshape(len(maps[0][0]), -1, gradient.shape[2])
+                    parts = [part.transpose(1, 2) for part in tokens.split(sizes, 1)]
+                for (own, located), part in zip(maps, parts, strict=True):
+                    callback(layer, own, part.reshape(own.shape), located)
+
+            output.register_hook(called)
             return output.clone()  # later layers may work in place (ReLU, residual sums)
 
         return hook
 
     hooks = [m.register_forward_hook(hook_of(layer)) for layer, m in feature_modules.items()]
     try:
-        yield
+        with places.recorded(model):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -207,30 +238,35 @@ def feature_gradients(
 
 @torch.no_grad()
 def visit_maps(graph: PruningGraph, batches: Iterable[Batch], callback: MapCallback) -> int:
-    """Call ``callback(layer, X)`` once per batch and call of each scored layer.
+    """Call ``callback(layer, X, located)`` once per batch and map of each scored layer's call.
 
     X, [N, C, h, w], is the output of the activation module that directly follows the layer and its
     normalisation; if there is none (the last convolution of a residual branch), it is the map
-    before any activation.
+    before any activation. ``located`` tells whether it has positions, as that of queries has not.
 
     Returns:
         The number of images.
     """
     has_activation = graph.activated
     pending: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors: ids stay unique
+    places = Places()
+
+    def tell(layer: nn.Module, output: Tensor) -> None:
+        for own, located in places.maps(output):
+            callback(layer, own, located)
 
     def hook_of(layer: nn.Module) -> ForwardHook:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if layer in has_activation:
                 pending[id(output)] = (layer, output)
             else:
-                callback(layer, output)
+                tell(layer, output)
 
         return hook
 
     def activated(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if id(inputs[0]) in pending:
-            callback(pending.pop(id(inputs[0]))[0], output)
+            tell(pending.pop(id(inputs[0]))[0], output)
 
     hooks = [m.register_forward_hook(hook_of(layer)) for layer, m in graph.feature_modules.items()]
     hooks += [
@@ -240,9 +276,10 @@ def visit_maps(graph: PruningGraph, batches: Iterable[Batch], callback: MapCallb
     ]
     images = 0
     try:
-        for batch in batches:
-            graph.forward(graph.model, batch.images)
-            images += len(batch.images)
+        with places.recorded(graph.model):
+            for batch in batches:
+                graph.forward(graph.model, batch.images)
+                images += len(batch.images)
     finally:
         for hook in hooks:
             hook.remove()

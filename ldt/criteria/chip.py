@@ -40,7 +40,7 @@ class CHIPCriterion(Criterion):
         sums: dict[nn.Module, Tensor] = {}
         norms: dict[nn.Module, Tensor] = {}
 
-        def add(layer: nn.Module, x: Tensor) -> None:
+        def add(layer: nn.Module, x: Tensor, _located: bool) -> None:
             for rows in x.flatten(2):
                 independence, norm = channel_independence(rows)
                 sums[layer] = sums.get(layer, 0) + independence

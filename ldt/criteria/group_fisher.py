@@ -51,6 +51,7 @@ class GroupFisherCriterion(GroupCriterion):
         self.scores = {
             group.members[0].layer: fisher.sums[name] / costs[name]
             for name, group in graph.groups.items()
+            if group.consumers  # queries meet keys in no layer
         }
 
 

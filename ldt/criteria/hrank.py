@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ldt.config.values import Count, Share, checked
-from ldt.criteria.base import Batch, Criterion, Target, visit_maps
+from ldt.criteria.base import Batch, Criterion, NoScoresError, Target, visit_maps
 from ldt.pruning.graph import PruningGraph
 
 
@@ -37,6 +37,8 @@ class HRankCriterion(Criterion):
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
         """Return the mean rank, plus a smaller term for the nuclear norm."""
+        if layer not in self._scores:
+            raise NoScoresError("its channels are no feature maps, which HRank ranks")
         return self._scores[layer]
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Batch]) -> None:
@@ -45,7 +47,9 @@ class HRankCriterion(Criterion):
         norms: dict[nn.Module, Tensor] = {}
         maps: dict[nn.Module, int] = {}
 
-        def add(layer: nn.Module, x: Tensor) -> None:
+        def add(layer: nn.Module, x: Tensor, located: bool) -> None:
+            if not located:  # the rank of a column tells nothing
+                return
             sides = min(x.shape[2], self.size), min(x.shape[3], self.size)
             values = torch.linalg.svdvals(adaptive_avg_pool2d(x.float(), sides))
             rank = (values > self.tolerance * values[..., :1]).sum(-1)

@@ -55,8 +55,9 @@ class LDTCriterion(Criterion):
         phi: share of the largest ratio above which a channel is discriminative.
         ridge: ridge of S_w for ``power`` and ``discriminant``, in tr(S_w)/C.
 
-    Layers that the neck's output does not depend on (a head in ``prune.scope``) are scored with
-    ``detection``.
+    Layers that the neck's output does not depend on (a head or a decoder in ``prune.scope``, and an
+    encoder unless ``detector.neck`` names it) are scored with ``detection``. The tokens of an
+    encoder are feature maps; queries and windows of tokens have no positions, and all weigh alike.
 
     ``notes["rank_correlation"]`` is Spearman's correlation of a layer's scores between two batches,
     averaged over layers and pairs of batches (the paper's Fig. 6).
@@ -146,14 +147,15 @@ class LDTCriterion(Criterion):
         attention_maps: dict[tuple[int, int], Tensor] = {}
         sums: dict[nn.Module, Tensor] = {}
 
-        def add(layer: nn.Module, value: Tensor, gradient: Tensor) -> None:
+        def add(layer: nn.Module, value: Tensor, gradient: Tensor, located: bool) -> None:
             size = (value.shape[2], value.shape[3])
-            if size not in attention_maps:
+            if located and size not in attention_maps:
                 attention_maps[size] = self._attention(batch.objects, size, len(batch.images))
-            summed = self._sum_positions(value, gradient, attention_maps[size])
+            weight = attention_maps[size] if located else value.new_ones(())
+            summed = self._sum_positions(value, gradient, weight)
             sums[layer] = sums[layer] + summed if layer in sums else summed
 
-        with feature_gradients(feature_modules, add):
+        with feature_gradients(target.model, feature_modules, add):
             self._scalar(target, batch, weights).backward()
         target.model.zero_grad(set_to_none=True)
         return sums

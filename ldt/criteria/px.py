@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldt.config.values import checked
-from ldt.criteria.base import Batch, Criterion, Target
+from ldt.criteria.base import Batch, Criterion, NoScoresError, Target
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.hooks import outputs_of
 from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS
@@ -70,6 +70,8 @@ class PXCriterion(Criterion):
 
     def channel_scores(self, layer: nn.Module) -> Tensor:
         """Return the summed scores of each filter's weights."""
+        if layer not in self._scores:
+            raise NoScoresError("PX follows no paths through attention")
         return self._scores[layer]
 
     def collect(self, target: Target, graph: PruningGraph, batches: Iterable[Batch]) -> None:
@@ -94,8 +96,14 @@ class PXCriterion(Criterion):
             z2 = _outputs(graph, _squared_weight_forwards(graph, squares) | kept, ones)
             torch.stack([(a * b).sum() for a, b in zip(z1, z2, strict=True)]).sum().backward()
         self._scores = {}
+        attending = {
+            graph.model.get_submodule(n) for i in graph.inner if i.core for n in i.producers
+        }
         for layer in graph.feature_modules:
             weight = squares[layer]
+            behind = graph.traced is not graph.forward and weight.grad is None
+            if behind or layer in attending:
+                continue
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             self._scores[layer] = _per_filter(layer, (gradient * weight.detach()).abs())
 
@@ -123,7 +131,7 @@ def _active_paths(
     activations = [m for m in graph.model.modules() if isinstance(m, ACTIVATIONS)]
     hooks = [module.register_forward_pre_hook(record) for module in activations]
     try:
-        graph.forward(graph.model, images)
+        graph.traced(graph.model, images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -161,7 +169,7 @@ def _kept_forwards(graph: PruningGraph) -> dict[nn.Module, Forward]:
             forwards[module] = _with_own_statistics(module)
         elif isinstance(module, NORMS):
             forwards[module] = deepcopy(module).double().requires_grad_(False).forward
-    for name in graph.predictors:
+    for name in (*graph.predictors, *graph.last_traced):
         layer = cast(Convolution, graph.model.get_submodule(name))
         bias = None if layer.bias is None else layer.bias.detach().double()
         forwards[layer] = _with_weight(layer, layer.weight.detach().double(), bias)
@@ -237,9 +245,11 @@ def _channel_scale(norm: Norm) -> Forward:
 
 def _outputs(graph: PruningGraph, forwards: dict[nn.Module, Forward], x: Tensor) -> list[Tensor]:
     """Return the predictors' maps for input x with the forwards of some modules replaced."""
-    predictors = [graph.model.get_submodule(name) for name in graph.predictors]
+    predictors = [
+        graph.model.get_submodule(name) for name in (*graph.predictors, *graph.last_traced)
+    ]
     with outputs_of(predictors) as outputs, replaced_forwards(forwards):
-        graph.forward(graph.model, x)
+        graph.traced(graph.model, x)
     return outputs
 
 

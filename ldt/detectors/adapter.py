@@ -12,15 +12,20 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from ldt import progress
+from ldt.config.names import below
 from ldt.detectors.forward import (
+    ENCODER,
     find_neck,
     find_predictors,
-    forward_for_tracing,
+    forwards_for_tracing,
+    makers_of_maps,
+    name_of_maps,
     neck_maps,
     raw_forward,
 )
 from ldt.detectors.mmengine_internals import copy_without_waiting, swaps_channels
 from ldt.objects import Objects, background_boxes, labelled_objects
+from ldt.pruning.attention import make_prunable
 from ldt.pruning.graph import PruningGraph
 from ldt.pruning.layer_types import NORMS
 
@@ -51,7 +56,8 @@ class Detector:
     """Wrap an mmdet detector for criteria, tracing and evaluation.
 
     The adapter has no weights of its own and needs no training recipe: the detector can be trained,
-    pruned and moved to another device while it is wrapped.
+    pruned and moved to another device while it is wrapped. Attention layers of the detector are
+    replaced by equal ones that can be pruned (:func:`ldt.pruning.attention.make_prunable`).
 
     Args:
         model: an mmdet detector.
@@ -80,6 +86,7 @@ class Detector:
         self.background = background
         self.model, self.neck, self.channels_last = cast(BaseDetector, model), neck, channels_last
         self.input_size = (int(input_size[0]), int(input_size[1]))
+        make_prunable(model)
         self._compiled: dict[nn.Module, Callable[..., object]] = {}
         find_neck(model, neck)
         self.predictors = list(predictors or self._find_predictors())
@@ -91,7 +98,7 @@ class Detector:
             )
 
     def _find_predictors(self) -> list[str]:
-        return find_predictors(self.model, self.example(), self.neck)
+        return find_predictors(self.model, self.example(), name_of_maps(self.neck))
 
     @property
     def acts_on_backbone(self) -> bool:
@@ -161,8 +168,11 @@ class Detector:
 
     def features(self, batch: PreparedBatch) -> list[Tensor]:
         """Return the neck's feature maps, each [N, C, h, w]."""
+        model: Any = self.model
         with neck_maps(self.model, self.neck) as maps:
-            self.model.extract_feat(batch.images)
+            levels = model.extract_feat(batch.images)
+            if below(self.neck, [ENCODER]):
+                model.forward_encoder(**model.pre_transformer(levels, batch.samples)[0])
         return maps
 
     def losses(self, batch: PreparedBatch) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
@@ -215,8 +225,13 @@ class Detector:
             ValueError: the detector has no part of a name in ``scope``.
         """
         _check_scope(scope, self.model)
-        forward = forward_for_tracing(self.model, self.neck)
-        return PruningGraph(self.model, forward, self.example(), scope, self.predictors)
+        forward, traced = forwards_for_tracing(self.model, scope, self.neck)
+        ends = self._makers_of_maps() if traced else []
+        layers = [name for name in self.predictors if name not in ends]
+        return PruningGraph(self.model, forward, self.example(), scope, layers, traced, ends)
+
+    def _makers_of_maps(self) -> list[str]:
+        return makers_of_maps(self.model, self.example(), name_of_maps(self.neck))
 
 
 @dataclass

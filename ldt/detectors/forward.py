@@ -1,7 +1,7 @@
 """Forward passes of a detector up to its neck, its raw output maps and its predictors."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import cast
 
@@ -15,7 +15,14 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from ldt.config.names import below
+from ldt.pruning.attention import Products
 from ldt.pruning.hooks import outputs_of
+from ldt.pruning.tokens import Places
+
+ENCODER = "encoder"  # of mmdet's detectors with a transformer behind the neck
+
+MapsForward = Callable[..., list[Tensor]]
 
 
 def find_neck(detector: nn.Module, name: str = "auto") -> nn.Module:
@@ -58,12 +65,17 @@ def neck_maps(detector: nn.Module, name: str = "auto") -> Iterator[list[Tensor]]
     """
     maps: list[Tensor] = []
 
+    places = Places()
+
     def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 3 and below(name, [ENCODER]):
+            output = [own for own, located in places.maps(output) if located]
         maps[:] = as_maps(output)
 
     hook = find_neck(detector, name).register_forward_hook(keep)
     try:
-        yield maps
+        with places.recorded(detector):
+            yield maps
     finally:
         hook.remove()
 
@@ -102,8 +114,7 @@ def _two_stage_outputs(
 def neck_forward(detector: nn.Module, images: Tensor, name: str = "auto") -> list[Tensor]:
     """Return the neck's feature maps of images [N, 3, H, W], or what a transformer reads of them.
 
-    Tracing needs no more if a transformer follows (:func:`has_transformer_head`), since this is not
-    pruned.
+    Tracing needs no more if a transformer follows (:func:`has_transformer_head`).
     """
     if own := getattr(detector, "forward_for_tracing", None):
         return own(images)
@@ -116,14 +127,29 @@ def has_transformer_head(detector: nn.Module) -> bool:
     """Return whether a transformer processes the neck's feature maps."""
     if hasattr(detector, "forward_for_tracing"):
         return True
-    attention = (nn.MultiheadAttention, MultiScaleDeformableAttention)
+    attention = (nn.MultiheadAttention, Products, MultiScaleDeformableAttention)
     layers = (n for n, m in detector.named_modules() if isinstance(m, attention))
     return any(not name.startswith(("backbone.", "neck.")) for name in layers)
 
 
-def forward_for_tracing(detector: nn.Module, name: str = "auto") -> Callable[..., list[Tensor]]:
-    """Return the function of (detector, images) to trace; see :func:`has_transformer_head`."""
-    return partial(neck_forward, name=name) if has_transformer_head(detector) else raw_forward
+def forwards_for_tracing(
+    detector: nn.Module, scope: Sequence[str], name: str = "auto"
+) -> tuple[MapsForward, MapsForward | None]:
+    """Return the function of (detector, images) that pruning runs, and the part of it to trace.
+
+    The latter is None if it is the same. Behind a neck that a transformer follows nothing is
+    traced, and nothing is run unless the scope names parts there.
+    """
+    if not has_transformer_head(detector):
+        return raw_forward, None
+    to_neck = partial(neck_forward, name=name_of_maps(name))
+    behind = any(not below(part, ("backbone", "neck")) for part in scope)
+    return (raw_forward, to_neck) if behind else (to_neck, None)
+
+
+def name_of_maps(neck: str) -> str:
+    """Return which module's output tracing ends with: not the encoder, if LDT uses its output."""
+    return "auto" if below(neck, [ENCODER]) else neck
 
 
 def _sample(images: Tensor, regions: int) -> DetDataSample:
@@ -198,6 +224,9 @@ def eval_with_gradients(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(required)
 
 
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2d, ModulatedDeformConv2d)
+
+
 def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> list[str]:
     """Return the names of the layers that compute the raw output maps and are never pruned.
 
@@ -206,29 +235,41 @@ def find_predictors(detector: nn.Module, images: Tensor, neck: str = "auto") -> 
     training branch), the layers that compute the neck's maps are included: tracing cannot see all
     consumers of these maps.
     """
+    layers = {n for n, m in detector.named_modules() if isinstance(m, LAYERS)}
+    with neck_maps(detector, neck) as maps, calls_of_layers(detector) as layer_of:
+        outputs = raw_forward(detector, images)
+        if hasattr(detector, "forward_for_tracing"):
+            maps[:] = neck_forward(detector, images, neck)
+    unused = {
+        n for n in layers - set(layer_of.values()) if not n.startswith(("backbone.", "neck."))
+    }
+    outputs += maps if unused or has_transformer_head(detector) else []
+    return sorted(_last_layers(outputs, layer_of))
+
+
+def makers_of_maps(detector: nn.Module, images: Tensor, neck: str = "auto") -> list[str]:
+    """Return the names of the layers that compute the neck's maps."""
+    with calls_of_layers(detector) as layer_of:
+        maps = neck_forward(detector, images, neck)
+    return sorted(_last_layers(maps, layer_of))
+
+
+@contextmanager
+def calls_of_layers(detector: nn.Module) -> Iterator[dict[Node | None, str]]:
+    """Collect the autograd node of every call of a layer, with the layer's name, in the context."""
     layer_of: dict[Node | None, str] = {}
-    types = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2d, ModulatedDeformConv2d)
-    layers = {n: m for n, m in detector.named_modules() if isinstance(m, types)}
-    unused = {name for name in layers if not name.startswith(("backbone.", "neck."))}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             layer_of[output.grad_fn] = name
-            unused.discard(name)
 
         return hook
 
-    hooks = [module.register_forward_hook(recorder(name)) for name, module in layers.items()]
-    try:
-        with eval_with_gradients(detector), neck_maps(detector, neck) as maps:
-            outputs = raw_forward(detector, images)
-            if hasattr(detector, "forward_for_tracing"):
-                maps[:] = neck_forward(detector, images, neck)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    outputs += maps if unused or has_transformer_head(detector) else []
-    return sorted(_last_layers(outputs, layer_of))
+    with ExitStack() as hooks, eval_with_gradients(detector):
+        for name, module in detector.named_modules():
+            if isinstance(module, LAYERS):
+                hooks.callback(module.register_forward_hook(recorder(name)).remove)
+        yield layer_of
 
 
 def _last_layers(outputs: list[Tensor], layer_of: dict[Node | None, str]) -> set[str]:

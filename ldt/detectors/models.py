@@ -22,6 +22,7 @@ from ldt.detectors.mmengine_internals import (
     packages_by_importlib,
     registered_types_only,
 )
+from ldt.pruning.attention import make_prunable
 
 PlainConfig = dict[str, Any]
 TRANSFORMERS = "ldt::transformers.py"  # the config of any detector of transformers
@@ -251,6 +252,7 @@ def build(model: PlainConfig, initialise: bool = True) -> BaseDetector:
                 "+detector.options.backbone.init_cfg.checkpoint=<file>, or train from scratch with "
                 "detector.pretrained=false"
             ) from error
+    make_prunable(detector)  # afterwards: mmdet initialises the tensors that it knows
     return detector
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldt.config.names import below
 from ldt.config.places import need_checkpoint
 from ldt.detectors.archives import load_plain
+from ldt.pruning.attention import upgraded
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def load_weights(
     state = _without_prefixes(state, own)
     # mmdet 2 stored both the model's and the averaged weights; later files have only the latter
     state = {key: value for key, value in state.items() if not key.startswith("ema_")}
+    state = upgraded(detector, {}, state)[1]
     new_head = {
         key
         for key, value in own.items()

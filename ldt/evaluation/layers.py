@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ldt.detectors.checkpoints import detector_of, read
-from ldt.detectors.forward import eval_with_gradients, forward_for_tracing, raw_forward
+from ldt.detectors.forward import eval_with_gradients, forwards_for_tracing, raw_forward
 from ldt.evaluation.profiling import latency_by_module, macs_by_module
 from ldt.pruning.graph import PruningGraph
 from ldt.runs import files
@@ -114,9 +114,9 @@ def _width(layer: nn.Module, side: str) -> int:
 def _groups(record: dict[str, Any], detector: nn.Module, scope: list[str]) -> dict[str, list[str]]:
     """Return the layers of each coupled group below ``scope``."""
     image = next(detector.parameters()).new_zeros(1, 3, *record["input_size"])
-    forward = forward_for_tracing(detector, record["neck"])
+    forward, traced = forwards_for_tracing(detector, scope, record["neck"])
     with eval_with_gradients(detector):
-        graph = PruningGraph(detector, forward, image, scope, record["predictors"])
+        graph = PruningGraph(detector, forward, image, scope, record["predictors"], traced)
     return {
         name: list(dict.fromkeys(member.name for member in group.members))
         for name, group in graph.groups.items()

@@ -90,13 +90,16 @@ def _count(
     counter = FlopCounterMode(display=False, custom_mapping=_additional_formulas())
     # per module: a detector in training mode may have frozen layers in eval mode
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)  # the counter fails at views of parameters with gradients
     try:
         with torch.no_grad(), counter:
             forward(torch.zeros(shape, dtype=like.dtype, device=like.device))
     finally:
         for module, mode in training:
             module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter
 
 

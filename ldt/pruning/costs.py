@@ -44,7 +44,7 @@ class LayerCost:
         return self.per_pair * (self.ins * self.outs - ins * outs) + self.per_out * removed_out
 
 
-def _cost(layer: nn.Module, budget: Counted, positions: int) -> LayerCost:
+def _cost(layer: nn.Module, budget: Counted, positions: int, products: int) -> LayerCost:
     if isinstance(layer, ChannelParameter):
         values = layer.values.numel() / layer.num_channels
         return LayerCost(1, 1, 0.0, values if budget == "params" else 0)
@@ -59,7 +59,7 @@ def _cost(layer: nn.Module, budget: Counted, positions: int) -> LayerCost:
         ins, outs = 1 if depthwise(layer) else layer.in_channels, layer.out_channels
     scale = 1 if budget == "params" else positions
     biases = float(getattr(layer, "bias", None) is not None and budget == "params")
-    return LayerCost(ins, outs, scale * layer.weight.numel() / (ins * outs), biases)
+    return LayerCost(ins, outs, scale * layer.weight.numel() / (ins * outs), biases + products)
 
 
 class CostModel:
@@ -72,9 +72,10 @@ class CostModel:
 
     def __init__(self, graph: PruningGraph, budget: Counted) -> None:
         self.groups, self._unit = graph.groups, UNITS[budget]
-        positions = graph.positions if budget == "macs" else {}
+        macs = budget == "macs"
+        positions, products = (graph.positions, graph.products) if macs else ({}, {})
         self._costs = {
-            m.name: _cost(m.layer, budget, positions.get(m.name, 0))
+            m.name: _cost(m.layer, budget, positions.get(m.name, 0), products.get(m.name, 0))
             for group in graph.groups.values()
             for m in group.members
         }

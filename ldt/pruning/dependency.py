@@ -51,6 +51,7 @@ from mmdet.models.backbones.resnest import SplitAttentionConv2d
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ldt.pruning.attention import PrunablePositions, update_embedding_widths
 from ldt.pruning.torch_pruning_internals import (
     OPTYPE,
     Dependency,
@@ -168,6 +169,22 @@ class ChannelParameterPruner(tp.BasePruningFunc):
     get_in_channels = get_out_channels
 
 
+class PositionsPruner(tp.BasePruningFunc):
+    """Prune position encodings."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        """Remove channels."""
+        layer.kept = layer.kept[_kept_indices(len(layer.kept), idxs)]
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        """Return the number of channels."""
+        return len(layer.kept)
+
+    prune_in_channels = prune_out_channels
+    get_in_channels = get_out_channels
+
+
 class _PlaceholderPruner(DummyPruner):
     """Tells the number of channels of the operations that stand for themselves."""
 
@@ -239,6 +256,7 @@ class Tracer(tp.DependencyGraph):
         for layer_type in (_GroupedConv2d, *DEFORMABLE):
             self.register_customized_layer(layer_type, self._pruner)
         self.register_customized_layer(ChannelParameter, ChannelParameterPruner())
+        self.register_customized_layer(PrunablePositions, PositionsPruner())
         placeholder = cast(tp.BasePruningFunc, _PlaceholderPruner())
         self.REGISTERED_PRUNERS[OPTYPE.SPLIT] = placeholder
         for placeholder_type in (SplitPart, Shuffle):
@@ -528,7 +546,8 @@ def _split_attention(layer: SplitAttentionConv2d, x: Tensor) -> Tensor:
 
 
 def update_split_widths(model: nn.Module) -> None:
-    """Update ``Bottle2neck.width`` after pruning."""
+    """Update ``Bottle2neck.width``, and widths of embeddings, after pruning."""
+    update_embedding_widths(model)
     for block in model.modules():
         if isinstance(block, Bottle2neck):
             conv1 = cast(nn.Conv2d, block.conv1)

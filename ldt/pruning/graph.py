@@ -1,6 +1,7 @@
 """The coupled channel groups of a model, and their removal, on top of Torch-Pruning's graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldt.config.names import below
+from ldt.pruning.attention import embedding_width
 from ldt.pruning.coupled_groups import (
     CoupledGroup,
     Member,
@@ -21,7 +23,8 @@ from ldt.pruning.coupled_groups import (
 )
 from ldt.pruning.dependency import ChannelParameter, MisreadError, Tracer, update_split_widths
 from ldt.pruning.layer_types import ACTIVATIONS, CONVOLUTIONS, NORMS, Side, width_of
-from ldt.pruning.torch_pruning_internals import Dependency, Group, group_items
+from ldt.pruning.torch_pruning_internals import Dependency, Group, Node, group_items, group_of
+from ldt.pruning.transformer_groups import TokenSide, inner_groups, token_group
 from ldt.pruning.trial import trial_failure
 
 Forward = Callable[..., Any]  # (model, images) -> the raw output maps
@@ -37,9 +40,13 @@ class PruningGraph:
         images: an example input [1, 3, H, W].
         scope: name prefixes; only layers below them lose filters.
         predictors: layers whose output channels are never pruned.
+        traced: ``traced(model, images)``, the part of the forward that is traced, if not all of it.
+            Behind it only groups of transformers are found.
+        last_traced: the layers that make the traced maps. They are not pruned, or together with
+            the tokens of a transformer.
 
     Attributes:
-        model, forward, predictors: as given.
+        model, forward, predictors, traced, last_traced: as given.
         groups: the groups that can be pruned, by name of the root layer.
         scored: the convolutions in the scope that produce the groups' channels.
         excluded: layers in the scope that cannot be pruned, with the reason: a rule excludes them,
@@ -57,8 +64,11 @@ class PruningGraph:
         images: Tensor,
         scope: Sequence[str],
         predictors: Sequence[str] = (),
+        traced: Forward | None = None,
+        last_traced: Sequence[str] = (),
     ) -> None:
         self.model, self.forward, self.predictors = model, forward, tuple(predictors)
+        self.traced, self.last_traced = traced or forward, tuple(last_traced)
         self._example = images
         self._names = {module: name for name, module in model.named_modules()}
         self._graph = Tracer().trace(model, images, self._forward_unfrozen)
@@ -82,15 +92,80 @@ class PruningGraph:
                 f"prune.scope={list(scope)} contains no convolution; the detector's parts are: "
                 f"{parts}"
             )
+        self.inner = [i for i in inner_groups(model) if set(i.producers) <= set(in_scope)]
+        self._add_inner_groups()
+        if self.last_traced:
+            self._add_token_group(in_scope, scope)
         self._find_groups(in_scope, scope)
         self._exclude_failing(list(self.groups))
+        behind = "its channels are those of the whole transformer" if traced else ""
         for name in in_scope:
             if name not in self.scored:
-                self.excluded.setdefault(name, "not reached by tracing")
+                self.excluded.setdefault(name, behind or "not reached by tracing")
+
+    def _add_inner_groups(self) -> None:
+        """Add the groups within transformer layers, whose operations tracing would misread."""
+        for inner in self.inner:
+            ends = [TokenSide(name, "out") for name in inner.producers]
+            ends += [TokenSide(name, "in") for name in inner.consumers]
+            raw = group_of(self._graph, [self._end(end) for end in ends])
+            members = self._members(raw)
+            size = len(members[0].channels)
+            group = CoupledGroup(inner.producers[0], size, members, raw, inner.parts)
+            self.groups[group.name] = group
+            self.scored.update({m.name: m.layer for m in group.producers})
+
+    def _end(self, end: TokenSide) -> tuple[Dependency, dict[int, int]]:
+        """Return how a layer's side is pruned, and the group's channel of each of its channels."""
+        layer = self._layer(end.name)
+        pruner = self._graph.get_pruner_of_module(layer)
+        assert pruner is not None
+        prune = pruner.prune_in_channels if end.side == "in" else pruner.prune_out_channels
+        width = (pruner.get_in_channels if end.side == "in" else pruner.get_out_channels)(layer)
+        node = self._graph.module2node.get(layer) or Node(layer, None)
+        each = width // end.copies
+        return Dependency(prune, prune, node, node), {i: i % each for i in range(width)}
+
+    def _layer(self, name: str) -> nn.Module:
+        """Return the layer of a name, or what stands for a parameter of that name."""
+        with suppress(AttributeError):
+            return self.model.get_submodule(name)
+        parameter = ChannelParameter(self.model, name, dim=1)
+        self._names[parameter] = name
+        return parameter
+
+    def _add_token_group(self, in_scope: dict[str, nn.Module], scope: Sequence[str]) -> None:
+        """Add the group of a transformer's tokens, with the layers that make them from images."""
+        sides = token_group(self.model)
+        ends = [item for name in self.last_traced for item in self._last_of(name)]
+        sizes = {len({*channels.values()}) for _, channels in ends}
+        if not sides or sizes != {embedding_width(self.model)}:
+            return
+        raw = group_of(self._graph, [*ends, *map(self._end, sides)])
+        members = self._members(raw)
+        needed = {m.name for m in members if m.side != "in" and isinstance(m.layer, CONVOLUTIONS)}
+        if any(not below(name, scope) and "." in name for name in needed):
+            return  # a part of the transformer is outside of the scope
+        partitions = find_partitions(members, raw)
+        size = len(ends[0][1])
+        group = CoupledGroup(members[0].name, size, members, raw, equal_parts(size, partitions))
+        self.groups[group.name] = group
+        self.scored.update({name: in_scope[name] for name in needed if name in in_scope})
+
+    def _last_of(self, name: str) -> list[tuple[Dependency, dict[int, int]]]:
+        """Return what is pruned with the channels of a layer that makes traced maps."""
+        items = group_items(self._raw_group(self.model.get_submodule(name)))
+        return [
+            (item.dep, dict(zip(item.idxs, item.root_idxs, strict=True)))
+            for item in items
+            if item.dep.target.module in self._names
+        ]
 
     def _find_groups(self, in_scope: dict[str, nn.Module], scope: Sequence[str]) -> None:
-        seen = {*self.predictors} & {*in_scope}  # how their outputs are decoded is not traced
-        self.excluded.update({name: f"its channels are predictions of {name}" for name in seen})
+        fixed = {*self.predictors, *self.last_traced} & {*in_scope} - set(self.scored)
+        # how their outputs are decoded is not traced
+        self.excluded.update({name: f"its channels are predictions of {name}" for name in fixed})
+        seen = fixed | set(self.scored)
         for layer in [m for m in self._graph.module2node if m in in_scope.values()]:
             if self._names[layer] in seen:
                 continue
@@ -98,13 +173,18 @@ class PruningGraph:
                 seen |= self._add_group(self._raw_group(layer), in_scope, scope)
             except MisreadError as error:
                 inside = {m.name for m in self._members(error.group) if m.side != "in"}
-                inside = inside & set(in_scope) | {self._names[layer]}
+                inside = inside & set(in_scope) - self._within | {self._names[layer]}
                 reason = excluded_operation(error.group) or str(error)
                 self.excluded.update(dict.fromkeys(inside, reason))
                 seen |= inside
 
     def _forward_unfrozen(self, model: nn.Module, images: Tensor) -> Any:
-        return self.forward(model.requires_grad_(True), images)  # mmdet's eval() freezes stages
+        return self.traced(model.requires_grad_(True), images)  # mmdet's eval() freezes stages
+
+    @cached_property
+    def _within(self) -> frozenset[str]:
+        """The layers that produce channels within transformer layers."""
+        return frozenset(name for inner in self.inner for name in inner.producers)
 
     def _find_norms(self) -> dict[str, str]:
         found = {}
@@ -144,8 +224,11 @@ class PruningGraph:
         size, partitions = len(set(root.roots)), find_partitions(members, raw)
         group = CoupledGroup(root.name, size, members, raw, equal_parts(size, partitions))
         inside = {m.name: m.layer for m in group.producers if m.name in in_scope}
+        misread = next((name for name in inside if name in self._within), None)
+        inside = {name: layer for name, layer in inside.items() if name not in self._within}
         reason = (
-            excluded_layer(group, set(self.predictors), scope)
+            (misread and f"tracing couples it with the inside of {misread}")
+            or excluded_layer(group, set(self.predictors), scope)
             or excluded_operation(raw)
             or mapping_conflict(group, partitions)
         )
@@ -214,6 +297,27 @@ class PruningGraph:
         return counted
 
     @cached_property
+    def products(self) -> dict[str, int]:
+        """MACs of attention per output channel of the layers that make queries and values.
+
+        They are those of one image of the example's size, over all calls.
+        """
+        counted: dict[str, int] = {}
+
+        def counter(layers: Mapping[str, int]) -> Callable[..., None]:
+            def count(_core: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                pairs = len(inputs[0]) * inputs[0].shape[1] * inputs[1].shape[1]
+                for name, times in layers.items():
+                    counted[name] = counted.get(name, 0) + times * pairs
+
+            return count
+
+        cores = [(i.core, i.products) for i in self.inner if i.core]
+        modules = dict(self.model.named_modules())
+        self.run([modules[c].register_forward_pre_hook(counter(made)) for c, made in cores])
+        return counted
+
+    @cached_property
     def feature_modules(self) -> dict[nn.Module, nn.Module]:
         """For every scored convolution, the module whose output is its feature map F^(l).
 
@@ -245,8 +349,13 @@ class PruningGraph:
         self.run(hooks)
         return frozenset(found)
 
-    def token_groups(self) -> list[str]:
-        """Return the groups with a linear layer whose output is tokens [N, positions, C]."""
+    def unplaced_tokens(self) -> list[str]:
+        """Return the groups with a linear layer whose output is tokens [N, positions, C].
+
+        There are none where the transformer is known, and with it the places of its tokens.
+        """
+        if self.inner:
+            return []
         tokens = set()
 
         def look(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:

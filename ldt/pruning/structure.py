@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ldt.pruning.attention import upgraded
 from ldt.pruning.dependency import update_split_widths
 
 SIZES = (
@@ -49,6 +50,7 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
     Raises:
         ValueError: a recorded layer or tensor does not exist in the model, or is larger there.
     """
+    structure, state = upgraded(model, structure, state)
     modules = dict(model.named_modules())
     for name, sizes in structure.items():
         if name not in modules:
@@ -64,7 +66,6 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
                     f"the config builds has {built}"
                 )
             setattr(modules[name], key, value)
-    update_split_widths(model)
     for prefix, module in modules.items():
         dot = f"{prefix}." if prefix else ""
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -79,6 +80,7 @@ def rebuild(model: nn.Module, structure: Structure, state: Mapping[str, Tensor])
                 shape = _shape(state, dot + name, buffer.shape)
                 setattr(module, name, buffer.new_zeros(shape))
         _check_sizes(prefix, module)
+    update_split_widths(model)
 
 
 def changed_sizes(model: nn.Module, structure: Structure) -> Structure:

@@ -65,7 +65,8 @@ def _masked_outputs(
             if isinstance(layer, STATISTICS):
                 hooks.callback(layer.register_forward_hook(_affine_only).remove)
         for name, masked in channels.items():
-            for member in graph.groups[name].members:
+            group = graph.groups[name]
+            for member in group.members if group.consumers else ():  # queries meet keys: no layer
                 own = member.channels[np.isin(member.roots, masked)]
                 if isinstance(member.layer, CONVOLUTIONS) and member.side != "both":
                     hook = _register_mask(member.layer, member.side, own, noise)

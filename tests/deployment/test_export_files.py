@@ -146,7 +146,10 @@ def test_a_file_that_computes_something_else_is_not_written(checkpoint, tmp_path
         (["a.onnx", "--format", "onnx", "--int8", "--images", "."], "--force"),
         (["a.onnx", "--format", "onnx", "--images", "."], "no image in the folder '.'"),
         (["a.onnx", "--format", "onnx", "--images", "gone"], "no image or folder at 'gone'"),
-        (["a.onnx", "--format", "onnx", "--data", "gone"], "Type --data /path"),
+        (
+            ["a.onnx", "--format", "onnx", "--data", "gone"],
+            "no folder in COCO's or KITTI's layout at",
+        ),
     ],
 )
 def test_what_is_refused_before_any_work(arguments, told, checkpoint, tmp_path, monkeypatch):

@@ -165,14 +165,17 @@ def test_the_config_survives_a_checkpoint(name, tmp_path):
 
 
 def test_modules_that_a_config_imports_are_imported_where_it_is_built(tmp_path, monkeypatch):
-    part = "from mmdet.registry import MODELS\n@MODELS.register_module()\ndef Ours(a): return a"
+    part = (
+        "import torch\nfrom mmdet.registry import MODELS\n"
+        "@MODELS.register_module()\ndef Ours(a): return torch.nn.Linear(1, a)"
+    )
     (tmp_path / "ours_alone.py").write_text(part)
     file = tmp_path / "config.py"
     file.write_text("custom_imports = dict(imports=['ours_alone'])\nmodel = dict(type='Ours', a=3)")
     with monkeypatch.context() as path:
         path.syspath_prepend(tmp_path)
         model = model_config(str(file), {}, 3, pretrained=False)
-        assert build(model, initialise=False) == 3
+        assert build(model, initialise=False).out_features == 3
     del sys.modules["ours_alone"]
     with pytest.raises(ImportError, match=r"imports \['ours_alone'\].*PYTHONPATH"):
         build(model)
