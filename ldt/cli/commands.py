@@ -60,13 +60,14 @@ SHARE = ShareType()
 def existing(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
     """Check files and folders before anything is imported; patterns and packaged configs pass."""
     for path in given if isinstance(given, tuple) else (given,):
-        text = "" if path is None else str(path)
-        if "::" not in text and not PATTERN & set(text) and path is not None:
-            with refusing(FileNotFoundError):
-                if not Path(text).exists():
-                    kind = KINDS.get(str(parameter.name), "file or folder")
-                    raise FileNotFoundError(f"no {kind} at {text!r}")
+        if path is not None and not _is_there(str(path)):
+            kind = KINDS.get(str(parameter.name), "file or folder")
+            raise refused(FileNotFoundError(f"no {kind} at {str(path)!r}"))
     return given
+
+
+def _is_there(path: str) -> bool:
+    return "::" in path or bool(PATTERN & set(path)) or Path(path).exists()
 
 
 def known_criterion(_: click.Context, __: click.Parameter, given: Any) -> Any:

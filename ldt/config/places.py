@@ -86,21 +86,13 @@ def _need_coco(dataset: Mapping[str, Any]) -> None:
 
 
 def need_checkpoint(path: str | Path) -> Path:
-    """Return the path of a detector's weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not one of PyTorch's.
-    """
+    """Return the path of a detector's weights; raise FileNotFoundError if there is no such file."""
     file = Path(path).expanduser()
-    told = f"detector.checkpoint={str(path)!r}"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{told}: no such file; give one, or detector.checkpoint=null for random weights"
+            f"detector.checkpoint={str(path)!r}: no such file; give one, or "
+            "detector.checkpoint=null for random weights"
         )
-    with file.open("rb") as opened:
-        if not opened.read(4).startswith(CHECKPOINTS):
-            raise ValueError(f"{told}: no checkpoint of PyTorch")
     return file
 
 
@@ -160,4 +152,8 @@ def check_files(config: Mapping[str, Any]) -> None:
         _need_coco(dataset)
     need_config(detector["config"])
     if detector["checkpoint"] is not None:
-        need_checkpoint(detector["checkpoint"])
+        with need_checkpoint(detector["checkpoint"]).open("rb") as file:
+            if not file.read(4).startswith(CHECKPOINTS):
+                raise ValueError(
+                    f"detector.checkpoint={detector['checkpoint']!r}: no checkpoint of PyTorch"
+                )

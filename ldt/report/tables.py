@@ -135,8 +135,8 @@ def _best(
     for (_, _, budget, _), indices in blocks.items():
         bound = {"params": "params", "macs": "multiply_adds"}.get(budget)
         for column in shown:
-            if column.better and column.key != bound and len(indices) > 1:
-                value = column.better * means[column.key].iloc[indices]
+            value = column.better * means[column.key].iloc[indices]
+            if column.better and column.key != bound and value.notna().sum() > 1:
                 spread = means[f"{column.key}_std"].iloc[indices]
                 spread = spread.fillna(0) if column.key in FIXED else spread
                 low, high = value - spread, value + spread

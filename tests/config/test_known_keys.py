@@ -39,7 +39,7 @@ FREELY = [
         ("recipe.lr", "Type recipe.optimizer.lr=9"),
         ("recipe.epoch", "Type recipe.epochs=9"),
         ("prune.rat", "Type prune.rate=9"),
-        ("method.foo", "known in method: name, ldt"),
+        ("method.foo", "known in method: name, title, ldt"),
         ("method.rankin", "Type method.ranking=9"),
         ("dataset.foo", "known in dataset: _target_, name, root"),
         ("dataset.trian", "Type dataset.train=9"),

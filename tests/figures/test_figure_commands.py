@@ -89,7 +89,7 @@ def test_the_curve_is_that_of_the_summary(run):
     (panel,) = panels([run.parent])
     base, last = summary(run)["rounds"]
     ((name, (point,)),) = panel.methods.items()
-    assert (name, panel.metric) == ("ldt", "AP")
+    assert (name, panel.metric) == ("LDT", "AP")
     assert (point.left, *point.values) == (last["params"] / 1e6, last["AP"])
     ((name, unpruned),) = panel.unpruned.items()
     assert name == "unpruned, LDT"
@@ -109,11 +109,11 @@ def test_runs_that_differ_in_more_than_seed_and_rate_are_not_pooled(run, tmp_pat
         seed = '"seed": 1' if name == "seed" else '"seed": 0'
         result.write_text(result.read_text().replace('"seed": 0', seed))
     (panel,) = panels([run, tmp_path / "seed"])
-    assert [len(point.values) for point in panel.methods["ldt"]] == [2]
+    assert [len(point.values) for point in panel.methods["LDT"]] == [2]
     (panel,) = panels([run, tmp_path])
     assert {name: len(points[0].values) for name, points in panel.methods.items()} == {
-        "ldt (ranking=global)": 2,
-        "ldt (ranking=uniform)": 1,
+        "LDT (ranking=global)": 2,
+        "LDT (ranking=uniform)": 1,
     }
 
 

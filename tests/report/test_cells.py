@@ -129,6 +129,13 @@ def test_what_is_better_by_more_than_both_deviations_is_marked(tmp_path):
     assert not any(row["parameters (M)"].best for row in table.values())  # the budget itself
 
 
+def test_nothing_is_best_where_nothing_was_measured(tmp_path):
+    for method in ("l1", "px"):
+        for seed in (0, 1):
+            pruned(tmp_path, f"{method}{seed}", math.nan, seed, method=method)
+    assert not any(row["AP"].best for row in compare(cells(open_runs(tmp_path))))
+
+
 def test_a_single_seed_is_not_known_to_be_better(three):
     assert not any(row[title].best for row in compare(three) for title in ("AP", "latency (ms)"))
 

@@ -121,7 +121,7 @@ def test_benchmark_puts_checkpoints_and_files_side_by_side(checkpoint: Path) -> 
 
 
 def test_benchmark_refuses_what_is_no_detector(tmp_path: Path) -> None:
-    for name, told in (("none.ckpt", "none.ckpt"), ("none.onnx", "no exported file at")):
+    for name, told in (("none.ckpt", "none.ckpt"), ("none.onnx", "no file or folder at")):
         done = CliRunner().invoke(command, ["benchmark", str(tmp_path / name)])
         assert getattr(done.exception, "refused", False)
         assert told in str(done.exception)
