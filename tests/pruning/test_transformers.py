@@ -1,17 +1,21 @@
 """Laws of pruning transformers: detectors with an encoder and a decoder, Swin and PVT."""
 
-import ldt  # noqa: F401  (first: mmdet imports only once mmcv's operators are in place)
+import ldt
 
 # isort: split
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import prepared, random_channels
+from omegaconf import OmegaConf
+from pruned_files import data_of
+from small import composed, prepared, random_channels
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
+from ldt.build import build_module
 from ldt.criteria.base import score_groups
 from ldt.criteria.ldt import LDTCriterion
 from ldt.criteria.methods import find_method
@@ -255,3 +259,23 @@ def test_positions_keep_what_the_tokens_keep() -> None:
     kept = [c for c in range(256) if c not in (0, 5)]
     assert positions.kept.tolist() == kept
     assert found.model.embed_dims == 254
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["detr/detr_r50_8xb2-150e_coco", "deformable_detr/deformable-detr_r50_16xb2-50e_coco"]
+)
+def test_a_checkpoint_is_opened_with_equal_outputs(family: str, tmp_path: Path) -> None:
+    options = ["detector=mmdet", f"detector.config=mmdet::{family}.py", "run_name=x"]
+    options += ["recipe=short", "detector.pretrained=false", "+detector.options.num_queries=12"]
+    given = composed(*options)
+    plain: Any = OmegaConf.to_container(given, resolve=True)
+    module = build_module(given, plain, data_of(tmp_path))
+    with eval_with_gradients(module.detector):
+        graph = module.adapter.trace(["backbone", "neck", "encoder", "decoder"])
+        graph.remove(random_channels(graph, seed=0))
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "pruned.ckpt")
+    opened = ldt.load_pruned(tmp_path / "pruned.ckpt").eval()
+    assert all(map(torch.equal, outputs(opened), outputs(module.detector.eval())))
