@@ -226,12 +226,10 @@ class Detector:
         """
         _check_scope(scope, self.model)
         forward, traced = forwards_for_tracing(self.model, scope, self.neck)
-        ends = self._makers_of_maps() if traced else []
+        neck = name_of_maps(self.neck)
+        ends = makers_of_maps(self.model, self.example(), neck) if traced else []
         layers = [name for name in self.predictors if name not in ends]
         return PruningGraph(self.model, forward, self.example(), scope, layers, traced, ends)
-
-    def _makers_of_maps(self) -> list[str]:
-        return makers_of_maps(self.model, self.example(), name_of_maps(self.neck))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Forward passes of a detector up to its neck, its raw output maps and its predictors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import cast
 
@@ -64,17 +64,16 @@ def neck_maps(detector: nn.Module, name: str = "auto") -> Iterator[list[Tensor]]
     The hook is removed afterwards, since it would keep the autograd graph of the last batch alive.
     """
     maps: list[Tensor] = []
-
-    places = Places()
+    places = Places() if below(name, [ENCODER]) else None
 
     def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 3 and below(name, [ENCODER]):
+        if places and isinstance(output, Tensor) and output.ndim == 3:
             output = [own for own, located in places.maps(output) if located]
         maps[:] = as_maps(output)
 
     hook = find_neck(detector, name).register_forward_hook(keep)
     try:
-        with places.recorded(detector):
+        with places.recorded(detector) if places else nullcontext():
             yield maps
     finally:
         hook.remove()

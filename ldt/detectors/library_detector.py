@@ -1,7 +1,7 @@
 """What detectors of other libraries share once they are wrapped as mmdet detectors."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,13 +68,26 @@ class LibraryDetector(BaseDetector):
             known = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
             self.load_state_dict(known, strict=False)
 
-    def _instances(
-        self, boxes: Tensor, scores: Tensor, labels: Tensor, sample: DetDataSample, rescale: bool
-    ) -> InstanceData:
-        """Return detections, in pixels of the original image if they are rescaled."""
-        if rescale:
-            boxes = boxes / boxes.new_tensor(sample.metainfo["scale_factor"]).repeat(2)
-        return InstanceData(bboxes=boxes, scores=scores, labels=labels)
+    @abstractmethod
+    def detections(
+        self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample]
+    ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Return boxes [n, 4] in pixels of the network's input, scores and labels of each image."""
+
+    def predict(
+        self,
+        batch_inputs: Tensor,
+        batch_data_samples: list[DetDataSample],
+        rescale: bool = True,
+    ) -> list[DetDataSample]:
+        """Return the samples with detections, in pixels of the original image if rescaled."""
+        results = []
+        found = self.detections(batch_inputs, batch_data_samples)
+        for (boxes, scores, labels), sample in zip(found, batch_data_samples, strict=True):
+            if rescale:
+                boxes = boxes / boxes.new_tensor(sample.metainfo["scale_factor"]).repeat(2)
+            results.append(InstanceData(bboxes=boxes, scores=scores, labels=labels))
+        return self.add_pred_to_datasample(batch_data_samples, results)
 
 
 def truths(samples: Sequence[DetDataSample]) -> list[Truth]:

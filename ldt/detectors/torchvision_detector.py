@@ -170,22 +170,14 @@ class TorchvisionDetector(LibraryDetector):
             found = head(batch_inputs, targets)
         return {key if "loss" in key else f"loss_{key}": value for key, value in found.items()}
 
-    def predict(
-        self,
-        batch_inputs: Tensor,
-        batch_data_samples: list[DetDataSample],
-        rescale: bool = True,
-    ) -> list[DetDataSample]:
-        """Return the samples with the library's detections."""
+    def detections(
+        self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return the library's detections; see :meth:`LibraryDetector.detections`."""
         with self._given(self.extract_feat(batch_inputs), _sizes(batch_data_samples)) as head:
             found = head(batch_inputs)
-        results = [
-            self._instances(
-                each["boxes"], each["scores"], each["labels"] - self.first_class, sample, rescale
-            )
-            for each, sample in zip(found, batch_data_samples, strict=True)
-        ]
-        return self.add_pred_to_datasample(batch_data_samples, results)
+        for each in found:
+            yield each["boxes"], each["scores"], each["labels"] - self.first_class
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample] | None = None

@@ -7,7 +7,7 @@ is here.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -204,13 +204,13 @@ class TransformersDetector(LibraryDetector):
         ]
         return self._outputs(self.extract_feat(batch_inputs), labels).loss_dict
 
-    def predict(
-        self,
-        batch_inputs: Tensor,
-        batch_data_samples: list[DetDataSample],
-        rescale: bool = True,
-    ) -> list[DetDataSample]:
-        """Return the samples with detections, the highest scores of all queries and classes."""
+    def detections(
+        self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return the highest scores of all queries and classes of each image.
+
+        See :meth:`LibraryDetector.detections`.
+        """
         found = self._outputs(self.extract_feat(batch_inputs))
         height, width = batch_inputs.shape[2:]
         sides = batch_inputs.new_tensor([width, height, width, height])
@@ -218,13 +218,8 @@ class TransformersDetector(LibraryDetector):
         classes = found.logits.shape[-1]
         most = min(self.test_cfg.get("max_per_img", boxes.shape[1]), boxes.shape[1])
         scores, indices = found.logits.sigmoid().flatten(1).topk(most)
-        results = [
-            self._instances(own[index // classes], score, index % classes, sample, rescale)
-            for own, score, index, sample in zip(
-                boxes, scores, indices, batch_data_samples, strict=True
-            )
-        ]
-        return self.add_pred_to_datasample(batch_data_samples, results)
+        for own, score, index in zip(boxes, scores, indices, strict=True):
+            yield own[index // classes], score, index % classes
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: object = None

@@ -25,7 +25,7 @@ from ldt.config.kinds import LARGEST_SIDE
 from ldt.detectors.models import drop_pretrained, import_custom, use_mmdet
 from ldt.pruning.structure import SIZES
 from ldt.runs.formatting import check_printable
-from ldt.runs.inputs import OWN_CODE
+from ldt.runs.inputs import OWN_CODE, is_own
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def import_parts(model: Mapping[str, Any], trust: bool) -> None:
     good = all(isinstance(name, str) and MODULE.fullmatch(name) for name in names)
     if not good or set(custom) - {"imports", "allow_failed_imports"}:
         raise ValueError(f"model.custom_imports={str(custom)[:200]}; allowed: names of modules")
-    foreign = [n for n in names if n not in sys.modules and n.partition(".")[0] != OWN_CODE]
+    foreign = [n for n in names if n not in sys.modules and not is_own(n)]
     if foreign and not trust:
         raise ValueError(
             f"it imports code of its own, {', '.join(foreign)[:500]}, which can do anything: where "

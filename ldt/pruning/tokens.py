@@ -2,12 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 Shapes = list[tuple[int, int]]
+
+
+@cache
+def _takes_shape(kind: type[nn.Module]) -> bool:
+    """Return whether modules of a type are told the size of the map that their tokens are."""
+    return "hw_shape" in signature(kind.forward).parameters
 
 
 class Places:
@@ -42,7 +49,7 @@ class Places:
             if "neck" in children:
                 hooks.callback(children["neck"].register_forward_hook(levels).remove)
             for module in model.modules():
-                if "hw_shape" in signature(module.forward).parameters:
+                if _takes_shape(type(module)):
                     hook = module.register_forward_pre_hook(block, with_kwargs=True)
                     hooks.callback(hook.remove)
             yield self

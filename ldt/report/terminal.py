@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,9 @@ def _table_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> Table:
 
 
 def _change(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
-    if row is base or name not in row or name not in base or isnan(row[name] - base[name]):
-        return "-" if row is not base else ""
-    return f"{row[name] - base[name]:+.3f}"
+    if row is base:
+        return ""
+    return number(row.get(name, nan) - base.get(name, nan), 3, sign=True)
 
 
 def _speed_up(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
@@ -206,8 +206,7 @@ def _study_table(
 def _gain(row: Mapping[str, Any]) -> str:
     metric = str(row.get("metric"))
     base, last = row.get(f"base_{metric}"), row.get(metric)
-    gain = float("nan") if base is None or last is None else last - base
-    return "-" if isnan(gain) else f"{gain:+.3f}"
+    return number(None if base is None or last is None else last - base, 3, sign=True)
 
 
 def _table(

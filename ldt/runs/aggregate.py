@@ -119,7 +119,9 @@ def title(run: Run) -> str:
     told = run.config.get("method")
     given = told.get("title") if isinstance(told, dict) else None
     name: str = run.row["method"]
-    return given if isinstance(given, str) else method_titles().get(name, name)
+    if isinstance(given, str) and given.strip():
+        return printable(given)[:LONGEST_LABEL]
+    return method_titles().get(name, name)
 
 
 def varying(configs: Sequence[tuple[Config, int]]) -> dict[str, Counter[str]]:

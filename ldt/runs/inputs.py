@@ -138,7 +138,7 @@ def record(
         "data": dict(data),
         "model": dict(model),
         "weights": {key: file_digest(Path(file)) for key, file in weights.items()},
-        "code": {name: _code(name) for name in modules if not _own(name)},
+        "code": {name: _code(name) for name in modules if not is_own(name)},
     }
     return json.loads(json.dumps(found))  # as read back from JSON: tuples become lists
 
@@ -161,14 +161,14 @@ def _children(node: object) -> Iterable[tuple[str, Any]]:
     return enumerate(node) if isinstance(node, (list, tuple)) else ()  # type: ignore[return-value]
 
 
-def _own(module: str) -> bool:
+def is_own(module: str) -> bool:
     """Return whether a module is one of ldt's, of which the version is recorded elsewhere."""
     return module.partition(".")[0] == OWN_CODE
 
 
 def _of_others(code: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hashes of code that is none of ldt's, which earlier versions recorded too."""
-    return {name: value for name, value in code.items() if not _own(name)}
+    return {name: value for name, value in code.items() if not is_own(name)}
 
 
 def _code(module: str) -> str | None:

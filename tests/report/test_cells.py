@@ -218,6 +218,16 @@ def test_markup_in_names_is_text_in_latex(hostile):
     assert not re.search(r"(?<!\\)[%#$_~^]", body.replace("$\\pm$", ""))
 
 
+@pytest.mark.parametrize(
+    ("title", "label"),
+    [("a\n\x1b[31mb", "a\ufffd\ufffd[31mb"), ("", "LDT"), ([1], "LDT"), (100 * "x", 48 * "x")],
+)
+def test_a_title_is_short_and_can_be_printed(tmp_path, title, label):
+    pruned(tmp_path, "a", 0.2, keys={"method": {"name": "ldt", "title": title}})
+    (cell,) = cells(open_runs(tmp_path))
+    assert cell.label == label
+
+
 def test_what_is_written_can_be_printed(tmp_path):
     keys = {
         "a\n\\input{/etc/passwd}\n\x1b[31m": 1,
